@@ -1,0 +1,192 @@
+"""Token ids to names: the chain of prefix hashes and digests of a prompt.
+
+xxh3 names, SHA-256 proves. A block's prefix hash names it and all before it; its digest runs over
+the same chain and is compared on every match, so that a collision of names is a miss and never
+somebody else's KV. The salt and the epoch enter at the root.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from twfs.errors import InvalidInput
+from twfs.units import KEY_BYTES_MAX, Digest, PrefixHash, TokenCount
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+TOKEN_RANGE = "token ids must be integers from 0 to 4294967295"
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Where the chains of one model, epoch and salt begin."""
+
+    prefix_hash: PrefixHash
+    digest: Digest
+
+
+def root_of(fingerprint: bytes, epoch: int, salt: bytes = b"") -> Root:
+    """Return the root for a layout's *fingerprint*, the model's *epoch* and a tenant's *salt*."""
+    seed = b"twfs root 1\0" + fingerprint + epoch.to_bytes(8, "little") + salt
+    return Root(PrefixHash(xxhash.xxh3_128_digest(seed)), Digest(hashlib.sha256(seed).digest()))
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of n blocks in chain order, as the store wants them.
+
+    *hashes*: n x 16 bytes; *digests*: n x 32; *parents*: n x 16, all zero bytes where the parent
+    is not known; *positions*: end position of each in tokens, 0 where not known; *keys*: the
+    engine's own keys, or empty for names made of token ids.
+    """
+
+    hashes: bytes
+    digests: bytes
+    parents: bytes
+    positions: tuple[int, ...]
+    keys: tuple[bytes, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def hash_at(self, index: int) -> PrefixHash:
+        """The prefix hash of block *index*."""
+        return PrefixHash(self.hashes[16 * index : 16 * index + 16])
+
+    def head(self, count: int) -> "Names":
+        """The first *count* names."""
+        return self.slice(0, count)
+
+    def slice(self, start: int, stop: int) -> "Names":
+        """The names from *start* up to *stop*."""
+        return Names(
+            self.hashes[16 * start : 16 * stop],
+            self.digests[32 * start : 32 * stop],
+            self.parents[16 * start : 16 * stop],
+            self.positions[start:stop],
+            self.keys[start:stop],
+        )
+
+
+class Chain:
+    """The names of one growing session; hashing is incremental, so a turn costs only its tokens.
+
+    Only whole blocks have names: up to block_tokens - 1 trailing tokens wait for the next extend.
+    Not thread-safe.
+    """
+
+    __slots__ = ("_digests", "_hashes", "_tail", "block_tokens", "root")
+
+    def __init__(self, root: Root, block_tokens: int) -> None:
+        self.root = root
+        self.block_tokens = block_tokens
+        self._hashes: list[bytes] = []
+        self._digests: list[bytes] = []
+        self._tail = b""  # u32 LE bytes of the tokens after the last whole block
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    @property
+    def tokens(self) -> TokenCount:
+        """Tokens in whole blocks."""
+        return TokenCount(len(self._hashes) * self.block_tokens)
+
+    def extend(
+        self,
+        tokens: "Sequence[int] | npt.NDArray[np.integer[Any]]",
+        extra: Sequence[bytes] = (),
+    ) -> "Chain":
+        """Append *tokens*; *extra* holds one bytes per whole block that this completes, or nothing.
+
+        Extra bytes (LoRA name, hashes of images) are part of the block's name. InvalidInput on a
+        token id outside u32 or on extra of the wrong count.
+        """
+        data = self._tail + tokens_to_bytes(tokens)
+        step = 4 * self.block_tokens
+        count = len(data) // step
+        if extra and len(extra) != count:
+            raise InvalidInput(f"{len(extra)} extra values for {count} whole blocks")
+        prefix_hash = self._hashes[-1] if self._hashes else self.root.prefix_hash
+        digest = self._digests[-1] if self._digests else self.root.digest
+        name, prove = xxhash.xxh3_128_digest, hashlib.sha256
+        for index in range(count):
+            piece = data[index * step : (index + 1) * step]
+            if extra:
+                piece += extra[index]
+            prefix_hash = PrefixHash(name(prefix_hash + piece))
+            digest = Digest(prove(digest + piece).digest())
+            self._hashes.append(prefix_hash)
+            self._digests.append(digest)
+        self._tail = data[count * step :]
+        return self
+
+    def names(self) -> Names:
+        """The names of all whole blocks so far."""
+        hashes = b"".join(self._hashes)
+        count = len(self._hashes)
+        return Names(
+            hashes,
+            b"".join(self._digests),
+            (self.root.prefix_hash + hashes)[: 16 * count],
+            tuple(range(self.block_tokens, (count + 1) * self.block_tokens, self.block_tokens)),
+        )
+
+
+def tokens_to_bytes(tokens: "Sequence[int] | npt.NDArray[np.integer[Any]]") -> bytes:
+    """Pack token ids as u32 little-endian; InvalidInput on anything that is not one."""
+    if not isinstance(tokens, Sequence):
+        if tokens.dtype.kind not in "iu" or (
+            tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= 1 << 32)
+        ):
+            raise InvalidInput(TOKEN_RANGE)
+        return tokens.astype("<u4").tobytes()
+    try:
+        return array("I", tokens).tobytes()
+    except (TypeError, OverflowError, ValueError) as error:
+        raise InvalidInput(f"{TOKEN_RANGE}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKey:
+    """An engine's own name of a block: a cryptographic hash of up to 64 bytes, and its place."""
+
+    key: bytes
+    parent: bytes | None = None
+    end_position: int = 0
+
+
+def names_of_keys(root: Root, keys: Sequence[OwnKey]) -> Names:
+    """Return the names for engine keys: xxh3 over (root, key); the root holds model and salt.
+
+    The keys themselves are stored beside the names and compared on match. The group is no part of
+    the name: it stands beside it in every block's full name. InvalidInput on an empty or over-long
+    key.
+    """
+    hashes, digests, parents = [], [], []
+    for own in keys:
+        for key in (own.key, own.parent):
+            if key is not None and not 1 <= len(key) <= KEY_BYTES_MAX:
+                raise InvalidInput(
+                    f"a key of {len(key)} bytes: an engine's key has 1 to {KEY_BYTES_MAX}"
+                )
+        hashes.append(xxhash.xxh3_128_digest(root.prefix_hash + own.key))
+        digests.append(hashlib.sha256(root.digest + own.key).digest())
+        parents.append(
+            bytes(16)
+            if own.parent is None
+            else xxhash.xxh3_128_digest(root.prefix_hash + own.parent)
+        )
+    return Names(
+        b"".join(hashes),
+        b"".join(digests),
+        b"".join(parents),
+        tuple(own.end_position for own in keys),
+        tuple(own.key for own in keys),
+    )

@@ -1,0 +1,357 @@
+"""The interface that engines, the mount and the tools see, whichever way in they came.
+
+`Warehouse` (in-process, exclusive) and `Client` (a socket to the daemon) both are a `Store`; both
+are blocking and thread-safe. A miss is never an exception: match, lookup, touch and reads answer
+with counts and outcomes. Exceptions are for callers' mistakes (InvalidInput, LayoutMismatch) and
+for a put that cannot be kept (WarehouseFull, StaleEpoch).
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twfs.layout import Layout
+from twfs.prefix import Chain, Names, Root, root_of
+from twfs.records import Block, BlockKey
+from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
+
+if TYPE_CHECKING:
+    from twfs.match import Match
+
+# A torch tensor (CPU, pinned, CUDA), numpy array, or anything with the buffer protocol; contiguous.
+Buffer = Any
+# One block's payload or destination: one buffer, or several pieces in payload order.
+Pieces = Buffer | Sequence[Buffer]
+
+
+class Retention(StrEnum):
+    """Retention classes, in the order of their numbers in records: 0 to 3."""
+
+    EPHEMERAL = "ephemeral"
+    STANDARD = "standard"
+    DURABLE = "durable"
+    PINNED = "pinned"
+
+    @property
+    def rank(self) -> int:
+        """The number in records and headers."""
+        return list(Retention).index(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as opened: what chains and requests need to know of it."""
+
+    id: ModelId
+    name: str
+    epoch: int
+    layout: Layout
+
+    def root(self, salt: bytes = b"") -> Root:
+        """Where chains begin; *salt* separates tenants and is never stored."""
+        return root_of(self.layout.fingerprint, self.epoch, salt)
+
+    def chain(self, salt: bytes = b"") -> Chain:
+        """Return an empty chain, to be extended with token ids."""
+        return Chain(self.root(salt), self.layout.block_tokens)
+
+
+class PutOutcome(StrEnum):
+    """What became of one block of a put."""
+
+    PUBLISHED = "published"
+    PRESENT = "present"  # was there before, with the same digest
+    COLLISION = "collision"  # there with another digest: refused, never mixed
+    NO_ROOM = "no room"
+    FAILED = "failed"  # its bytes did not reach the device, or not whole
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """What a put did: one outcome per name, in their order."""
+
+    outcomes: tuple[PutOutcome, ...]
+    written_bytes: ByteCount
+
+    @property
+    def held(self) -> int:
+        """Blocks of the longest leading part that is now in the store."""
+        good = {PutOutcome.PUBLISHED, PutOutcome.PRESENT}
+        return next(
+            (i for i, outcome in enumerate(self.outcomes) if outcome not in good),
+            len(self.outcomes),
+        )
+
+
+class ReadOutcome(StrEnum):
+    """What became of one block of a read; everything but HIT is a miss, with its cause."""
+
+    HIT = "hit"
+    BAD_CHECKSUM = "bad checksum"
+    DEVICE_ERROR = "device error"
+    LEASE_ENDED = "lease ended"
+    TIMED_OUT = "timed out"
+    NOT_READ = "not read"  # behind a miss: a chain is useful up to its first gap only
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReport:
+    """What a read did: one outcome per block asked for, in chain order."""
+
+    outcomes: tuple[ReadOutcome, ...]
+    reader: str  # "host", "staged" or "cufile"
+    payload_bytes: ByteCount  # delivered
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the longest leading part that was delivered and verified."""
+        return next(
+            (i for i, outcome in enumerate(self.outcomes) if outcome is not ReadOutcome.HIT),
+            len(self.outcomes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as an operator sees it."""
+
+    id: ModelId
+    name: str
+    epoch: int
+    layout: Layout
+    created_ms: Millis
+    blocks: int
+    heads: int
+    device_bytes: ByteCount
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """One head: a session as it stands. Own bytes are used by this head alone."""
+
+    model: str
+    head: PrefixHash
+    tokens: TokenCount
+    blocks: int
+    payload_bytes: ByteCount
+    own_bytes: ByteCount  # on the device, headers and padding included
+    shared_bytes: ByteCount
+    last_use_ms: Millis
+    published_ms: Millis
+    retention: Retention
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """One block as the mount shows it."""
+
+    key: BlockKey
+    block: Block
+    index: int  # place in its chain, from 0
+    last_use_ms: Millis
+    links: int  # heads over it; at least 1
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Bytes of the data areas of all devices."""
+
+    total_bytes: ByteCount
+    free_bytes: ByteCount
+    limbo_bytes: ByteCount
+    reserved_bytes: ByteCount
+    evictable_bytes: ByteCount
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a prefix is a hit so far and no farther."""
+
+    hit_blocks: int
+    hit_tokens: TokenCount
+    asked_blocks: int
+    first_miss: PrefixHash | None
+    cause: str  # one sentence, for a person
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken invariant of FORMAT.md."""
+
+    invariant: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What the checker looked at, and what it found."""
+
+    findings: tuple[Finding, ...]
+    blocks: int
+    payloads: int  # read and verified
+    seconds: float
+
+
+class Store(Protocol):
+    """What engines use."""
+
+    def open_model(self, name: str, layout: Layout | None = None) -> Model:
+        """Open the model *name*, made with *layout* if it is not there.
+
+        LayoutMismatch if it has another layout (both are in the text); NoSuchModel if it is not
+        there and no layout was given.
+        """
+
+    def new_epoch(self, model: Model) -> Model:
+        """Make all blocks of *model* unreachable (weights updated, cache reset); return it anew."""
+
+    def match(self, model: Model, names: Names, *, start: int = 0) -> "Match":
+        """Return the longest part of *names* held from block *start* on, under a lease.
+
+        Blocks before *start* are taken as held by the caller. Nothing held, an old epoch or no
+        daemon: a Match of 0 blocks.
+        """
+
+    def join(self, token: bytes) -> "Match":
+        """Return the Match of another process's lease, held here too; LeaseEnded if it is over."""
+
+    def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
+        """Count the blocks that match would return, without lease and without counting a use."""
+
+    def touch(self, model: Model, names: Names) -> None:
+        """Count a use of these blocks, however they were served."""
+
+    def put(
+        self, model: Model, names: Names, payloads: Sequence[Pieces], *,
+        group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+    ) -> PutResult:  # fmt: skip
+        """Store one payload per name; returns once what it reports is durable.
+
+        Only what the store lacks is copied. InvalidInput on a payload that has not the layout's
+        block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits.
+        """
+
+    def close(self) -> None:
+        """End all leases and I/O, and let go of everything."""
+
+
+class Namespace(Protocol):
+    """What the mount and the tools use, besides Store."""
+
+    def models(self) -> list[ModelInfo]:
+        """All models, by name."""
+
+    def heads(
+        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000
+    ) -> list[PrefixHash]:
+        """Up to *limit* heads in order of their hashes, beginning behind *after*."""
+
+    def sessions(
+        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000
+    ) -> list[SessionInfo]:
+        """As heads, with figures; the bytes add up to `du`'s."""
+
+    def detached(self, model: ModelId) -> list[BlockKey]:
+        """Published blocks whose parent is not there."""
+
+    def chain_of(self, model: ModelId, prefix_hash: PrefixHash) -> list[BlockInfo]:
+        """All blocks from the first to *prefix_hash*, by index, group, shard; NoSuchBlock."""
+
+    def block_info(self, key: BlockKey) -> BlockInfo:
+        """One block; NoSuchBlock."""
+
+    def read_block(self, info: BlockInfo) -> memoryview:
+        """The verified payload, read under a lease of its own. Blocks on the device.
+
+        BlockGone if this life of the block is over; BadPayload or DeviceError if it is lost.
+        """
+
+    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+        """Unpublish a session from the tail up, every block that no other head uses.
+
+        NoSuchBlock, or NotEmpty when *head* is not a head.
+        """
+
+    def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
+        """Give a session's blocks at least this class, and blocks used by it alone exactly this."""
+
+    def evict(self, wanted_bytes: ByteCount) -> ByteCount:
+        """Evict in order until about this much is free that was not; returns what it freed."""
+
+    def explain(self, model: ModelId, names: Names) -> Explanation:
+        """Say why *names* match as far as they do, and what is wrong behind."""
+
+    def space(self) -> Space:
+        """Bytes on the devices."""
+
+    def check(self, *, data: bool = False) -> CheckReport:
+        """Check every invariant of FORMAT.md; with *data* every payload too."""
+
+    def statistics(self) -> dict[str, Any]:
+        """All counters and gauges, JSON-ready; names are stable."""
+
+    def changes(self) -> int:
+        """A number that grows with every change of what the namespace lists."""
+
+
+class LeaseHolder(Protocol):
+    """What a Match needs of the store it came from."""
+
+    def held(self, token: bytes) -> bool:
+        """Tell whether the lease is held now: connection not ended, deadline not passed."""
+
+    def release(self, token: bytes) -> None:
+        """End this holder's part of the lease; never raises."""
+
+    def renew(self, token: bytes) -> bool:
+        """Ask for a full term again; False if it is over or at its age limit."""
+
+    def report(self, key: BlockKey, generation: int, outcome: ReadOutcome) -> None:
+        """Hint that a block read badly; the daemon re-reads and judges for itself."""
+
+
+class PutPort(Protocol):
+    """One put under way, as `upload` drives it. Used by one thread."""
+
+    @property
+    def lacking(self) -> Sequence[int]:
+        """Indices into the names of blocks whose bytes are wanted, ascending."""
+
+    def write(self, blocks: "Sequence[ArenaBlock]") -> "Future[None]":
+        """Hand over arena ranges; done when the arena may be reused."""
+
+    def publish(self) -> PutResult:
+        """Flush and publish what was written; blocks until it is durable."""
+
+    def abandon(self) -> None:
+        """Give up: forfeit every reservation. Never raises; idempotent, also after publish."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaBlock:
+    """One block's payload, copied into a shared arena at a 4 KiB-aligned offset."""
+
+    index: int  # into the put's names
+    arena_offset: int
+    payload_bytes: ByteCount
+    xxh3: bytes
+    lane_plain: int
+    lane_weighted: int
+
+
+def iterate_heads(store: Namespace, model: ModelId) -> Iterator[PrefixHash]:
+    """All heads of *model*, asked for in bounded pieces."""
+    after: PrefixHash | None = None
+    while page := store.heads(model, after=after):
+        yield from page
+        after = page[-1]
+
+
+def iterate_sessions(store: Namespace, model: ModelId) -> Iterator[SessionInfo]:
+    """All sessions of *model*, asked for in bounded pieces."""
+    after: PrefixHash | None = None
+    while page := store.sessions(model, after=after):
+        yield from page
+        after = page[-1].head
