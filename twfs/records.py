@@ -27,6 +27,7 @@ from twfs.units import (
     Generation,
     Ino,
     Millis,
+    ModelId,
     PrefixHash,
     Slot,
     TokenCount,
@@ -73,6 +74,7 @@ assert SUPERBLOCK.size + SUM.size <= ALIGN
 assert BLOCK_DTYPE.itemsize == BLOCK_FIXED.size + EXTENT.size
 assert EXTENT_DTYPE.itemsize == EXTENT.size
 FLAG_HOLE: Final = 1  # the bytes were lost: no extents; record and children stay
+FLAG_DETACHED: Final = 2  # the parent, or the parent of one before it, has not come yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ class Checksums:
 class BlockKey:
     """The full name of a block: model, prefix hash, group, shard."""
 
-    model: int
+    model: ModelId
     prefix_hash: PrefixHash
     group: int = 0
     shard: int = 0
@@ -181,7 +183,7 @@ class BlockKey:
             model, prefix_hash, group, shard = BLOCK_KEY.unpack(data)
         except struct.error as error:
             raise ValueError(f"block key has {len(data)} bytes") from error
-        return cls(model, PrefixHash(prefix_hash), group, shard)
+        return cls(ModelId(model), PrefixHash(prefix_hash), group, shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,7 @@ class Block:
     tenant: int = 0
     retention: int = 1
     hole: bool = False
+    detached: bool = False
 
     def pack(self) -> bytes:
         """Return the record: the fixed part, the extents, the engine's own key."""
@@ -210,7 +213,8 @@ class Block:
             self.generation, self.ino, self.payload_bytes, self.published_ms,
             sums.lane_plain, sums.lane_weighted, sums.xxh3, self.parent, self.digest,
             self.slot, self.position, self.tenant, self.retention,
-            FLAG_HOLE if self.hole else 0, len(self.extents), len(self.key), 0,
+            FLAG_HOLE * self.hole | FLAG_DETACHED * self.detached,
+            len(self.extents), len(self.key), 0,
         )  # fmt: skip
         extents = b"".join(extent.pack() for extent in self.extents) or bytes(EXTENT.size)
         return fixed + extents + self.key
@@ -237,6 +241,7 @@ class Block:
             Generation(generation), Ino(ino), Slot(slot), PrefixHash(parent), Digest(digest),
             TokenCount(position), ByteCount(payload), Checksums(xxh3, plain, weighted), extents,
             Millis(published), bytes(data[end:]), tenant, retention, hole,
+            bool(flags & FLAG_DETACHED),
         )  # fmt: skip
 
     @property

@@ -1,0 +1,16 @@
+"""`twfs bench`: twfs beside fio, beside its own mount, and against its own size.
+
+Every comparison runs both sides in turn on the same bytes and gives the ratio of medians. All
+scratch is removed and every daemon ended, also after an error.
+"""
+
+import typer
+
+from twfs_tools.bench.match import match
+from twfs_tools.bench.mount import mount
+from twfs_tools.bench.read import read
+from twfs_tools.bench.write import write
+
+app = typer.Typer(help="Measure twfs on this machine, beside fio where there is a rival.")
+for command in (read, write, match, mount):
+    app.command(command.__name__)(command)

@@ -1,0 +1,162 @@
+"""Answers of the daemon to requests that need no connection: models, listings, tools.
+
+Each function blocks and runs in a worker thread. Puts, leases and the order of replies are in
+connection.py.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from twfs.messages import (
+    LISTED_MAX,
+    AnyReply,
+    AskChanges,
+    AskSpace,
+    BlockRows,
+    CheckAll,
+    Checked,
+    Counted,
+    Done,
+    EvictBytes,
+    Explained,
+    ExplainNames,
+    HashRows,
+    InfoOfBlock,
+    KeyRows,
+    ListChain,
+    ListDetached,
+    ListHeads,
+    ListModels,
+    ListSessions,
+    ModelRows,
+    NewEpoch,
+    Opened,
+    OpenModel,
+    RemoveSession,
+    RetainSession,
+    SessionRows,
+    SpaceFigures,
+    Status,
+)
+from twfs.protocol import (
+    block_info_to_wire,
+    key_of,
+    layout_of,
+    model_info_to_wire,
+    model_of,
+    model_to_wire,
+    names_of,
+)
+from twfs.store import CheckReport
+from twfs.units import ByteCount, ModelId, PrefixHash
+
+if TYPE_CHECKING:
+    from twfs.warehouse import Warehouse
+
+
+def status_of(message_id: int, statistics: Mapping[str, Any]) -> Status:
+    """Return *statistics* as an answer; what JSON does not know goes as its text."""
+    return Status(message_id, json.dumps(statistics, default=str).encode())
+
+
+def _open_model(warehouse: "Warehouse", request: OpenModel) -> AnyReply:
+    layout = None if request.layout is None else layout_of(request.layout)
+    return Opened(request.id, model_to_wire(warehouse.open_model(request.name, layout)))
+
+
+def _new_epoch(warehouse: "Warehouse", request: NewEpoch) -> AnyReply:
+    return Opened(request.id, model_to_wire(warehouse.new_epoch(model_of(request.model))))
+
+
+def _models(warehouse: "Warehouse", request: ListModels) -> AnyReply:
+    infos = [info for info in warehouse.models() if info.name > request.after]
+    infos.sort(key=lambda info: info.name)
+    return ModelRows(request.id, tuple(map(model_info_to_wire, infos[: request.limit])))
+
+
+def _after(request: ListHeads | ListSessions) -> PrefixHash | None:
+    """The hash behind which a listing begins."""
+    return None if request.after is None else PrefixHash(request.after)
+
+
+def _heads(warehouse: "Warehouse", request: ListHeads) -> AnyReply:
+    heads = warehouse.heads(ModelId(request.model), after=_after(request), limit=request.limit)
+    return HashRows(request.id, b"".join(heads))
+
+
+def _sessions(warehouse: "Warehouse", request: ListSessions) -> AnyReply:
+    model = ModelId(request.model)
+    sessions = warehouse.sessions(model, after=_after(request), limit=request.limit)
+    return SessionRows(request.id, tuple(sessions))
+
+
+def _detached(warehouse: "Warehouse", request: ListDetached) -> AnyReply:
+    keys = sorted(key.pack() for key in warehouse.detached(ModelId(request.model)))
+    behind = [key for key in keys if request.after is None or key > request.after]
+    return KeyRows(request.id, b"".join(behind[: request.limit]))
+
+
+def _chain(warehouse: "Warehouse", request: ListChain) -> AnyReply:
+    infos = warehouse.chain_of(ModelId(request.model), PrefixHash(request.prefix_hash))
+    asked = infos[request.first : request.first + request.limit]
+    return BlockRows(request.id, tuple(map(block_info_to_wire, asked)))
+
+
+def _info(warehouse: "Warehouse", request: InfoOfBlock) -> AnyReply:
+    info = warehouse.block_info(key_of(request.key))
+    return BlockRows(request.id, (block_info_to_wire(info),))
+
+
+def _remove(warehouse: "Warehouse", request: RemoveSession) -> AnyReply:
+    freed = warehouse.remove(ModelId(request.model), PrefixHash(request.head))
+    return Counted(request.id, freed)
+
+
+def _retain(warehouse: "Warehouse", request: RetainSession) -> AnyReply:
+    head = PrefixHash(request.head)
+    warehouse.set_retention(ModelId(request.model), head, request.retention)
+    return Done(request.id)
+
+
+def _evict(warehouse: "Warehouse", request: EvictBytes) -> AnyReply:
+    return Counted(request.id, warehouse.evict(ByteCount(request.wanted_bytes)))
+
+
+def _explain(warehouse: "Warehouse", request: ExplainNames) -> AnyReply:
+    explanation = warehouse.explain(ModelId(request.model), names_of(request.names))
+    return Explained(request.id, explanation)
+
+
+def _space(warehouse: "Warehouse", request: AskSpace) -> AnyReply:
+    return SpaceFigures(request.id, warehouse.space())
+
+
+def _check(warehouse: "Warehouse", request: CheckAll) -> AnyReply:
+    report = warehouse.check(data=request.data)
+    findings = report.findings[:LISTED_MAX]  # more of them would not fit a frame
+    report = CheckReport(findings, report.blocks, report.payloads, report.seconds)
+    return Checked(request.id, report)
+
+
+def _changes(warehouse: "Warehouse", request: AskChanges) -> AnyReply:
+    return Counted(request.id, warehouse.changes())
+
+
+ANSWERS: Final[Mapping[type[Any], Callable[["Warehouse", Any], AnyReply]]] = {
+    OpenModel: _open_model,
+    NewEpoch: _new_epoch,
+    ListModels: _models,
+    ListHeads: _heads,
+    ListSessions: _sessions,
+    ListDetached: _detached,
+    ListChain: _chain,
+    InfoOfBlock: _info,
+    RemoveSession: _remove,
+    RetainSession: _retain,
+    EvictBytes: _evict,
+    ExplainNames: _explain,
+    AskSpace: _space,
+    CheckAll: _check,
+    AskChanges: _changes,
+}

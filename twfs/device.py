@@ -1,0 +1,351 @@
+"""One open device: claimed, read and written with O_DIRECT, flushed, and its superblock checked.
+
+All calls block and are thread-safe. It knows superblocks, but nothing of blocks or free space.
+"""
+
+import fcntl
+import os
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+
+from twfs.errors import (
+    CorruptSuperblock,
+    DeviceError,
+    FormatTooNew,
+    InvalidInput,
+    ReadOnly,
+    TruncatedDevice,
+    WrongDevice,
+)
+from twfs.formatting import (
+    BLKDISCARD,
+    DeviceSpec,
+    claim,
+    format_device,
+    inspect,
+    refusal,
+    superblock_at,
+    usable_bytes,
+)
+from twfs.records import FORMAT_VERSION, Superblock
+from twfs.units import (
+    ALIGN,
+    IO_BYTES_MAX,
+    ByteCount,
+    ByteOffset,
+    DeviceIndex,
+    is_aligned,
+)
+
+__all__ = ["Device", "DeviceSpec", "DeviceStatistics", "format_device", "inspect"]
+
+VECTORS_MAX: Final = 1000  # buffers of one preadv; the kernel's IOV_MAX is 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """What went through one Device since it was opened. Counts are calls, not system calls."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+    flushes: int = 0
+    discards: int = 0
+    errors: int = 0
+    in_flight: int = 0
+
+
+class Device:
+    """One claimed, open device of a warehouse. Make it with `Device.open`; thread-safe."""
+
+    def __init__(
+        self, path: Path, descriptor: int, superblock: Superblock, notes: list[str],
+        *, is_block: bool, read_only: bool,
+    ) -> None:  # fmt: skip
+        """Own *descriptor*, which has been claimed and proved to be *superblock*'s device."""
+        self.path = path
+        self.superblock = superblock
+        self.uuid = superblock.device
+        self.index = superblock.index
+        self.size_bytes = superblock.size_bytes
+        self.is_block = is_block
+        self.read_only = read_only
+        self.notes = notes
+        self._descriptor = descriptor
+        self._idle = threading.Condition()  # guards what follows
+        self._closed = False
+        self._failed_flush = ""
+        self._counts = DeviceStatistics()
+
+    @classmethod
+    def open(
+        cls, path: Path, *, warehouse: UUID, device: UUID, index: DeviceIndex,
+        read_only: bool = False,
+    ) -> "Device":  # fmt: skip
+        """Claim the device at *path*, which must be number *index*, *device*, of *warehouse*.
+
+        One bad superblock copy is said in `notes`. WrongDevice, NotAllowed, WarehouseBusy,
+        CorruptSuperblock, FormatTooNew or TruncatedDevice if it is not what was asked for.
+        """
+        descriptor, is_block = claim(path, read_only=read_only)
+        try:
+            notes: list[str] = []
+            superblock = _read_superblock(path, descriptor, notes)
+            found = (superblock.warehouse, superblock.device, superblock.index)
+            if found != (warehouse, device, index):
+                raise WrongDevice(
+                    f"{path} is device {found[2]} ({found[1]}) of warehouse {found[0]}, and not "
+                    f"device {index} ({device}) of warehouse {warehouse}: correct the path"
+                )
+            held = os.lseek(descriptor, 0, os.SEEK_END)
+            if held < superblock.size_bytes:
+                raise TruncatedDevice(
+                    f"{path} has {held} bytes, and its superblock says {superblock.size_bytes}: "
+                    "restore the device, or create the warehouse anew"
+                )
+            last_offset = superblock.size_bytes - ALIGN
+            if not notes and superblock_at(descriptor, last_offset) != superblock:
+                notes.append(f"last superblock copy, at offset {last_offset}, is corrupt")
+            return cls(path, descriptor, superblock, notes, is_block=is_block, read_only=read_only)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @property
+    def data_area(self) -> tuple[ByteOffset, ByteCount]:
+        """Offset and length of what blocks may take: all between the superblocks."""
+        start = self.superblock.data_start
+        return start, ByteCount(self.size_bytes - ALIGN - start)
+
+    def superblocks(self) -> tuple[Superblock | str, Superblock | str]:
+        """Read both copies, first and last; a str says what is wrong with one."""
+        with self._using("read") as descriptor:
+            return (
+                superblock_at(descriptor, 0),
+                superblock_at(descriptor, self.size_bytes - ALIGN),
+            )
+
+    def read_into(self, buffers: Sequence[memoryview], offset: ByteOffset) -> None:
+        """Fill *buffers*, one after the other, with what is on the device from *offset* on.
+
+        Offset, every length and every address must be multiples of 4 KiB, else InvalidInput.
+        DeviceError if not every byte came.
+        """
+        views, total = self._checked(buffers, offset, 0, self.size_bytes)
+        if any(view.readonly for view in views):
+            raise InvalidInput("a buffer to read into is read-only")
+        with self._using("read") as descriptor:
+            self._transfer(os.preadv, "read", descriptor, views, offset)
+        self._count(reads=1, read_bytes=total)
+
+    def write_from(self, buffers: Sequence[memoryview], offset: ByteOffset) -> None:
+        """Write *buffers*, one after the other, to *offset* on, inside the data area.
+
+        Alignment and errors as with read_into; ReadOnly if it was opened so. Durable only after
+        the next flush.
+        """
+        start, length = self.data_area
+        views, total = self._checked(buffers, offset, start, start + length)
+        with self._using("write") as descriptor:
+            self._transfer(os.pwritev, "write", descriptor, views, offset)
+        self._count(writes=1, written_bytes=total)
+
+    def _checked(
+        self, buffers: Sequence[memoryview], offset: int, low: int, high: int
+    ) -> tuple[list[memoryview], int]:
+        """The buffers as bytes, and their length; InvalidInput on any misalignment.
+
+        The kernel does not reject every misaligned address: it has been seen to write beside it.
+        """
+        if not is_aligned(offset):
+            raise InvalidInput(f"offset {offset} is not a multiple of {ALIGN}")
+        views = []
+        for buffer in buffers:
+            if not buffer.c_contiguous or not buffer.nbytes or not is_aligned(buffer.nbytes):
+                raise InvalidInput(
+                    f"a buffer of {buffer.nbytes} bytes: a contiguous multiple of {ALIGN} is needed"
+                )
+            view = buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
+            address = int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
+            if not is_aligned(address):
+                raise InvalidInput(f"a buffer at address {address:#x}: not a multiple of {ALIGN}")
+            views.append(view)
+        total = sum(view.nbytes for view in views)
+        if not views or offset < low or offset + total > high:
+            raise InvalidInput(
+                f"{total} bytes at offset {offset} of {self.path}: only {low} to {high} may be used"
+            )
+        return views, total
+
+    def _transfer(
+        self, call: Callable[[int, list[memoryview], int], int], verb: str, descriptor: int,
+        views: list[memoryview], offset: int,
+    ) -> None:  # fmt: skip
+        """Read or write all of *views*. Python itself goes on after EINTR."""
+        waiting = [
+            view[at : at + IO_BYTES_MAX]
+            for view in views
+            for at in range(0, view.nbytes, IO_BYTES_MAX)
+        ]
+        waiting.reverse()
+        while waiting:
+            batch: list[memoryview] = []
+            asked = 0
+            while waiting and len(batch) < VECTORS_MAX:
+                if batch and asked + waiting[-1].nbytes > IO_BYTES_MAX:
+                    break
+                asked += waiting[-1].nbytes
+                batch.append(waiting.pop())
+            try:
+                done = call(descriptor, batch, offset)
+            except OSError as error:
+                raise self._failed(verb, offset, asked, str(error.strerror)) from error
+            if not done or not is_aligned(done):
+                raise self._failed(verb, offset, asked, f"only {done} bytes were done")
+            offset += done
+            waiting.extend(reversed(_rest(batch, done)))
+
+    def _failed(self, verb: str, offset: int, length: int, why: str) -> DeviceError:
+        return DeviceError(f"{verb} of {length} bytes at offset {offset} of {self.path}: {why}")
+
+    @contextmanager
+    def _using(self, purpose: str) -> Iterator[int]:
+        """Lend the descriptor; close() waits until all are back, so that no number is reused."""
+        with self._idle:
+            if self._closed:
+                raise DeviceError(f"{self.path} has been closed")
+            if purpose == "write" and self.read_only:
+                raise ReadOnly(f"{self.path} was opened for reading only")
+            if purpose != "read" and self._failed_flush:
+                raise DeviceError(
+                    f"{self.path} takes no more writes: {self._failed_flush}; a failed flush is "
+                    "final, so check the drive and restart the daemon"
+                )
+            self._counts = replace(self._counts, in_flight=self._counts.in_flight + 1)
+        try:
+            yield self._descriptor
+        except DeviceError:
+            self._count(errors=1)
+            raise
+        finally:
+            self._count(in_flight=-1)
+
+    def _count(self, **more: int) -> None:
+        """Add to the counters."""
+        with self._idle:
+            counts = {name: getattr(self._counts, name) + number for name, number in more.items()}
+            self._counts = replace(self._counts, **counts)
+            self._idle.notify_all()
+
+    def flush(self) -> None:
+        """Make all finished writes durable.
+
+        DeviceError if the drive refuses; the next flush may then succeed without the data being
+        there, so this Device writes and flushes no more.
+        """
+        with self._using("flush") as descriptor:
+            try:
+                os.fdatasync(descriptor)
+            except OSError as error:
+                text = f"flush of {self.path} failed: {error.strerror}"
+                with self._idle:
+                    self._failed_flush = text
+                raise DeviceError(text) from error
+        self._count(flushes=1)
+
+    def discard(self, offset: ByteOffset, length: ByteCount) -> bool:
+        """Tell the drive that a range of the data area holds nothing; True if it took the hint.
+
+        Image files are left alone: their blocks must stay allocated, or a later write could find
+        the filesystem full.
+        """
+        start, area = self.data_area
+        if not (is_aligned(offset) and is_aligned(length) and length > 0):
+            raise InvalidInput(f"discard of {length} bytes at {offset}: multiples of {ALIGN} only")
+        if offset < start or offset + length > start + area:
+            raise InvalidInput(f"discard of {length} bytes at {offset} leaves the data area")
+        if not self.is_block:
+            return False
+        with self._using("write") as descriptor:
+            try:
+                fcntl.ioctl(descriptor, BLKDISCARD, struct.pack("=QQ", offset, length))
+            except OSError:
+                return False
+        self._count(discards=1)
+        return True
+
+    def open_for_reader(self) -> int:
+        """Return a fresh read-only O_DIRECT descriptor, for the caller to pass on and close.
+
+        Never a duplicate of the claiming one, which would keep the claim after our death.
+        WrongDevice if the path names another device by now.
+        """
+        with self._using("read") as descriptor:
+            try:
+                fresh = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                raise refusal(self.path, error) from error
+            mine, theirs = os.fstat(descriptor), os.fstat(fresh)
+            same = (
+                mine.st_rdev == theirs.st_rdev
+                if self.is_block
+                else (mine.st_dev, mine.st_ino) == (theirs.st_dev, theirs.st_ino)
+            )
+        if not same or stat.S_ISBLK(theirs.st_mode) != self.is_block:
+            os.close(fresh)
+            raise WrongDevice(f"{self.path} was replaced while it was open: restart the daemon")
+        return fresh
+
+    def statistics(self) -> DeviceStatistics:
+        """Counters since the device was opened."""
+        with self._idle:
+            return self._counts
+
+    def close(self) -> None:
+        """Wait for I/O under way, then give up the claim; idempotent."""
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: not self._counts.in_flight)
+        os.close(self._descriptor)
+
+
+def _rest(batch: list[memoryview], done: int) -> list[memoryview]:
+    """What of *batch* is still to do after *done* bytes."""
+    rest = []
+    for view in batch:
+        if done < view.nbytes:
+            rest.append(view[done:])
+        done = max(done - view.nbytes, 0)
+    return rest
+
+
+def _read_superblock(path: Path, descriptor: int, notes: list[str]) -> Superblock:
+    """Return the first copy that is whole, and note if it is the last one."""
+    last_offset = max(usable_bytes(descriptor) - ALIGN, 0)
+    first, last = superblock_at(descriptor, 0), superblock_at(descriptor, last_offset)
+    superblock = last if isinstance(first, str) else first
+    if isinstance(superblock, str):
+        raise CorruptSuperblock(
+            f"{path} has no whole superblock (first: {first}; last: {last}): it is no device of "
+            "twfs, or must be restored"
+        )
+    if superblock.version > FORMAT_VERSION:
+        raise FormatTooNew(
+            f"{path} has format version {superblock.version}, and this twfs knows up to "
+            f"{FORMAT_VERSION}: upgrade twfs"
+        )
+    if isinstance(first, str):
+        notes.append(f"first superblock copy is corrupt; the copy at offset {last_offset} is used")
+    return superblock

@@ -1,0 +1,253 @@
+"""KV of Hugging Face transformers models, kept between requests and processes.
+
+Not for batches and not for sliding-window, recurrent or latent (MLA) attention, which are refused.
+A PrefixStore is used by one thread at a time; several may share a Store.
+"""
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import xxhash
+
+from twfs.arena import Arena
+from twfs.checksums import lanes_of
+from twfs.errors import InvalidInput
+from twfs.layout import Arrangement, Group, Layout
+from twfs.prefix import Chain, Names, tokens_to_bytes
+from twfs.store import PutOutcome, PutResult, Retention
+from twfs.units import ByteCount, align_up
+from twfs.upload import PIECES_MAX
+
+if TYPE_CHECKING:
+    import torch
+
+    from twfs.match import Match
+    from twfs.store import Store
+
+# Where a model came from and which library wrote its config say nothing about its KV.
+CONFIG_IGNORED: Final = frozenset({"_name_or_path", "transformers_version", "architectures"})
+COUNTERS: Final = ("saves", "loads", "saved_bytes", "asked_tokens", "hit_tokens")
+NAME_HEX: Final = 8  # digits of the fingerprint in a model's name: tells its layouts apart
+
+
+def revision_of(model: Any) -> str:
+    """Return 32 hex digits that name the config and every weight of *model*, wherever it runs.
+
+    Reads all weights once, at memory speed, on their device.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in CONFIG_IGNORED}
+    state = xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        sums = lanes_of(weight.detach().contiguous())
+        state.update(f"\0{name} {weight.dtype} {tuple(weight.shape)} {sums}".encode())
+    return state.hexdigest()
+
+
+def layout_of(
+    config: Any, dtype: "torch.dtype", *, model_name: str, revision: str, block_tokens: int = 256
+) -> Layout:
+    """Return the layout of the KV that a model with this *config* keeps in *dtype*.
+
+    InvalidInput if its attention keeps anything but all keys and values of all tokens.
+    """
+    from transformers import DynamicCache  # noqa: PLC0415 - seconds, and only if it is used
+    from transformers.cache_utils import DynamicLayer  # noqa: PLC0415
+
+    config = config.get_text_config(decoder=True)
+    odd = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {
+        DynamicLayer.__name__
+    }
+    if odd or getattr(config, "kv_lora_rank", None):
+        raise InvalidInput(
+            f"model {model_name} keeps {', '.join(sorted(odd)) or 'latent (MLA) KV'} in some of "
+            "its layers: only full attention in every layer can be kept by this adapter"
+        )
+    heads = config.num_attention_heads
+    group = Group(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=str(dtype).removeprefix("torch."),
+        arrangement=Arrangement.LAYER_KV_HEAD_TOKEN,
+    )
+    return Layout(model_name, (group,), block_tokens, revision=revision, engine="transformers")
+
+
+class PrefixStore:
+    """The KV of one model in a Store: save after a turn, load before the next.
+
+    *hf_model* is only looked at here and not kept. Its weights are part of the model's name in the
+    store (*model_name* and 8 hex digits), so other weights never hit; *salt* separates tenants.
+    """
+
+    def __init__(
+        self,
+        store: "Store",
+        model_name: str,
+        hf_model: Any,
+        *,
+        block_tokens: int = 256,
+        salt: bytes = b"",
+        retention: Retention = Retention.STANDARD,
+    ) -> None:
+        layout = layout_of(
+            hf_model.config, hf_model.dtype, model_name=model_name,
+            revision=revision_of(hf_model), block_tokens=block_tokens,
+        )  # fmt: skip
+        name = f"{model_name}-{layout.fingerprint.hex()[:NAME_HEX]}"
+        self.model = store.open_model(name, layout)
+        self._store = store
+        self._salt = salt
+        self._retention = retention
+        self._device = hf_model.device
+        self._dtype = hf_model.dtype
+        self._chain = self.model.chain(salt)
+        self._seen = b""  # the tokens in _chain, so that a turn hashes only what is new
+        self._counts = {
+            "saves": 0,
+            "loads": 0,
+            "saved_bytes": 0,
+            "asked_tokens": 0,
+            "hit_tokens": 0,
+        }
+
+    def save(self, token_ids: Any, past_key_values: Any) -> PutResult:
+        """Store every whole block of *past_key_values*, the KV of *token_ids* from the first on.
+
+        Only what the store lacks is copied; the outcomes are of all whole blocks in order.
+        InvalidInput on a batch, on KV of another shape than the model's, or on more KV than
+        tokens; WarehouseFull as in Store.put.
+        """
+        names = self._names(token_ids)
+        group, step = self.model.layout.groups[0], self.model.layout.block_tokens
+        tensors = _tensors_of(past_key_values, group, self._dtype)
+        length = tensors[0].shape[2] if tensors else 0
+        if length > len(self._seen) // 4:
+            raise InvalidInput(f"{length} tokens of KV were given with {len(self._seen) // 4} ids")
+        names = names.head(length // step)
+        held = self._store.lookup(self.model, names)
+        self._store.touch(self.model, names.head(held))
+        outcomes, written = (PutOutcome.PRESENT,) * held, ByteCount(0)
+        if held < len(names):
+            by_head = len(tensors) * group.kv_heads <= PIECES_MAX
+            payloads = [
+                _pieces(tensors, at * step, (at + 1) * step, by_head=by_head)
+                for at in range(held, len(names))
+            ]
+            result = self._store.put(
+                self.model, names.slice(held, len(names)), payloads, retention=self._retention
+            )
+            outcomes, written = outcomes + result.outcomes, result.written_bytes
+        self._counts["saves"] += 1
+        self._counts["saved_bytes"] += written
+        return PutResult(outcomes, written)
+
+    def load(self, token_ids: Any) -> tuple[Any, int]:
+        """Return a DynamicCache with the longest held prefix of *token_ids*, and its tokens.
+
+        At least one token is always left to compute, since its logits are what a prompt is sent
+        for. A miss is an empty DynamicCache and 0. InvalidInput on a batch.
+        """
+        from transformers import DynamicCache  # noqa: PLC0415 - see layout_of
+
+        names = self._names(token_ids)
+        tokens = len(self._seen) // 4
+        names = names.head(max(tokens - 1, 0) // self.model.layout.block_tokens)
+        cache, blocks = DynamicCache(), 0
+        if len(names):
+            with self._store.match(self.model, names) as match:
+                blocks = self._read(match, cache) if match.blocks else 0
+        held = blocks * self.model.layout.block_tokens
+        self._counts["loads"] += 1
+        self._counts["asked_tokens"] += tokens
+        self._counts["hit_tokens"] += held
+        return cache, held
+
+    def _read(self, match: "Match", cache: Any) -> int:
+        """Read what *match* holds into one buffer and copy it into *cache*; return its blocks."""
+        import torch  # noqa: PLC0415 - the model that was given has imported it
+
+        layout = self.model.layout
+        group, payload_bytes = layout.groups[0], layout.block_bytes()
+        step = align_up(payload_bytes)
+        on_cpu = self._device.type == "cpu"
+        # Huge pages double the speed of a host read; on a GPU torch's own memory is as good.
+        arena = Arena.private(match.blocks * step) if on_cpu else None
+        flat = (
+            torch.frombuffer(arena.view, dtype=torch.uint8)
+            if arena is not None
+            else torch.empty(match.blocks * step, dtype=torch.uint8, device=self._device)
+        )
+        rows = flat.view(match.blocks, step)[:, :payload_bytes]
+        blocks = match.read_into(list(rows.unbind())).blocks
+        if blocks:
+            # [block, layer, K or V, head, token, dim]; a layer's tensor wants [head, all tokens].
+            shape = (blocks, group.layers, 2, group.kv_heads, layout.block_tokens, group.head_size)
+            held = rows[:blocks].view(self._dtype).view(shape)
+            for layer in range(group.layers):
+                keys, values = (
+                    held[:, layer, kv].transpose(0, 1).reshape(1, shape[3], -1, shape[5])
+                    for kv in (0, 1)
+                )
+                cache.update(keys[:, :, :0], values[:, :, :0], layer)  # makes the layer
+                cache.layers[layer].keys, cache.layers[layer].values = keys, values  # uncopied
+        return blocks
+
+    def _names(self, token_ids: Any) -> Names:
+        """Return the names of the whole blocks of *token_ids*, hashing only what is new."""
+        data = tokens_to_bytes(_flat_ids(token_ids))
+        if not data.startswith(self._seen):
+            self._chain, self._seen = Chain(self._chain.root, self._chain.block_tokens), b""
+        self._chain.extend(np.frombuffer(data[len(self._seen) :], "<u4"))
+        self._seen = data
+        return self._chain.names()
+
+    def statistics(self) -> dict[str, int]:
+        """Calls, bytes written, and tokens asked for and loaded."""
+        return dict(self._counts)
+
+
+def _flat_ids(token_ids: Any) -> Any:
+    """Return token ids of one sequence (list, array or tensor, [T] or [1, T]) as list or array."""
+    if isinstance(token_ids, list | tuple):
+        return token_ids
+    ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
+    if ids.ndim == 2 and ids.shape[0] != 1:
+        raise InvalidInput(f"a batch of {ids.shape[0]} prompts: save and load one at a time")
+    return ids.reshape(-1)
+
+
+def _tensors_of(past_key_values: Any, group: Group, dtype: "torch.dtype") -> "list[torch.Tensor]":
+    """Return K and V of every layer, [1, heads, tokens, dim] each; InvalidInput on other shapes."""
+    layers = past_key_values.layers
+    if not layers or not layers[0].is_initialized:
+        return []
+    if len(layers) != group.layers or any(layer.is_sliding for layer in layers):
+        raise InvalidInput(
+            f"{len(layers)} layers of KV, some of them sliding or foreign to this model: it has "
+            f"{group.layers} layers of full attention"
+        )
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    wanted = (1, group.kv_heads, tensors[0].shape[2], group.head_size)
+    for tensor in tensors:
+        if tuple(tensor.shape) != wanted or tensor.dtype != dtype:
+            raise InvalidInput(
+                f"KV of shape {tuple(tensor.shape)} and {tensor.dtype}; this model needs {wanted} "
+                f"(one prompt at a time) and {dtype}"
+            )
+    return tensors
+
+
+def _pieces(
+    tensors: "list[torch.Tensor]", start: int, stop: int, *, by_head: bool
+) -> "list[torch.Tensor]":
+    """Return tokens *start* up to *stop* of all *tensors* in payload order.
+
+    Of one head they are a contiguous run, and nothing is copied before the arena; with so many
+    heads that there would be too many pieces, a layer is made contiguous instead.
+    """
+    runs = [tensor[0, :, start:stop] for tensor in tensors]
+    if by_head:
+        return [head.contiguous() for run in runs for head in run.unbind()]
+    return [run.contiguous() for run in runs]

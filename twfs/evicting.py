@@ -1,0 +1,234 @@
+"""Making room: eviction by recency and depth, removal of sessions, old epochs, lost blocks.
+
+Only a block without child and without lease is evicted, so a chain loses its tail and never its
+middle (invariant I18 of FORMAT.md). Victims are chosen in one step under the lock, together with
+the lease check, and are condemned there and then: nobody matches them any more.
+"""
+
+import heapq
+from concurrent.futures import Future
+from typing import Final
+
+from twfs import ledger
+from twfs import slots as states
+from twfs.core import Core
+from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
+from twfs.payload import read_payload
+from twfs.records import BlockKey
+from twfs.tables import ReadView, WriteView
+from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
+
+VICTIMS_PER_COMMIT: Final = 2048  # about 30 ms of transaction: readers of the tables never notice
+LOW_WATER_PARTS: Final = 64  # 1/64 of the space is kept free ahead of demand
+LOW_WATER_BYTES_MAX: Final = 8 << 30
+
+
+def low_water_bytes(core: Core) -> int:
+    """Free bytes below which eviction begins in the background."""
+    return min(core.allocator.total_bytes // LOW_WATER_PARTS, LOW_WATER_BYTES_MAX)
+
+
+def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
+    """Condemn slots worth *wanted_bytes*, in the order they are to go. Hold the lock.
+
+    Detached blocks go first, then the least recently used; among equals the deepest. A parent
+    follows its last child within the same choice, as its turn comes.
+    """
+    core.expire()
+    slots = core.slots
+    leaves = slots.leaves()
+    order = list(
+        zip(
+            (~slots.detached[leaves]).tolist(),
+            slots.stamp[leaves].tolist(),
+            (-slots.position[leaves].astype("i8")).tolist(),
+            leaves.tolist(),
+            strict=True,
+        )
+    )
+    heapq.heapify(order)
+    missing: dict[int, int] = {}
+    victims: list[int] = []
+    freed = 0
+    while order and freed < wanted_bytes:
+        slot = heapq.heappop(order)[3]
+        slots.state[slot] = states.CONDEMNED
+        victims.append(slot)
+        freed += int(slots.units[slot]) * ALIGN
+        parent = int(slots.parent[slot])
+        if parent == states.NONE:
+            continue
+        missing[parent] = missing.get(parent, int(slots.children[parent])) - 1
+        if missing[parent] == 0 and not slots.leases[parent] and slots.state[parent] == states.LIVE:
+            heapq.heappush(
+                order,
+                (
+                    not bool(slots.detached[parent]), int(slots.stamp[parent]),
+                    -int(slots.position[parent]), parent,
+                ),
+            )  # fmt: skip
+    return victims
+
+
+def submit_eviction(core: Core, wanted_bytes: int) -> "list[Future[ledger.Removed]]":
+    """Choose victims and queue their removal; one future per transaction."""
+    with core.lock:
+        keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes)]
+        return submit_condemned(core, keys, evicted=True)
+
+
+def submit_condemned(
+    core: Core, keys: list[BlockKey], *, evicted: bool
+) -> "list[Future[ledger.Removed]]":
+    """Queue the removal of condemned *keys*, in order; one transaction holds one model's."""
+    futures = []
+    start = 0
+    for stop in range(1, len(keys) + 1):
+        whole = stop == len(keys) or stop - start == VICTIMS_PER_COMMIT
+        if whole or keys[stop].model != keys[start].model:
+            model = core.models[keys[start].model]
+            futures.append(core.submit_removal(model, keys[start:stop], evicted=evicted))
+            start = stop
+    return futures
+
+
+def freed_bytes(futures: "list[Future[ledger.Removed]]") -> ByteCount:
+    """Wait for removals; bytes of the blocks they removed."""
+    return ByteCount(
+        sum(
+            block.device_bytes
+            for future in futures
+            for _, block in future.result().blocks
+        )
+    )  # fmt: skip
+
+
+def evict(core: Core, wanted_bytes: int) -> ByteCount:
+    """Evict about *wanted_bytes*; blocks until it is durable; returns what was evicted."""
+    return freed_bytes(submit_eviction(core, wanted_bytes))
+
+
+def keep_low_water(core: Core) -> None:
+    """Begin to evict in the background if less than the low-water mark is free."""
+    with core.lock:
+        missing = low_water_bytes(core) - core.allocator.free_bytes
+        if missing > 0 and core.evicting == 0:
+            futures = submit_eviction(core, 2 * missing)
+            core.evicting += len(futures)
+            for future in futures:
+                future.add_done_callback(lambda _: _one_done(core))
+
+
+def _one_done(core: Core) -> None:
+    with core.lock:
+        core.evicting -= 1
+
+
+def remove_session(core: Core, model: ModelId, head: PrefixHash) -> ByteCount:
+    """Unpublish a session from the tail up, every block that no other head uses.
+
+    Leased blocks wait in limbo. NoSuchBlock, or NotEmpty when *head* is not a head.
+    """
+    layout = core.models[model].layout
+    standing = BlockKey(model, head, layout.spine, 0)
+    with core.lock:
+        with core.metadata.read() as view:
+            block = view.block(standing)
+            if block is None or core.slots.state[block.slot] != states.LIVE:
+                raise NoSuchBlock(f"no session {head.hex()}")
+            if not view.is_head(model, head):
+                raise NotEmpty(f"{head.hex()} is no session's head: longer sessions go on from it")
+            own = [
+                slot
+                for slot in core.slots.ancestors(block.slot)
+                if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
+            ]
+            keys = [
+                key
+                for slot in own
+                for key in _all_of(view, core.slots.key_of(slot), layout.shards, len(layout.groups))
+            ]
+            for key in keys:
+                present = view.block(key)
+                assert present is not None, key
+                core.slots.state[present.slot] = states.CONDEMNED
+        futures = submit_condemned(core, keys, evicted=False)
+    return freed_bytes(futures)
+
+
+def _all_of(view: ReadView, key: BlockKey, shards: int, groups: int) -> list[BlockKey]:
+    """The blocks of every group and shard under one prefix hash, those there are."""
+    found = []
+    for group in range(groups):
+        for shard in range(shards):
+            each = BlockKey(key.model, key.prefix_hash, group, shard)
+            if view.raw_block(each.pack()) is not None:
+                found.append(each)
+    return found
+
+
+def sweep_epochs(core: Core) -> ByteCount:
+    """Remove all blocks of epochs that are over, but those under lease; then their models."""
+    freed = 0
+    with core.lock:
+        over = [record for record in core.models.values() if not core.is_current(record.id)]
+    for record in over:
+        while True:
+            with core.lock:
+                core.expire()
+                leaves = [
+                    slot
+                    for slot in core.slots.leaves().tolist()
+                    if core.slots.key_of(slot).model == record.id
+                ][:VICTIMS_PER_COMMIT]
+                for slot in leaves:
+                    core.slots.state[slot] = states.CONDEMNED
+                keys = [core.slots.key_of(slot) for slot in leaves]
+                futures = submit_condemned(core, keys, evicted=True)
+            if not futures:
+                break
+            freed += freed_bytes(futures)
+        _forget_if_empty(core, record.id)
+    return ByteCount(freed)
+
+
+def _forget_if_empty(core: Core, model: ModelId) -> None:
+    def job(view: WriteView) -> bool:
+        if view.has_blocks(model):
+            return False
+        view.delete_model(model)
+        return True
+
+    if core.metadata.submit(job).result():
+        with core.lock:
+            core.models.pop(model, None)
+
+
+def judge(core: Core, key: BlockKey, generation: int) -> bool:
+    """A reader says that a block reads badly: read it here, and make a hole if it is so.
+
+    True if the block is lost. The report is a hint only: another life of the block, or one that
+    reads well here, stays.
+    """
+    core.counters.reports += 1
+    with core.metadata.read() as view:
+        block = view.block(key)
+    if block is None or block.generation != generation or block.hole:
+        return False
+    try:
+        read_payload(core.devices, key, block)
+    except (BadPayload, DeviceError):
+        return spoil(core, key, generation)
+    return False
+
+
+def spoil(core: Core, key: BlockKey, generation: int) -> bool:
+    """Make a hole of a block whose bytes are lost; False if it has changed meanwhile."""
+    before = core.metadata.submit(lambda view: ledger.spoil(view, key, generation)).result()
+    if before is None:
+        return False
+    with core.lock:
+        core.counters.holes += 1
+        core.slots.units[before.slot] = 0
+        core.changes += 1
+    return True

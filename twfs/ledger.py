@@ -1,0 +1,337 @@
+"""The transactions: publish, remove, spoil. Functions of a WriteView, and of nothing else.
+
+Each keeps the tables true to each other (children, heads, free, limbo) and returns what changed,
+so that the arrays in memory can follow once it is durable. They may be run twice, so they change
+nothing but the view.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from twfs.layout import GroupKind, Layout
+from twfs.records import Block, BlockKey, Extent
+from twfs.store import PutOutcome
+from twfs.tables import ModelRecord, ReadView, WriteView
+from twfs.units import ByteCount, Millis, ModelId, PrefixHash
+
+NO_PARENT: Final = bytes(16)
+
+
+@dataclass(slots=True)
+class HeadMoves:
+    """Slots whose blocks have become heads, and have ceased to be."""
+
+    added: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """A block as it was published; *filled* if it took the place of a hole."""
+
+    key: BlockKey
+    block: Block
+    parent_slot: int | None
+    filled: bool
+
+
+@dataclass(slots=True)
+class Published:
+    """What a publish changed."""
+
+    outcomes: list[PutOutcome] = field(default_factory=list)
+    entered: list[Entered] = field(default_factory=list)
+    adopted: list[tuple[int, int]] = field(default_factory=list)  # (child's slot, parent's slot)
+    attached: list[int] = field(default_factory=list)
+    heads: HeadMoves = field(default_factory=HeadMoves)
+
+
+@dataclass(slots=True)
+class Removed:
+    """What a removal changed; *kept* has those that had gained a child meanwhile."""
+
+    blocks: list[tuple[BlockKey, Block]] = field(default_factory=list)
+    kept: list[BlockKey] = field(default_factory=list)
+    limbo: set[int] = field(default_factory=set)  # slots whose extents a lease may still read
+    heads: HeadMoves = field(default_factory=HeadMoves)
+
+
+def starts_chain(block: Block, layout: Layout) -> bool:
+    """Tell whether *block* is the first of its chain: its parent is a root, or nothing."""
+    return block.parent == NO_PARENT or (not block.key and block.position == layout.block_tokens)
+
+
+def required(layout: Layout) -> list[tuple[int, int]]:
+    """The (group, shard) pairs that make a block complete: all shards of the full groups."""
+    return [
+        (group, shard)
+        for group, of in enumerate(layout.groups)
+        if of.kind is GroupKind.FULL
+        for shard in range(layout.shards)
+    ]
+
+
+def merged(extents: Iterable[Extent]) -> list[Extent]:
+    """*extents* by place, with those that touch made one."""
+    found: list[Extent] = []
+    for extent in sorted(extents, key=lambda e: (e.device, e.offset)):
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and last.device == extent.device
+            and last.offset + last.length == extent.offset
+        ):
+            found[-1] = replace(last, length=ByteCount(last.length + extent.length))
+        else:
+            found.append(extent)
+    return found
+
+
+class _Chains:
+    """Heads and completeness of one model inside one transaction."""
+
+    def __init__(self, view: WriteView, model: ModelRecord, heads: HeadMoves) -> None:
+        self.view = view
+        self.id = model.id
+        self.layout = model.layout
+        self.heads = heads
+        self._required = required(model.layout)
+
+    def standing(self, prefix_hash: PrefixHash) -> Block | None:
+        """The block that stands for *prefix_hash*: first full group, shard 0."""
+        return self.view.block(self.standing_key(prefix_hash))
+
+    def standing_key(self, prefix_hash: PrefixHash) -> BlockKey:
+        """Its full name."""
+        return BlockKey(self.id, prefix_hash, self.layout.spine, 0)
+
+    def complete(self, prefix_hash: PrefixHash) -> bool:
+        """Tell whether every full group and shard of it is there."""
+        return all(
+            self.view.raw_block(BlockKey(self.id, prefix_hash, group, shard).pack()) is not None
+            for group, shard in self._required
+        )
+
+    def may_be_head(self, prefix_hash: PrefixHash) -> Block | None:
+        """The standing block, if *prefix_hash* is attached, complete and without complete child."""
+        block = self.standing(prefix_hash)
+        if block is None or block.detached or not self.complete(prefix_hash):
+            return None
+        children = self.view.children(self.standing_key(prefix_hash))
+        return None if any(self.complete(child) for child in children) else block
+
+    def settle(self, prefix_hash: PrefixHash) -> None:
+        """After *prefix_hash* gained a block: it may be a head now, and its parent is none."""
+        block = self.standing(prefix_hash)
+        if block is None or block.detached or not self.complete(prefix_hash):
+            return
+        children = self.view.children(self.standing_key(prefix_hash))
+        if not any(self.complete(child) for child in children) and self.view.add_head(
+            self.id, prefix_hash
+        ):
+            self.heads.added.append(block.slot)
+        if not starts_chain(block, self.layout) and self.view.drop_head(self.id, block.parent):
+            parent = self.standing(block.parent)
+            assert parent is not None, block.parent
+            self.heads.dropped.append(parent.slot)
+
+    def attach(self, key: BlockKey) -> list[tuple[BlockKey, Block]]:
+        """Clear the detached flag of all that hangs below *key*; returns those blocks."""
+        found = []
+        waiting = [key]
+        while waiting:
+            parent = waiting.pop()
+            for child in self.view.children(parent):
+                child_key = replace(key, prefix_hash=child)
+                block = self.view.block(child_key)
+                if block is not None and block.detached:
+                    block = replace(block, detached=False)
+                    self.view.put_block(child_key, block)
+                    found.append((child_key, block))
+                    waiting.append(child_key)
+        return found
+
+
+def publish(
+    view: WriteView, model: ModelRecord, candidates: Sequence[tuple[BlockKey, Block]]
+) -> Published:
+    """Make *candidates* visible, in chain order; one outcome each.
+
+    A name that exists with the same digest is PRESENT and keeps its bytes, one with another is a
+    COLLISION; what would make the tree untrue (itself its parent, a position not behind its
+    parent's) is FAILED.
+    """
+    done = Published()
+    chains = _Chains(view, model, done.heads)
+    touched: list[PrefixHash] = []
+    for key, block in candidates:
+        outcome = _enter(chains, key, block, done, touched)
+        done.outcomes.append(outcome)
+    for run in merged(
+        extent for entered in done.entered for extent in entered.block.extents
+    ):  # fmt: skip
+        view.take_free(run)
+    parent_of = {entered.key.prefix_hash: entered.block.parent for entered in done.entered}
+    inner = set(parent_of.values())
+    simple = len(required(model.layout)) == 1
+    for prefix_hash in reversed(touched):
+        # Where one block makes complete, the middle of a chain of this batch has nothing to settle.
+        if not (simple and prefix_hash in inner and parent_of.get(prefix_hash) in parent_of):
+            chains.settle(prefix_hash)
+    return done
+
+
+def _enter(
+    chains: _Chains, key: BlockKey, block: Block, done: Published, touched: list[PrefixHash]
+) -> PutOutcome:
+    """Enter one block, or say why not."""
+    view, layout = chains.view, chains.layout
+    existing = view.block(key)
+    if existing is not None and (existing.digest, existing.key) != (block.digest, block.key):
+        return PutOutcome.COLLISION
+    if existing is not None and not existing.hole:
+        return PutOutcome.PRESENT
+    if existing is not None:
+        kept = replace(
+            block, slot=existing.slot, detached=existing.detached,
+            parent=existing.parent, position=existing.position,
+            retention=max(block.retention, existing.retention),
+        )  # fmt: skip
+        view.put_block(key, kept)
+        done.entered.append(Entered(key, kept, None, filled=True))
+        return PutOutcome.PUBLISHED
+    start = starts_chain(block, layout)
+    parent_key = replace(key, prefix_hash=block.parent)
+    parent = None if start else view.block(parent_key)
+    children = view.children(key)
+    if not start and not _fits(view, key, block, parent, children):
+        return PutOutcome.FAILED
+    block = replace(block, detached=not start and (parent is None or parent.detached))
+    view.put_block(key, block)
+    if not start:
+        view.add_child(parent_key, key.prefix_hash)
+    done.entered.append(Entered(key, block, None if parent is None else parent.slot, filled=False))
+    touched.append(key.prefix_hash)
+    for child in children:
+        below = view.block(replace(key, prefix_hash=child))
+        if below is not None:
+            done.adopted.append((below.slot, block.slot))
+    if children and not block.detached:
+        for below_key, below in chains.attach(key):
+            done.attached.append(below.slot)
+            touched.append(below_key.prefix_hash)
+    return PutOutcome.PUBLISHED
+
+
+def _fits(
+    view: ReadView, key: BlockKey, block: Block, parent: Block | None, children: list[PrefixHash]
+) -> bool:
+    """Tell whether *block* can hang below *parent* and above *children* in a tree."""
+    if block.parent == key.prefix_hash:
+        return False
+    if parent is not None and block.position and block.position <= parent.position:
+        return False
+    for child in children:
+        below = view.block(replace(key, prefix_hash=child))
+        if below is not None and below.position and below.position <= block.position:
+            return False
+    above = parent
+    while children and above is not None:  # a ring needs a child and a way up to it
+        if above.parent == key.prefix_hash:
+            return False
+        above = view.block(replace(key, prefix_hash=above.parent))
+    return True
+
+
+def remove(
+    view: WriteView, model: ModelRecord, keys: Sequence[BlockKey], *, to_limbo: frozenset[int]
+) -> Removed:
+    """Take out blocks, those deeper in a chain first.
+
+    The extents of slots in *to_limbo* wait in limbo, all others are free. A block that has a child
+    is kept: its child was published after it was chosen.
+    """
+    done = Removed()
+    chains = _Chains(view, model, done.heads)
+    freed: list[Extent] = []
+    for key in keys:
+        block = view.block(key)
+        if block is None or view.children(key):
+            done.kept.append(key)
+            continue
+        standing = chains.standing(key.prefix_hash)
+        if view.drop_head(key.model, key.prefix_hash):
+            assert standing is not None, key
+            done.heads.dropped.append(standing.slot)
+        view.delete_block(key)
+        if not starts_chain(block, model.layout):
+            view.drop_child(replace(key, prefix_hash=block.parent), key.prefix_hash)
+            above = chains.may_be_head(block.parent)
+            if above is not None and view.add_head(key.model, block.parent):
+                done.heads.added.append(above.slot)
+        if block.slot in to_limbo:
+            done.limbo.add(block.slot)
+            for extent in block.extents:
+                view.add_limbo(extent)
+        else:
+            freed.extend(block.extents)
+        done.blocks.append((key, block))
+    for run in merged(freed):
+        view.add_free(run)
+    return done
+
+
+def free_limbo(view: WriteView, extents: Sequence[Extent]) -> None:
+    """Give the extents of a removed block back, its last lease having ended."""
+    for extent in extents:
+        view.drop_limbo(extent)
+        view.add_free(extent)
+
+
+def empty_limbo(view: WriteView) -> list[Extent]:
+    """Free all of limbo but what is retired: at start, no lease is left."""
+    extents = list(view.leased_limbo())
+    free_limbo(view, extents)
+    return extents
+
+
+def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:
+    """Make a hole of the block whose bytes were lost; its record before, None if it has changed.
+
+    The extents are not given back: bytes were lost there, so they are retired for good.
+    """
+    block = view.block(key)
+    if block is None or block.generation != generation or block.hole:
+        return None
+    view.put_block(key, replace(block, hole=True, extents=()))
+    for extent in block.extents:
+        view.add_limbo(extent, retired=True)
+    return block
+
+
+def set_retention(
+    view: WriteView, keys: Sequence[BlockKey], alone: set[PrefixHash], rank: int
+) -> None:
+    """Give blocks the class *rank*: exactly, where *alone* says so, at least, elsewhere."""
+    for key in keys:
+        block = view.block(key)
+        if block is not None:
+            wanted = rank if key.prefix_hash in alone else max(rank, block.retention)
+            if wanted != block.retention:
+                view.put_block(key, replace(block, retention=wanted))
+
+
+def next_model(
+    view: WriteView, name: str, layout: Layout, created_ms: Millis, *, anew: bool
+) -> ModelRecord:
+    """Enter the model *name*, or with *anew* its next epoch; one that is there stays otherwise."""
+    old_id = view.model_id(name)
+    old = next((record for record in view.models() if record.id == old_id), None)
+    if old is not None and not anew:
+        return old
+    number = ModelId(view.counter("model"))
+    model = ModelRecord(number, name, 0 if old is None else old.epoch + 1, layout, created_ms)
+    view.set_counter("model", number + 1)
+    view.put_model(model)
+    return model

@@ -1,0 +1,228 @@
+"""What is in the store, for the mount and the tools: models, heads, chains, sessions, space.
+
+Reads only; short enough for an event loop, and in bounded pieces where there may be many.
+"""
+
+from typing import Final
+
+import numpy as np
+
+from twfs import ledger
+from twfs import slots as states
+from twfs.core import Core
+from twfs.errors import BlockGone, CorruptMetadata, InvalidInput, NoSuchBlock
+from twfs.payload import read_payload
+from twfs.records import Block, BlockKey
+from twfs.store import BlockInfo, ModelInfo, Retention, SessionInfo, Space
+from twfs.tables import ReadView, WriteView
+from twfs.units import ALIGN, ByteCount, Millis, ModelId, PrefixHash, TokenCount
+
+PIECE_MAX: Final = 10_000  # heads or sessions of one answer
+RETENTIONS: Final = tuple(Retention)
+
+
+def models(core: Core) -> list[ModelInfo]:
+    """All models in their present epoch, by name."""
+    with core.lock:
+        slots = core.slots
+        here = len(slots)
+        live = slots.state[:here] == states.LIVE
+        keys = slots.key[:here].view(np.uint8).reshape(here, states.KEY_BYTES)[:, :4]
+        owner = np.ascontiguousarray(keys).view(">u4").ravel()
+        heads: dict[ModelId, int] = {}
+        with core.metadata.read() as view:
+            for model, _ in view.all_heads():
+                heads[model] = heads.get(model, 0) + 1
+        found = []
+        for name, model_id in sorted(core.current.items()):
+            record = core.models[model_id]
+            mine = live & (owner == model_id)
+            found.append(
+                ModelInfo(
+                    model_id, name, record.epoch, record.layout, record.created_ms,
+                    int(mine.sum()), heads.get(model_id, 0),
+                    ByteCount(int(slots.units[:here][mine].sum()) * ALIGN),
+                )
+            )  # fmt: skip
+        return found
+
+
+def heads(core: Core, model: ModelId, after: PrefixHash | None, limit: int) -> list[PrefixHash]:
+    """Up to *limit* heads behind *after*."""
+    if not 0 < limit <= PIECE_MAX:
+        raise InvalidInput(f"limit is {limit}; it must be 1 to {PIECE_MAX}")
+    with core.metadata.read() as view:
+        return view.heads(model, after, limit)
+
+
+def chain_slots(core: Core, view: ReadView, model: ModelId, prefix_hash: PrefixHash) -> list[int]:
+    """Slots of the standing blocks from the first to *prefix_hash*. Hold the lock."""
+    layout = core.models[model].layout
+    block = view.block(BlockKey(model, prefix_hash, layout.spine, 0))
+    if block is None or core.slots.state[block.slot] != states.LIVE:
+        raise NoSuchBlock(f"no block {prefix_hash.hex()} in model {core.models[model].name}")
+    return core.slots.ancestors(block.slot)[::-1]
+
+
+def chain_of(core: Core, model: ModelId, prefix_hash: PrefixHash) -> list[BlockInfo]:
+    """All blocks from the first to *prefix_hash*, by index, group, shard."""
+    if model not in core.models:
+        raise NoSuchBlock(f"no model has the number {model}")
+    layout = core.models[model].layout
+    found: list[BlockInfo] = []
+    with core.lock, core.metadata.read() as view:
+        slots = chain_slots(core, view, model, prefix_hash)
+        links = np.maximum(core.slots.links[slots], 1).tolist()
+        stamps = core.slots.stamp[slots].tolist()
+        hashes = [core.slots.key[slot].tobytes()[4:20] for slot in slots]
+        for index, name in enumerate(hashes):
+            for group in range(len(layout.groups)):
+                for shard in range(layout.shards):
+                    key = BlockKey(model, PrefixHash(name), group, shard)
+                    block = view.block(key)
+                    if block is not None:
+                        found.append(
+                            BlockInfo(key, block, index, Millis(stamps[index]), links[index])
+                        )
+    return found
+
+
+def block_info(core: Core, key: BlockKey) -> BlockInfo:
+    """One block; NoSuchBlock. Its index is that of its chain, 0 for a detached one."""
+    with core.lock, core.metadata.read() as view:
+        block = view.block(key)
+        if block is None or core.slots.state[block.slot] != states.LIVE:
+            raise NoSuchBlock(f"no block {key.prefix_hash.hex()}")
+        return _info(core, view, key, block)
+
+
+def _info(core: Core, view: ReadView, key: BlockKey, block: Block) -> BlockInfo:
+    slots = core.slots
+    layout = core.models[key.model].layout
+    standing = view.block(BlockKey(key.model, key.prefix_hash, layout.spine, 0))
+    slot = block.slot if standing is None else standing.slot
+    depth = 0 if block.detached else len(slots.ancestors(slot)) - 1
+    return BlockInfo(
+        key, block, depth, Millis(int(slots.stamp[block.slot])), max(1, int(slots.links[slot]))
+    )
+
+
+def detached(core: Core, model: ModelId) -> list[BlockKey]:
+    """Published blocks whose parent, or one before it, is not there."""
+    with core.lock:
+        slots = core.slots
+        here = len(slots)
+        waiting = np.flatnonzero(slots.detached[:here] & (slots.state[:here] == states.LIVE))
+        keys = [slots.key_of(slot) for slot in waiting.tolist()]
+    return [key for key in keys if key.model == model]
+
+
+def sessions(core: Core, model: ModelId, after: PrefixHash | None, limit: int) -> list[SessionInfo]:
+    """As heads, with figures; own bytes are of blocks under this head alone."""
+    found = []
+    for head in heads(core, model, after, limit):
+        try:
+            found.append(session(core, model, head))
+        except NoSuchBlock:  # evicted since the heads were read
+            continue
+    return found
+
+
+def session(core: Core, model: ModelId, head: PrefixHash) -> SessionInfo:
+    """The figures of one head."""
+    record = core.models[model]
+    layout = record.layout
+    with core.lock, core.metadata.read() as view:
+        slots = chain_slots(core, view, model, head)
+        links = core.slots.links[slots]
+        units = core.slots.units[slots].astype(np.int64)
+        payload = len(slots) * layout.block_bytes(layout.spine)
+        if len(layout.groups) * layout.shards > 1:
+            units, payload = _all_units(core, view, slots)
+        block = view.block(BlockKey(model, head, layout.spine, 0))
+        if block is None:
+            raise CorruptMetadata(f"head {head.hex()} has no block: run `twfs check`")
+        own = int(units[links <= 1].sum()) * ALIGN
+        return SessionInfo(
+            record.name, head, TokenCount(block.position or len(slots) * layout.block_tokens),
+            len(slots), ByteCount(payload), ByteCount(own),
+            ByteCount(int(units.sum()) * ALIGN - own),
+            Millis(int(core.slots.stamp[slots[-1]])), block.published_ms,
+            RETENTIONS[min(block.retention, len(RETENTIONS) - 1)],
+        )  # fmt: skip
+
+
+def _all_units(
+    core: Core, view: ReadView, slots: list[int]
+) -> "tuple[np.ndarray[tuple[int, ...], np.dtype[np.int64]], int]":
+    """Per standing slot: 4 KiB units of all its groups and shards; and their payload bytes."""
+    units = np.zeros(len(slots), np.int64)
+    payload = 0
+    for place, slot in enumerate(slots):
+        key = core.slots.key_of(slot)
+        layout = core.models[key.model].layout
+        for group in range(len(layout.groups)):
+            for shard in range(layout.shards):
+                block = view.block(BlockKey(key.model, key.prefix_hash, group, shard))
+                if block is not None:
+                    units[place] += block.device_bytes // ALIGN
+                    payload += block.payload_bytes
+    return units, payload
+
+
+def set_retention(core: Core, model: ModelId, head: PrefixHash, retention: Retention) -> None:
+    """Give a session's blocks at least this class, and those under it alone exactly this."""
+    with core.lock, core.metadata.read() as view:
+        slots = chain_slots(core, view, model, head)
+        alone = {core.slots.key_of(s).prefix_hash for s in slots if core.slots.links[s] <= 1}
+    keys = [info.key for info in chain_of(core, model, head)]
+
+    def job(write: WriteView) -> None:
+        ledger.set_retention(write, keys, alone, retention.rank)
+
+    core.metadata.submit(job).result()
+    with core.lock:
+        core.changes += 1
+
+
+def read_block(core: Core, info: BlockInfo) -> memoryview:
+    """The verified payload of this life of a block, read under a pin. Blocks on the device.
+
+    BlockGone, BadPayload, DeviceError.
+    """
+    with core.lock:
+        with core.metadata.read() as view:
+            block = view.block(info.key)
+        if (
+            block is None
+            or block.generation != info.block.generation
+            or block.hole
+            or core.slots.state[block.slot] != states.LIVE
+        ):
+            raise BlockGone(f"block {info.key.prefix_hash.hex()} has been evicted")
+        pinned = np.array([block.slot], np.int64)
+        core.pin(pinned)
+    try:
+        _, payload = read_payload(core.devices, info.key, block)
+    finally:
+        with core.lock:
+            core.unpin(pinned)
+    with core.lock:
+        core.counters.mount_reads += 1
+        core.counters.mount_read_bytes += len(payload)
+    return payload
+
+
+def space(core: Core) -> Space:
+    """Bytes of the data areas: total, free, in limbo, reserved, evictable."""
+    with core.lock, core.metadata.read() as view:
+        limbo = sum(extent.length for extent in view.runs("limbo"))
+        here = len(core.slots)
+        free_to_go = (core.slots.state[:here] == states.LIVE) & (core.slots.leases[:here] == 0)
+        return Space(
+            core.allocator.total_bytes,
+            core.allocator.free_bytes,
+            ByteCount(limbo),
+            ByteCount(core.reserved_bytes),
+            ByteCount(int(core.slots.units[:here][free_to_go].sum()) * ALIGN),
+        )

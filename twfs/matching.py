@@ -1,0 +1,325 @@
+"""Match, lookup, touch, join: what an engine asks before it reads.
+
+All of it runs in the caller's thread within microseconds a block: batched gets of one snapshot,
+and numpy over the records. Nothing here waits.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from twfs import slots as states
+from twfs.core import Core, wall_ms
+from twfs.layout import GroupKind, Layout
+from twfs.leases import Leases, Located
+from twfs.prefix import Names
+from twfs.records import (
+    BLOCK_DTYPE,
+    BLOCK_FIXED,
+    BLOCK_KEY,
+    EXTENT,
+    EXTENT_DTYPE,
+    FLAG_HOLE,
+    LOCATED_DTYPE,
+    Extent,
+)
+from twfs.store import Explanation
+from twfs.tables import ReadView
+from twfs.units import ByteCount, ModelId, TokenCount
+
+BATCH: Final = 512  # gets before looking whether the chain has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Consecutive records of one (group, shard), from the asked-for start on."""
+
+    group: int
+    shard: int
+    first: int  # index in the names of the first record
+    values: list[bytes]
+    records: "npt.NDArray[Any]"  # BLOCK_DTYPE
+
+    def part(self, first: int, stop: int) -> "Found":
+        """The records of the indices from *first* up to *stop*."""
+        a, b = first - self.first, stop - self.first
+        return Found(self.group, self.shard, first, self.values[a:b], self.records[a:b])
+
+
+def find(core: Core, view: ReadView, model: ModelId, names: Names, part: Found) -> Found:
+    """Return the longest run of usable blocks for the group, shard and first index of *part*.
+
+    Usable: there, not a hole, of the same digest and key, live in memory. Hold the lock.
+    """
+    before = BLOCK_KEY.pack(model, bytes(16), part.group, part.shard)
+    prefix, suffix = before[:4], before[20:]
+    hashes = names.hashes
+    values: list[bytes] = []
+    for at in range(part.first, len(names), BATCH):
+        stop = min(at + BATCH, len(names))
+        keys = [prefix + hashes[16 * i : 16 * i + 16] + suffix for i in range(at, stop)]
+        got = view.raw_blocks(keys)
+        values += got
+        if len(got) < len(keys):
+            break
+    size = BLOCK_DTYPE.itemsize
+    joined = b"".join([value[:size] for value in values])
+    records = np.frombuffer(joined, BLOCK_DTYPE)
+    good = usable(core, names, part.first, values, records)
+    return Found(part.group, part.shard, part.first, values[:good], records[:good])
+
+
+def usable(
+    core: Core, names: Names, first: int, values: list[bytes], records: "npt.NDArray[Any]"
+) -> int:
+    """How many leading *records* are live, whole, and those that *names* mean."""
+    count = len(records)
+    if not count:
+        return 0
+    good = (core.slots.state[records["slot"]] == states.LIVE) & (
+        (records["flags"] & FLAG_HOLE) == 0
+    )
+    digests = np.ascontiguousarray(records["digest"]).view("<u8").reshape(count, 4)
+    wanted = np.frombuffer(names.digests, "<u8", 4 * count, 32 * first).reshape(count, 4)
+    same = (digests == wanted).all(axis=1)
+    if not same.all():
+        core.counters.digest_mismatches += 1
+    good &= same
+    if names.keys:
+        good &= np.array(
+            [
+                value[len(value) - size :] == key if size else not key
+                for value, size, key in zip(
+                    values, records["key_bytes"].tolist(), names.keys[first : first + count],
+                    strict=True,
+                )
+            ]
+        )  # fmt: skip
+    elif records["key_bytes"].any():
+        good &= records["key_bytes"] == 0
+    return count if good.all() else int(good.argmin())
+
+
+def boundary(layout: Layout, found: list[Found], start: int) -> int:
+    """The longest prefix, in blocks, for which every group has what its kind needs."""
+    stop = min(
+        (
+            run.first + len(run.records)
+            for run in found
+            if layout.groups[run.group].kind is GroupKind.FULL
+        ),
+        default=start,
+    )
+    others = [run for run in found if layout.groups[run.group].kind is not GroupKind.FULL]
+    while stop > start and not all(_serves(layout, run, stop) for run in others):
+        stop -= 1
+    return stop
+
+
+def needed_from(layout: Layout, group: int, stop: int) -> int:
+    """The first index that *group* needs for a match that ends behind *stop* blocks."""
+    of = layout.groups[group]
+    if of.kind is GroupKind.STATE:
+        return stop - 1
+    if of.window_tokens is not None:
+        return max(0, stop - -(-of.window_tokens // layout.block_tokens))
+    return 0
+
+
+def _serves(layout: Layout, run: Found, stop: int) -> bool:
+    """Tell whether a sparse group has the blocks that a match of *stop* blocks needs."""
+    first = max(needed_from(layout, run.group, stop), run.first)
+    wanted = range(first - run.first, stop - run.first)
+    return all(i < len(run.values) and bool(run.values[i]) for i in wanted)
+
+
+def find_sparse(core: Core, view: ReadView, model: ModelId, names: Names, part: Found) -> Found:
+    """As find, for groups that need not have every block: absent ones have an empty value."""
+    values: list[bytes] = []
+    rows = np.zeros(len(names) - part.first, BLOCK_DTYPE)
+    for offset, index in enumerate(range(part.first, len(names))):
+        key = BLOCK_KEY.pack(model, names.hash_at(index), part.group, part.shard)
+        value = view.raw_block(key)
+        if value is not None:
+            row = np.frombuffer(value[: BLOCK_DTYPE.itemsize], BLOCK_DTYPE)
+            if usable(core, names, index, [value], row):
+                rows[offset] = row[0]
+                values.append(value)
+                continue
+        values.append(b"")
+    return Found(part.group, part.shard, part.first, values, rows)
+
+
+def gather(core: Core, model: ModelId, names: Names, start: int) -> tuple[int, list[Found]]:
+    """Return where the longest match ends and, per group and shard, the records it needs.
+
+    Hold the lock: what it returns is live until the lock is let go.
+    """
+    layout = core.model(model).layout
+    found = []
+    empty = np.zeros(0, BLOCK_DTYPE)
+    stop = len(names)
+    with core.metadata.read() as view:
+        order = sorted(
+            range(len(layout.groups)), key=lambda g: layout.groups[g].kind is not GroupKind.FULL
+        )
+        for group in order:
+            full = layout.groups[group].kind is GroupKind.FULL
+            for shard in range(layout.shards):
+                part = Found(group, shard, start, [], empty)
+                seek = find if full else find_sparse
+                run = seek(core, view, model, names.head(stop), part)
+                found.append(run)
+                if full:
+                    stop = start + len(run.records)
+    stop = boundary(layout, found, start)
+    needed = [
+        run.part(max(start, needed_from(layout, run.group, stop)), stop)
+        for run in sorted(found, key=lambda run: (run.group, run.shard))
+    ]
+    return stop, needed
+
+
+def rows_of(names: Names, needed: list[Found]) -> "tuple[npt.NDArray[Any], npt.NDArray[Any]]":
+    """LOCATED_DTYPE rows of *needed* and their EXTENT_DTYPE extents, in the same order."""
+    count = sum(len(run.records) for run in needed)
+    rows = np.zeros(count, LOCATED_DTYPE)
+    extents: list[npt.NDArray[Any]] = []
+    hashes = np.frombuffer(names.hashes, "V16")
+    at = 0
+    for run in needed:
+        here = rows[at : at + len(run.records)]
+        for name in ("generation", "payload_bytes", "lane_plain", "lane_weighted", "xxh3",
+                     "extent_count"):  # fmt: skip
+            here[name] = run.records[name]
+        here["prefix_hash"] = hashes[run.first : run.first + len(here)]
+        here["group"], here["shard"] = run.group, run.shard
+        here["index"] = np.arange(run.first, run.first + len(here))
+        extents.append(_extents_of(run))
+        at += len(here)
+    return rows, np.concatenate(extents) if extents else np.zeros(0, EXTENT_DTYPE)
+
+
+def _extents_of(run: Found) -> "npt.NDArray[Any]":
+    """All extents of *run* in order; nearly always one a block, which numpy copies at once."""
+    counts = run.records["extent_count"]
+    if (counts == 1).all():
+        extents = np.zeros(len(run.records), EXTENT_DTYPE)
+        for name in ("offset", "units", "device"):
+            extents[name] = run.records[name]
+        return extents
+    return np.concatenate(
+        [
+            np.frombuffer(value, EXTENT_DTYPE, count, BLOCK_FIXED.size)
+            for value, count in zip(run.values, counts.tolist(), strict=True)
+        ]
+    )
+
+
+def match_located(
+    core: Core, model: ModelId, names: Names, start: int, owner: int
+) -> Located | None:
+    """Lease the longest match and say where it lies; None if there is none.
+
+    StaleEpoch, NoSuchModel; TooLarge if the owner may lease no more.
+    """
+    with core.lock:
+        core.expire()
+        core.counters.matches += 1
+        core.counters.asked_blocks += len(names) - start
+        stop, needed = gather(core, model, names, start)
+        if stop <= start:
+            return None
+        core.counters.matched_blocks += stop - start
+        rows, extents = rows_of(names, needed)
+        used = np.concatenate([run.records["slot"] for run in needed]).astype(np.int64)
+        lease_bytes = ByteCount(int(extents["units"].sum()) * 4096)
+        core.leases.room(owner, lease_bytes)
+        located = Located(
+            Leases.new_token(), model, start, stop, rows, extents, core.leases.term_ms
+        )
+        core.pin(used)
+        core.leases.grant(located, used, lease_bytes, owner)
+        _use(core, used, start)
+        return located
+
+
+def _use(core: Core, used: "npt.NDArray[Any]", start: int) -> None:
+    """Stamp what was matched, and the ancestors that the asker held itself."""
+    now = wall_ms()
+    core.slots.use(used, now)
+    if start:
+        core.slots.use(core.slots.ancestors(int(used[0])), now)
+
+
+def lookup_blocks(core: Core, model: ModelId, names: Names, start: int) -> int:
+    """Where the longest match would end, in blocks; *start* or less means none."""
+    with core.lock:
+        return gather(core, model, names, start)[0] if core.is_current(model) else start
+
+
+def touch_blocks(core: Core, model: ModelId, names: Names) -> None:
+    """Count a use of those of *names* that are there."""
+    with core.lock:
+        if not core.is_current(model):
+            return
+        _, needed = gather(core, model, names, 0)
+        used = [run.records["slot"] for run in needed if len(run.records)]
+        if used:
+            core.slots.use(np.concatenate(used), wall_ms())
+
+
+def join_located(core: Core, token: bytes, owner: int) -> Located:
+    """Let *owner* hold another's lease too; LeaseEnded, TooLarge."""
+    with core.lock:
+        core.expire()
+        return core.leases.join(token, owner)
+
+
+def explain(core: Core, model: ModelId, names: Names) -> Explanation:
+    """Say why *names* are a hit as far as they are, and what is wrong behind."""
+    with core.lock:
+        record = core.models[model]
+        if not core.is_current(model):
+            cause = f"epoch {record.epoch} of {record.name} is over: all its blocks are misses"
+            return Explanation(0, TokenCount(0), len(names), names.hash_at(0), cause)
+        stop, _ = gather(core, model, names, 0)
+    tokens = TokenCount(names.positions[stop - 1] if stop else 0)
+    if stop == len(names):
+        return Explanation(stop, tokens, len(names), None, "every block asked for is held")
+    return Explanation(
+        stop, tokens, len(names), names.hash_at(stop), _cause(core, model, names, stop)
+    )
+
+
+def _cause(core: Core, model: ModelId, names: Names, index: int) -> str:
+    """Why block *index* is a miss, in one sentence."""
+    layout = core.models[model].layout
+    with core.metadata.read() as view:
+        for group, of in enumerate(layout.groups):
+            for shard in range(layout.shards):
+                where = f"block {index} (group {group}, shard {shard})"
+                if of.kind is not GroupKind.FULL:
+                    continue
+                raw = view.raw_block(BLOCK_KEY.pack(model, names.hash_at(index), group, shard))
+                if raw is None:
+                    return f"{where} is not in the store: never put, evicted or removed"
+                row = np.frombuffer(raw[: BLOCK_DTYPE.itemsize], BLOCK_DTYPE)[0]
+                if int(row["flags"]) & FLAG_HOLE:
+                    return f"{where} is a hole: its bytes were lost, the next put fills it"
+                if row["digest"].tobytes() != names.digests[32 * index : 32 * index + 32]:
+                    return f"{where} has another digest: two prefixes share this name"
+                if core.slots.state[int(row["slot"])] != states.LIVE:
+                    return f"{where} is just being evicted"
+                extent = Extent.unpack_from(raw, BLOCK_FIXED.size)
+                if extent.device >= len(core.devices):
+                    return f"{where} lies on device {extent.device}, which is not there"
+    return (
+        f"a window or state group lacks what a match of {index + 1} blocks needs: "
+        "its blocks were never put at this boundary, or were evicted"
+    )
+
+
+assert EXTENT.size == EXTENT_DTYPE.itemsize

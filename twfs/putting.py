@@ -1,0 +1,412 @@
+"""Put: reserve, write, flush, publish; or forfeit.
+
+The order is the promise: bytes and headers are on the devices and flushed before the one
+transaction that makes them visible, and nothing before that transaction can be seen. A put holds
+the blocks that were there already, so that it never evicts its own ancestors. Methods block; one
+put is driven by one thread at a time, but its windows may be written by several.
+"""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from twfs import ledger
+from twfs import slots as states
+from twfs.checksums import layer_sums_of, xxh3_of
+from twfs.core import Core, wall_ms
+from twfs.errors import DeviceError, InvalidInput, TooLarge, WarehouseFull
+from twfs.evicting import keep_low_water, submit_eviction
+from twfs.payload import aligned_buffer
+from twfs.prefix import Names
+from twfs.records import Block, BlockKey, Checksums, Extent, Header
+from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
+from twfs.tables import ModelRecord
+from twfs.units import (
+    ALIGN,
+    IO_BYTES_MAX,
+    ByteCount,
+    ByteOffset,
+    DeviceIndex,
+    Digest,
+    ModelId,
+    PrefixHash,
+    TokenCount,
+    align_up,
+)
+
+PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
+IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
+ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
+
+
+@dataclass(slots=True)
+class _Run:
+    """Neighbours on one device that go in one write."""
+
+    device: DeviceIndex
+    offset: ByteOffset
+    end: int
+    buffers: list[memoryview]
+    indices: list[int]
+
+
+class Put:
+    """One put under way; made by begin_put. See the module's docstring."""
+
+    def __init__(
+        self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
+        retention: Retention,
+    ) -> None:  # fmt: skip
+        self._core = core
+        self._model = model
+        self._names = names
+        self._group = group
+        self._shard = shard
+        self._retention = retention
+        self._payload_bytes = model.layout.block_bytes(group)
+        self._layers = model.layout.summed_layers(group)
+        self._pinned = np.zeros(0, np.int64)
+        self._reserved: dict[int, Block] = {}  # by index; checksums come with the bytes
+        self._written: dict[int, Block] = {}
+        self._failed: set[int] = set()
+        self._outcomes: dict[int, PutOutcome] = {}
+        self._touched: set[DeviceIndex] = set()
+        self._lock = threading.Lock()
+        self._ended = False
+        self._committed = False
+        self.lacking: list[int] = []
+
+    def _key(self, index: int) -> BlockKey:
+        return BlockKey(self._model.id, self._names.hash_at(index), self._group, self._shard)
+
+    def compare(self) -> list[int]:
+        """Pin what is there and return the indices of what is not. Hold the core's lock."""
+        slots, found = self._core.slots, set()
+        lacking = []
+        with self._core.metadata.read() as view:
+            for index in range(len(self._names)):
+                block = view.block(self._key(index))
+                if block is not None and slots.state[block.slot] == states.LIVE:
+                    found.add(int(block.slot))
+                    if block.digest != self._digest(index) or block.key != self._own_key(index):
+                        self._outcomes[index] = PutOutcome.COLLISION
+                        continue
+                    if not block.hole:
+                        self._outcomes[index] = PutOutcome.PRESENT
+                        continue
+                lacking.append(index)
+            named = {self._names.hash_at(index) for index in range(len(self._names))}
+            for parent_hash in {self._parent(index) for index in lacking} - named:
+                parent = view.block(BlockKey(self._model.id, parent_hash, self._group, self._shard))
+                if parent is not None and slots.state[parent.slot] == states.LIVE:
+                    found.add(int(parent.slot))
+        self._pinned = np.array(sorted(found), np.int64)
+        self._core.pin(self._pinned)
+        return lacking
+
+    def _digest(self, index: int) -> Digest:
+        return Digest(self._names.digests[32 * index : 32 * index + 32])
+
+    def _parent(self, index: int) -> PrefixHash:
+        return PrefixHash(self._names.parents[16 * index : 16 * index + 16])
+
+    def _own_key(self, index: int) -> bytes:
+        return self._names.keys[index] if self._names.keys else b""
+
+    def reserve(self, lacking: list[int]) -> None:
+        """Reserve extents for the longest leading part of *lacking* that fits, making room.
+
+        WarehouseFull if there is something lacking and none of it fits.
+        """
+        core = self._core
+        need = ByteCount(ALIGN + align_up(self._payload_bytes))
+        extents: list[tuple[Extent, ...]] = []
+        for _ in range(ROOM_TRIES):
+            with core.lock:
+                got = core.allocator.reserve([need] * (len(lacking) - len(extents)))
+                core.reserved_bytes += need * len(got)
+                extents += got
+                missing = need * (len(lacking) - len(extents))
+                futures = submit_eviction(core, missing) if missing else []
+            if not missing or not futures:
+                break
+            wait(futures)
+        self.lacking = lacking[: len(extents)]
+        for index in lacking[len(extents) :]:
+            self._outcomes[index] = PutOutcome.NO_ROOM
+        if lacking and not extents:
+            raise WarehouseFull(
+                f"no room for a block of {need} bytes: {core.allocator.free_bytes} bytes are free "
+                "and nothing may be evicted; release leases or add a device"
+            )
+        try:
+            self._number(extents)
+        except BaseException:
+            with core.lock:
+                core.reserved_bytes -= need * len(extents)
+                for each in extents:
+                    core.allocator.release(each)
+            raise
+
+    def _number(self, extents: list[tuple[Extent, ...]]) -> None:
+        """Give every reserved block its generation, inode and slot."""
+        generations, inos = self._core.take_numbers(len(extents))
+        with self._core.lock:
+            slots = self._core.slots.allot(len(extents))
+        now = wall_ms()
+        for number, index in enumerate(self.lacking):
+            self._reserved[index] = Block(
+                generations[number], inos[number], slots[number], self._parent(index),
+                self._digest(index), TokenCount(self._names.positions[index]),
+                self._payload_bytes, Checksums(bytes(16), 0, 0), extents[number], now,
+                self._own_key(index), 0, self._retention.rank,
+            )  # fmt: skip
+
+    def write_blocks(self, arena: memoryview, blocks: Sequence[ArenaBlock]) -> None:
+        """Check the bytes of *blocks* in *arena* and write them; what fails shows in the outcomes.
+
+        InvalidInput if a block is not lacking, of another length, not aligned or outside the arena.
+        """
+        for block in blocks:
+            end = block.arena_offset + align_up(block.payload_bytes)
+            if (
+                block.index not in self._reserved
+                or block.payload_bytes != self._payload_bytes
+                or block.arena_offset % ALIGN
+                or not 0 <= block.arena_offset < end <= len(arena)
+            ):
+                raise InvalidInput(
+                    f"block {block.index} of {block.payload_bytes} bytes at arena offset "
+                    f"{block.arena_offset} is not one that this put lacks, in {len(arena)} bytes"
+                )
+        headers = aligned_buffer(ALIGN * max(1, len(blocks)))
+        futures = [
+            self._core.io.submit(self._write_run, arena, headers, blocks, run)
+            for run in self._plan(arena, headers, blocks)
+        ]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+    def _plan(
+        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock]
+    ) -> list[_Run]:
+        """Cut the blocks at their extents, and join what are neighbours on a device."""
+        parts: list[tuple[Extent, list[memoryview], int]] = []
+        for number, block in enumerate(blocks):
+            padded = align_up(block.payload_bytes)
+            start = block.arena_offset
+            arena[start + block.payload_bytes : start + padded] = bytes(
+                padded - block.payload_bytes
+            )
+            header = headers[number * ALIGN : (number + 1) * ALIGN]
+            at = start - ALIGN  # where the header would lie, were it in the arena
+            for extent in self._reserved[block.index].extents:
+                stop = at + extent.length
+                buffers = [arena[max(at, start) : stop]]
+                if at < start:
+                    buffers.insert(0, header)
+                parts.append((extent, buffers, number))
+                at = stop
+        runs: list[_Run] = []
+        for extent, buffers, number in sorted(
+            parts, key=lambda part: (part[0].device, part[0].offset)
+        ):
+            run = runs[-1] if runs else None
+            if (
+                run is None
+                or (run.device, run.end) != (extent.device, extent.offset)
+                or run.end - run.offset + extent.length > IO_BYTES_MAX
+                or len(run.buffers) + 2 > IOVECS_MAX
+            ):
+                run = _Run(extent.device, extent.offset, extent.offset, [], [])
+                runs.append(run)
+            run.buffers += buffers
+            run.indices.append(number)
+            run.end += extent.length
+        return runs
+
+    def _write_run(
+        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock], run: _Run
+    ) -> None:
+        """Check the blocks that begin in *run*, make their headers, write it all."""
+        whole: dict[int, Block] = {}
+        bad: set[int] = set()
+        for number in run.indices:
+            block = blocks[number]
+            reserved = self._reserved[block.index]
+            first = reserved.extents[0]
+            if first.device == run.device and run.offset <= first.offset < run.end:
+                view = arena[block.arena_offset : block.arena_offset + block.payload_bytes]
+                sums = Checksums(block.xxh3, block.lane_plain, block.lane_weighted)
+                if xxh3_of(view) != block.xxh3:
+                    bad.add(block.index)
+                record = _with_sums(reserved, sums)
+                whole[block.index] = record
+                headers[number * ALIGN : (number + 1) * ALIGN] = self._header(
+                    block.index, record, layer_sums_of(view, self._layers) if self._layers else ()
+                )
+        try:
+            self._core.devices[run.device].write_from(run.buffers, run.offset)
+        except DeviceError:
+            bad.update(blocks[number].index for number in run.indices)
+        with self._lock:
+            self._written.update(whole)
+            self._failed |= bad
+            self._touched.add(run.device)
+
+    def _header(self, index: int, block: Block, layer_sums: tuple[int, ...]) -> bytes:
+        device = self._core.devices[block.extents[0].device]
+        return Header(
+            self._core.uuid, device.uuid, self._model.layout.fingerprint, self._model.name,
+            self._model.epoch, self._group, self._shard, self._names.hash_at(index), block,
+            layer_sums,
+        ).pack()  # fmt: skip
+
+    def publish(self) -> PutResult:
+        """Flush, publish what was written, forfeit the rest; blocks until it is durable."""
+        assert not self._ended, "published twice"
+        self._flush()
+        candidates = self._candidates()
+        now = wall_ms()
+
+        def after(done: ledger.Published) -> None:
+            with self._core.lock:
+                self._committed = True
+                self._core.enter(done, now)
+                self._settle(candidates, done)
+
+        future: Future[ledger.Published] = self._core.metadata.submit(
+            lambda view: ledger.publish(
+                view, self._model, [(self._key(index), block) for index, block in candidates]
+            ),
+            after,
+        )
+        # Not here by try/except: an interrupted wait must not forfeit what may yet be published.
+        future.add_done_callback(self._forfeit_failed)
+        done = future.result()
+        for (index, _), outcome in zip(candidates, done.outcomes, strict=True):
+            self._outcomes[index] = outcome
+        result = self._result()
+        keep_low_water(self._core)
+        return result
+
+    def _flush(self) -> None:
+        """Flush every device that was written to; a failure is final for its blocks."""
+        touched = sorted(self._touched)
+        futures = [self._core.io.submit(self._core.flushers[i].flush) for i in touched[1:]]
+        for place, device in enumerate(touched):
+            try:
+                if place == 0:
+                    self._core.flushers[device].flush()
+                else:
+                    futures[place - 1].result()
+            except DeviceError:
+                self._failed |= {
+                    index
+                    for index, block in self._written.items()
+                    if any(extent.device == device for extent in block.extents)
+                }
+
+    def _candidates(self) -> list[tuple[int, Block]]:
+        """What may be published: written whole, and not below a block of this put that was not."""
+        lost: set[PrefixHash] = set()
+        candidates = []
+        for index in sorted(self._reserved):
+            if index not in self._written or index in self._failed or self._parent(index) in lost:
+                self._outcomes[index] = PutOutcome.FAILED
+                lost.add(self._names.hash_at(index))
+            else:
+                candidates.append((index, self._written[index]))
+        return candidates
+
+    def _forfeit_failed(self, ended: "Future[ledger.Published]") -> None:
+        """Forfeit all, if the transaction was undone."""
+        if ended.exception() is not None and not self._committed:
+            self.abandon()
+
+    def _settle(self, candidates: list[tuple[int, Block]], done: ledger.Published) -> None:
+        """Give back what was reserved and not published; unpin. Hold the core's lock."""
+        published = {
+            index
+            for (index, _), outcome in zip(candidates, done.outcomes, strict=True)
+            if outcome is PutOutcome.PUBLISHED
+        }
+        kept_slots = {int(entered.block.slot) for entered in done.entered}
+        self._forfeit(published, kept_slots)
+
+    def _forfeit(self, published: set[int], kept_slots: set[int] | None = None) -> None:
+        """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
+        core = self._core
+        for index, block in self._reserved.items():
+            core.reserved_bytes -= block.device_bytes
+            if index not in published:
+                core.allocator.release(block.extents)
+            if index not in published or block.slot not in (kept_slots or ()):
+                core.slots.give_back(block.slot)
+        core.unpin(self._pinned)
+        self._ended = True
+
+    def abandon(self) -> None:
+        """Give up: forfeit every reservation. No window may still be written. Idempotent."""
+        with self._core.lock:
+            if not self._ended:
+                self._forfeit(set())
+
+    def _result(self) -> PutResult:
+        outcomes = tuple(self._outcomes[index] for index in range(len(self._names)))
+        count = {outcome: outcomes.count(outcome) for outcome in PutOutcome}
+        written = sum(self._reserved[i].device_bytes for i in self._written)
+        counters = self._core.counters
+        with self._core.lock:
+            counters.puts += 1
+            counters.published_blocks += count[PutOutcome.PUBLISHED]
+            counters.present_blocks += count[PutOutcome.PRESENT]
+            counters.collisions += count[PutOutcome.COLLISION]
+            counters.failed_blocks += count[PutOutcome.FAILED]
+            counters.no_room_blocks += count[PutOutcome.NO_ROOM]
+            counters.written_bytes += written
+        return PutResult(outcomes, ByteCount(written))
+
+
+def _with_sums(block: Block, sums: Checksums) -> Block:
+    """*block* with its checksums; dataclasses.replace costs three times as much."""
+    return Block(
+        block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
+        block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
+        block.retention,
+    )  # fmt: skip
+
+
+def begin_put(
+    core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention
+) -> Put:
+    """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
+
+    StaleEpoch, NoSuchModel, InvalidInput, TooLarge, WarehouseFull.
+    """
+    if len(names) > PUT_BLOCKS_MAX:
+        raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
+    hashes = {names.hash_at(index) for index in range(len(names))}
+    if len(hashes) != len(names):
+        raise InvalidInput(f"{len(names) - len(hashes)} names stand twice in one put")
+    with core.lock:
+        record = core.model(model)
+        layout = record.layout
+        if not 0 <= group < len(layout.groups) or not 0 <= shard < layout.shards:
+            raise InvalidInput(
+                f"group {group}, shard {shard} of model {record.name}: it has "
+                f"{len(layout.groups)} groups and {layout.shards} shards"
+            )
+        put = Put(core, record, names, group=group, shard=shard, retention=retention)
+        lacking = put.compare()
+    try:
+        put.reserve(lacking)
+    except BaseException:
+        put.abandon()
+        raise
+    return put

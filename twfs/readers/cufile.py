@@ -1,0 +1,613 @@
+"""The cufile reader: kvikio, GPUDirect where the machine can do it; the only user of kvikio.
+
+Blocks are read headers and all into a bounded staging buffer on the destination's side, verified
+there and scattered; large aligned destinations take them directly. Its own compat mode (POSIX and
+a bounce buffer) is called that, never direct. Thread-safe, one read at a time per destination
+memory.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from twfs.arena import Arena
+from twfs.checksums import (
+    MASK_64,
+    Bytes,
+    address_of,
+    flat_bytes,
+    lanes_of_rows,
+    lanes_tensor,
+    loaded_torch,
+    row_lanes_on_device,
+)
+from twfs.errors import ReaderUnavailable
+from twfs.readers.base import (
+    HEADER_BYTES,
+    BlockRead,
+    DeviceSource,
+    ForkGuard,
+    Span,
+    Tally,
+    Target,
+    may_read,
+    scatter,
+    spans_of,
+)
+from twfs.store import ReadOutcome
+from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up
+
+KVIKIO_THREADS: Final = 8  # the default of 1 leaves most of a drive idle
+DIRECT_BYTES_MIN: Final = 1 << 20  # smaller blocks are cheaper merged, and scattered as a batch
+DIRECT_BYTES_MAX: Final = 256 << 20  # of one wave: the lease is looked at between waves
+MERGED_BYTES_MIN: Final = 1 << 20
+PROBE_TIMEOUT_S: Final = 30.0  # importing torch and starting CUDA takes up to ten
+_MODULES: Final = Path("/proc/modules")
+_PROBE: Final = """
+import sys, torch, kvikio
+memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+class View:
+    __cuda_array_interface__ = dict(
+        shape=(1 << 16,), typestr="|u1", data=(memory.data_ptr(), False), version=3, strides=None)
+with kvikio.CuFile(sys.argv[1], "r") as file:
+    assert file.pread(View(), 1 << 16, 0, 1 << 16).get() == 1 << 16
+"""
+
+
+def direct_obstacle(sources: Mapping[DeviceIndex, DeviceSource]) -> str | None:
+    """Say why cuFile cannot reach GPU memory directly here, None if it may be tried."""
+    missing = _missing()
+    if missing is not None:
+        return missing
+    if not _MODULES.exists():
+        return f"there is no {_MODULES}, without which cuFile never returns from its start"
+    for source in sources.values():
+        unlike = _unlike(source)
+        if unlike is not None:
+            return unlike
+        status = os.stat(source.path)
+        number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+        device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+        if "/nvme" not in str(device):
+            return f"{source.path} is not on an NVMe drive"
+    return None
+
+
+def _missing() -> str | None:
+    """Say which library is missing, None if none is."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "libcuda.so.1 cannot be loaded: install the NVIDIA driver"
+    if importlib.util.find_spec("kvikio") is None:
+        return "kvikio is not installed: pip install kvikio-cu13"
+    return None
+
+
+def _unlike(source: DeviceSource) -> str | None:
+    """Say why kvikio cannot open *source* by its path and get that device, None if it can."""
+    try:
+        named = os.stat(source.path)
+    except OSError as error:
+        return f"{source.path} cannot be seen from here: {error.strerror}"
+    given = os.fstat(source.fd)
+    if (named.st_dev, named.st_ino, named.st_rdev) != (given.st_dev, given.st_ino, given.st_rdev):
+        if not stat.S_ISBLK(given.st_mode) or named.st_rdev != given.st_rdev:
+            return f"{source.path} is another device here than the daemon's"
+    if not os.access(source.path, os.R_OK):
+        return f"{source.path} may not be read by this user: add it to the group twfs"
+    return None
+
+
+def probe_direct(source: DeviceSource) -> str | None:
+    """Read from *source* straight into GPU memory in a process of its own.
+
+    Returns None if that worked with every fallback forbidden, else why it did not. cuFile can
+    hang at its start, so the process is killed after PROBE_TIMEOUT_S.
+    """
+    environment = os.environ | {
+        "KVIKIO_COMPAT_MODE": "OFF",
+        "CUFILE_ALLOW_COMPAT_MODE": "false",
+    }
+    with tempfile.TemporaryDirectory(prefix="twfs-probe-") as folder:  # cuFile leaves a log there
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _PROBE, str(source.path.absolute())],
+                env=environment, cwd=folder, timeout=PROBE_TIMEOUT_S, capture_output=True,
+                text=True, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"cuFile did not start within {PROBE_TIMEOUT_S:.0f} s"
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"cuFile cannot read {source.path} directly: {last}"
+
+
+def _load_kvikio(*, direct: bool) -> Any:
+    """Import kvikio and set it up; without *direct* it never touches cuFile, which may hang."""
+    folder = Path(tempfile.gettempdir())
+    os.environ.setdefault("CUFILE_LOGFILE_PATH", str(folder / f"cufile-{os.getpid()}.log"))
+    if direct:  # then a fallback inside cuFile would be an error, not a slow read in disguise
+        os.environ.setdefault("CUFILE_ALLOW_COMPAT_MODE", "false")
+    elif "kvikio" not in sys.modules:
+        os.environ.setdefault("KVIKIO_COMPAT_MODE", "ON")
+    kvikio = importlib.import_module("kvikio")
+    settings = {
+        "compat_mode": kvikio.CompatMode.OFF if direct else kvikio.CompatMode.ON,
+        "auto_direct_io_read": True,  # it would read through the page cache
+    }
+    if "KVIKIO_NTHREADS" not in os.environ:
+        settings["num_threads"] = KVIKIO_THREADS
+    kvikio.defaults.set(settings)
+    return kvikio
+
+
+class DeviceBytes:
+    """GPU memory as kvikio takes it: bytes, whatever dtype the tensor has; keeps it alive."""
+
+    __slots__ = ("__cuda_array_interface__", "tensor")
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+            "strides": None,
+        }
+
+
+@dataclass(slots=True)
+class Job:
+    """One block of a wave: *memory* is a flat array or tensor of header plus padded payload.
+
+    Direct jobs have only the payload in it: the destination itself.
+    """
+
+    block: BlockRead
+    at: int  # place among the blocks of the read
+    memory: Any
+    staged_at: int | None  # place in the staging buffer, None for direct ones
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class Task:
+    """One kvikio read, into one run of memory."""
+
+    span: Span
+    memory: Any
+    parts: list[tuple[Job, Span, Any]]
+
+
+@dataclass(slots=True)
+class Wave:
+    """What is read in one go; *live* holds future, buffer and task together until each ended."""
+
+    jobs: list[Job] = field(default_factory=list)
+    staging: Any = None  # the used part of its staging buffer
+    live: list[tuple[Any, Any, Task]] = field(default_factory=list)
+
+    def drain(self) -> None:
+        """Wait until no read is under way any more; KeyboardInterrupt is put off until then."""
+        interrupt: KeyboardInterrupt | None = None
+        while self.live:
+            try:
+                with contextlib.suppress(RuntimeError):  # a failed read has ended too
+                    self.live[-1][0].get()
+                self.live.pop()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+
+class CufileReader:
+    """See the module's docstring.
+
+    *direct* says that probe_direct found every device reachable; without it kvikio's compat mode
+    is forced. *allocate* makes flat uint8 tensors of a length on a device. ReaderUnavailable, with
+    the reason, if it cannot work here.
+    """
+
+    name = "cufile"
+
+    def __init__(
+        self,
+        sources: Mapping[DeviceIndex, DeviceSource],
+        *,
+        staging_bytes: int = 64 << 20,
+        direct: bool = False,
+        allocate: Callable[[int, Any], Any] | None = None,
+    ) -> None:
+        why_not = _missing() or next(filter(None, map(_unlike, sources.values())), None)
+        if why_not is not None:
+            raise ReaderUnavailable(f"the cufile reader cannot work here: {why_not}")
+        self._sources = sources
+        self._half_bytes = align_up(staging_bytes // 2)
+        self._direct = direct
+        self._allocate = allocate or _torch_empty
+        self._guard = ForkGuard()
+        self._lock = Lock()
+        self._busy: dict[Any, Lock] = {}  # by destination memory; None is the host's
+        self._staging: dict[Any, list[Any]] = {}  # two halves each
+        self._streams: dict[Any, Any] = {}
+        self._tally = Tally()
+        try:
+            kvikio = _load_kvikio(direct=direct)
+            self._monitor = kvikio.SummaryMonitor()
+            self._files = {
+                index: kvikio.CuFile(source.path, "r") for index, source in sources.items()
+            }
+        except (ImportError, RuntimeError, OSError) as error:
+            raise ReaderUnavailable(f"the cufile reader cannot work here: {error}") from error
+
+    def read(
+        self, blocks: Sequence[BlockRead], held: Callable[[], bool], after: Sequence[Any] = ()
+    ) -> list[ReadOutcome]:
+        """Read and verify *blocks*; see Reader.read."""
+        self._guard.check()
+        outcomes = [ReadOutcome.NOT_READ] * len(blocks)
+        if not blocks:
+            return outcomes
+        for event in after:
+            event.synchronize()  # cuFile knows nothing of streams
+        device = blocks[0].targets[0].device
+        with self._lock:
+            busy = self._busy.setdefault(device, Lock())
+        with busy:
+            direct = self._read(blocks, device, held, outcomes)
+        self._tally.count_read(blocks, outcomes, direct)
+        return outcomes
+
+    def _read(
+        self,
+        blocks: Sequence[BlockRead],
+        device: Any,
+        held: Callable[[], bool],
+        outcomes: list[ReadOutcome],
+    ) -> int:
+        """Read wave after wave, each begun before the one before is verified; count direct ones."""
+        waves: list[Wave] = []
+        direct = 0
+        try:
+            for turn, jobs in enumerate(self._waves(blocks)):
+                if not held():
+                    for at in range(jobs[0].at, len(blocks)):
+                        outcomes[at] = ReadOutcome.LEASE_ENDED
+                    break
+                waves.append(Wave(jobs))
+                direct += sum(job.staged_at is None for job in jobs)
+                self._begin(waves[-1], device, turn % 2, outcomes)
+                if len(waves) > 1:
+                    self._finish(waves[0], device, outcomes)
+                    del waves[0]
+            for wave in waves:
+                self._finish(wave, device, outcomes)
+        finally:
+            for wave in waves:
+                wave.drain()
+        return direct
+
+    def _waves(self, blocks: Sequence[BlockRead]) -> Iterator[list[Job]]:
+        """Cut *blocks* into waves that fit half of the staging buffer; a larger block goes alone."""
+        jobs: list[Job] = []
+        used = placed = 0
+        for at, block in enumerate(blocks):
+            assert block.layers is None  # their sums cannot be computed on a GPU
+            direct = block.whole and block.payload_bytes >= DIRECT_BYTES_MIN
+            wanted = 0 if direct else HEADER_BYTES + block.padded_bytes
+            if jobs and (used + wanted > self._half_bytes or placed >= DIRECT_BYTES_MAX):
+                yield jobs
+                jobs, used, placed = [], 0, 0
+            if direct:
+                target = block.targets[0]
+                memory = target.array if target.tensor is None else target.tensor
+                jobs.append(Job(block, at, memory, None))
+                placed += block.payload_bytes
+            else:
+                jobs.append(Job(block, at, None, used))
+                used += wanted
+        if jobs:
+            yield jobs
+
+    def _begin(self, wave: Wave, device: Any, half: int, outcomes: list[ReadOutcome]) -> None:
+        """Give the staged jobs their memory, in order of their place, and start all reads."""
+        staged = [job for job in wave.jobs if job.staged_at is not None]
+        staged.sort(key=_place)
+        used = 0
+        for job in staged:
+            job.staged_at = used
+            used += HEADER_BYTES + job.block.padded_bytes
+        if staged:
+            wave.staging = self._half(device, half, used)[:used]
+            for job in staged:
+                assert job.staged_at is not None
+                end = job.staged_at + HEADER_BYTES + job.block.padded_bytes
+                job.memory = wave.staging[job.staged_at : end]
+        for task in self._tasks(wave, outcomes):
+            self._start(wave, task)
+
+    def _start(self, wave: Wave, task: Task) -> None:
+        """Start one read; kvikio keeps neither buffer nor file alive, so `live` does."""
+        buffer = task.memory if isinstance(task.memory, np.ndarray) else DeviceBytes(task.memory)
+        span = task.span
+        self._tally.count_io(span.length)
+        file = self._files[DeviceIndex(span.device)]
+        try:
+            future = file.pread(buffer, span.length, span.offset, span.length)
+        except RuntimeError:  # short reads to a GPU are done, and fail, right there
+            future = _FailedRead()
+        wave.live.append((future, buffer, task))
+
+    def _half(self, device: Any, half: int, byte_count: int) -> Any:
+        """Return half the staging buffer of *device* (None: the host), or more for a huge block."""
+        if byte_count > self._half_bytes:
+            return self._memory(device, byte_count)
+        staging = self._staging.setdefault(device, [None, None])
+        if staging[half] is None:
+            staging[half] = self._memory(device, self._half_bytes)
+        return staging[half]
+
+    def _memory(self, device: Any, byte_count: int) -> Any:
+        """Make 4 KiB-aligned memory: a flat uint8 tensor, or for the host an array."""
+        if device is None:
+            return flat_bytes(Arena.private(byte_count).view)
+        memory = self._allocate(byte_count + ALIGN, device)
+        skip = -memory.data_ptr() % ALIGN
+        return memory[skip : skip + byte_count]
+
+    def _tasks(self, wave: Wave, outcomes: list[ReadOutcome]) -> list[Task]:
+        """Cut and merge what the jobs read, in order of memory, into reads of up to 16 MiB."""
+        parts: list[tuple[Job, Span, Any]] = []
+        for job in sorted(wave.jobs, key=_place):
+            spans = _spans(job)
+            if not spans or not all(may_read(self._sources, span) for _, span, _ in spans):
+                outcomes[job.at] = ReadOutcome.DEVICE_ERROR
+                job.failed = True
+                continue
+            parts.extend(spans)
+        total = sum(span.length for _, span, _ in parts)
+        limit = min(max(align_up(total // (2 * KVIKIO_THREADS)), MERGED_BYTES_MIN), IO_BYTES_MAX)
+        tasks: list[Task] = []
+        for job, span, memory in parts:
+            last = tasks[-1] if tasks else None
+            if (
+                last is not None
+                and last.span.device == span.device
+                and last.span.offset + last.span.length == span.offset
+                and _address(last.memory) + last.span.length == _address(memory)
+                and job.staged_at is not None
+                and last.parts[-1][0].staged_at is not None
+                and last.span.length + span.length <= limit
+            ):
+                length = last.span.length + span.length
+                first = last.parts[0][0]
+                assert first.staged_at is not None
+                begin = first.staged_at + last.span.at
+                last.memory = wave.staging[begin : begin + length]
+                last.span = Span(span.device, last.span.offset, length, last.span.at)
+                last.parts.append((job, span, memory))
+            else:
+                tasks.append(Task(span, memory, [(job, span, memory)]))
+        return tasks
+
+    def _finish(self, wave: Wave, device: Any, outcomes: list[ReadOutcome]) -> None:
+        """Wait for a wave's reads, verify its blocks and deliver them."""
+        again: list[Task] = []
+        while wave.live:
+            future, _, task = wave.live[-1]
+            if not _came(future, task.span.length):
+                if len(task.parts) > 1:
+                    again.extend(Task(span, memory, [(job, span, memory)])
+                                 for job, span, memory in task.parts)  # fmt: skip
+                else:
+                    task.parts[0][0].failed = True
+            wave.live.pop()
+        for task in again:  # one bad sector must not cost its neighbours
+            self._start(wave, task)
+        while wave.live:
+            future, _, task = wave.live[-1]
+            if not _came(future, task.span.length):
+                task.parts[0][0].failed = True
+            wave.live.pop()
+        if device is None:
+            good = _deliver_on_host(wave)
+        else:
+            stream = self._stream(device)
+            with nullcontext() if stream is None else loaded_torch().cuda.stream(stream):
+                good = _deliver_on_device(wave)
+            if stream is not None:
+                stream.synchronize()  # the staging buffer is read into again
+        for job, right in zip(wave.jobs, good, strict=True):
+            outcomes[job.at] = (
+                ReadOutcome.HIT if right
+                else ReadOutcome.DEVICE_ERROR if job.failed
+                else ReadOutcome.BAD_CHECKSUM
+            )  # fmt: skip
+
+    def _stream(self, device: Any) -> Any:
+        """Return our own stream on *device*, None where it is no GPU."""
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = loaded_torch().cuda.Stream(device)
+        return self._streams[device]
+
+    def statistics(self) -> dict[str, Any]:
+        """What was read, whether directly, and kvikio's own count of bytes by backend.
+
+        kvikio counts for the whole process; its GDS means "through cuFile".
+        """
+        backends = self._monitor.get().by_backend
+        return self._tally.statistics() | {
+            "mode": "direct" if self._direct else "compat",
+            "bytes_by_backend": {
+                name: backends[name]["bytes_transferred"] for name in ("POSIX", "GDS")
+            },
+        }
+
+    def close(self) -> None:
+        """Wait for reads under way and let go of files and memory."""
+        with contextlib.ExitStack() as stack:
+            for busy in list(self._busy.values()):
+                stack.enter_context(busy)
+            for file in self._files.values():
+                file.close()
+            self._staging.clear()
+
+
+class _FailedRead:
+    """Stands for a read that failed before it had a future."""
+
+    def get(self) -> int:
+        """Fail as the future would have."""
+        raise RuntimeError
+
+
+def _torch_empty(byte_count: int, device: Any) -> Any:
+    """Make a flat uint8 tensor."""
+    torch = loaded_torch()
+    return torch.empty(byte_count, dtype=torch.uint8, device=device)
+
+
+def _came(future: Any, byte_count: int) -> bool:
+    """Wait for a read; tell whether it brought all it was asked for."""
+    try:
+        return bool(future.get() == byte_count)
+    except RuntimeError:  # kvikio has no other error, and no errno
+        return False
+
+
+def _place(job: Job) -> tuple[int, int]:
+    """Sort key: where a block begins."""
+    extents = job.block.extents
+    return (extents[0].device, extents[0].offset) if extents else (0, 0)
+
+
+def _address(memory: Any) -> int:
+    """Where an array or a tensor is."""
+    if isinstance(memory, np.ndarray):
+        return address_of(memory)
+    address: int = memory.data_ptr()
+    return address
+
+
+def _spans(job: Job) -> list[tuple[Job, Span, Any]]:
+    """Return what to read for *job*, cut to the largest I/O, and where to; [] if extents lack."""
+    stop = HEADER_BYTES + job.block.padded_bytes
+    start = HEADER_BYTES if job.staged_at is None else 0
+    spans: list[tuple[Job, Span, Any]] = []
+    covered = 0
+    for span in spans_of(job.block, start, stop):
+        for cut in range(0, span.length, IO_BYTES_MAX):
+            length = min(IO_BYTES_MAX, span.length - cut)
+            at = span.at + cut - start
+            part = Span(span.device, span.offset + cut, length, span.at + cut)
+            spans.append((job, part, job.memory[at : at + length]))
+        covered += span.length
+    return spans if covered == stop - start else []
+
+
+def _payload(job: Job) -> Any:
+    """The payload in a job's memory, without header and padding."""
+    if job.staged_at is None:
+        return job.memory
+    return job.memory[HEADER_BYTES : HEADER_BYTES + job.block.payload_bytes]
+
+
+def _clear_bad(wave: Wave, good: Sequence[bool]) -> None:
+    """Take wrong bytes out of destinations that were read into directly."""
+    for job, right in zip(wave.jobs, good, strict=True):
+        if not right and job.staged_at is None:
+            job.block.targets[0].clear()
+
+
+def _deliver_on_host(wave: Wave) -> list[bool]:
+    """Verify and copy out blocks in host memory; tell which were right."""
+    good = []
+    for job in wave.jobs:
+        payload: Bytes = _payload(job)
+        sums = job.block.checksums
+        right = not job.failed and xxhash.xxh3_128_digest(payload.data) == sums.xxh3
+        good.append(right)
+        at = 0
+        for target in job.block.targets if right and job.staged_at is not None else ():
+            assert target.array is not None
+            np.copyto(target.array, payload[at : at + target.byte_count])
+            at += target.byte_count
+    _clear_bad(wave, good)
+    return good
+
+
+def _deliver_on_device(wave: Wave) -> list[bool]:
+    """Verify and scatter blocks in GPU memory, on the current stream; tell which were right."""
+    whole = [job for job in wave.jobs if not job.failed]
+    staged = [job for job in whole if job.staged_at is not None]
+    direct = [job for job in whole if job.staged_at is None]
+    sums = dict(zip(map(id, staged), _staged_lanes(wave.staging, staged), strict=True))
+    if direct:
+        totals = loaded_torch().stack([lanes_tensor(job.memory) for job in direct]).tolist()
+        for job, (plain, weighted) in zip(direct, totals, strict=True):
+            sums[id(job)] = (plain & MASK_64, weighted & MASK_64)
+    good = []
+    for job in wave.jobs:
+        stated = job.block.checksums
+        good.append(sums.get(id(job)) == (stated.lane_plain, stated.lane_weighted))
+    scatter(
+        [
+            (job.block.targets, _payload(job))
+            for job, right in zip(wave.jobs, good, strict=True)
+            if right and job.staged_at is not None
+        ]
+    )
+    _clear_bad(wave, good)
+    return good
+
+
+def _staged_lanes(staging: Any, jobs: Sequence[Job]) -> list[tuple[int, int]]:
+    """Return the lane sums of the payloads of *jobs* in the staging buffer, with one wait.
+
+    The GPU sums every 4 KiB row there; the few bytes per row that this gives are put together
+    here. Rows that a payload ends in are summed again without what lies behind it.
+    """
+    if not jobs:
+        return []
+    torch = loaded_torch()
+    sums = row_lanes_on_device(staging)
+    first = np.array([(_staged_at(job) + HEADER_BYTES) // ALIGN for job in jobs], np.uint64)
+    count = np.array([job.block.padded_bytes // ALIGN for job in jobs], np.uint64)
+    tails = np.array([job.block.payload_bytes % ALIGN for job in jobs], np.int64)
+    cut = np.flatnonzero(tails)
+    if cut.size:
+        last = torch.from_numpy((first + count - np.uint64(1))[cut].astype(np.int64))
+        last = last.to(staging.device)
+        lengths = torch.from_numpy(tails[cut]).to(staging.device)
+        rows = staging.view(-1, ALIGN)[last]
+        rows *= torch.arange(ALIGN, device=staging.device) < lengths[:, None]
+        sums[:, last] = row_lanes_on_device(rows.view(-1))
+    plain, weighted = lanes_of_rows(sums.cpu().numpy().view(np.uint64), first, count)
+    return list(zip(plain.tolist(), weighted.tolist(), strict=True))
+
+
+def _staged_at(job: Job) -> int:
+    """Where a staged job's header lies in the staging buffer."""
+    assert job.staged_at is not None
+    return job.staged_at

@@ -1,0 +1,423 @@
+"""The host reader: O_DIRECT preadv from several threads, into the destination or huge pages.
+
+Serves host memory; staged builds on it. What cannot be placed directly (unaligned, in pieces, by
+layers) goes through the reader's own arena and a copy of exactly the payload. Thread-safe.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Condition, Lock
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from twfs.arena import Arena, Piece
+from twfs.checksums import Bytes, flat_bytes
+from twfs.readers.base import (
+    ARENA_TIMEOUT_S,
+    HEADER_BYTES,
+    BlockRead,
+    DeviceSource,
+    ForkGuard,
+    Span,
+    Tally,
+    may_read,
+    spans_of,
+)
+from twfs.records import Header
+from twfs.store import ReadOutcome
+from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up
+
+IOVECS_MAX: Final = 1000  # of one preadv; the kernel's own limit is 1024
+MERGED_BYTES_MIN: Final = 1 << 20  # below this a read is too short to be worth cutting further
+SMALL_READS_THREADS: Final = 32  # in flight when reads are small: a drive needs many of them
+
+
+@dataclass(slots=True)
+class Job:
+    """One block of a wave: where its bytes are read to and how many spans are still to come."""
+
+    block: BlockRead
+    at: int  # place among the blocks of the read
+    memory: Bytes  # takes bytes `start` and on of header plus padded payload
+    start: int
+    piece: Piece | None  # None: the memory is the destination itself
+    left: int = 0
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class Io:
+    """One preadv: neighbours on one device, with the headers between them going to scratch."""
+
+    device: int
+    offset: int
+    byte_count: int
+    buffers: list[Bytes]
+    parts: list[tuple[Job, Span, Bytes]]
+
+
+class Wave:
+    """The I/Os of one wave, worked off by the caller and helping threads. Thread-safe.
+
+    A helper that starts after the end finds it closed, so ending needs no list of helpers, which
+    a KeyboardInterrupt could leave incomplete.
+    """
+
+    def __init__(self, ios: Sequence[Io]) -> None:
+        self._ios = deque(ios)
+        self._changed = Condition()
+        self._helpers = 0
+        self._closed = False
+        self._failure: BaseException | None = None
+
+    def next(self) -> Io | None:
+        """Take the next I/O, None when there is no more."""
+        try:
+            return self._ios.popleft()
+        except IndexError:
+            return None
+
+    def help(self, perform: Callable[[Io], None]) -> None:
+        """Work I/Os off on a helping thread; what is raised comes out of end."""
+        with self._changed:
+            if self._closed:
+                return
+            self._helpers += 1
+        failure: BaseException | None = None
+        try:
+            while (io := self.next()) is not None:
+                perform(io)
+        except BaseException as error:  # noqa: BLE001 - raised again by end, in the caller
+            failure = error
+        with self._changed:
+            self._helpers -= 1
+            self._failure = self._failure or failure
+            self._changed.notify_all()
+
+    def end(self, *, stop: bool) -> None:
+        """Wait until no helper works any more; with *stop* without beginning further I/Os.
+
+        KeyboardInterrupt is put off until then: memory must not be freed under an I/O.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                if stop:
+                    self._ios.clear()
+                with self._changed:
+                    self._closed = True
+                    while self._helpers:
+                        self._changed.wait()
+                break
+            except KeyboardInterrupt as error:
+                interrupt, stop = error, True
+        if interrupt is not None:
+            raise interrupt
+        if self._failure is not None:
+            raise self._failure
+
+
+class HostReader:
+    """See the module's docstring; *arena_bytes* bounds what a read holds besides destinations."""
+
+    name = "host"
+
+    def __init__(
+        self,
+        sources: Mapping[DeviceIndex, DeviceSource],
+        *,
+        threads: int = 4,
+        arena_bytes: int = 64 << 20,
+    ) -> None:
+        self._sources = sources
+        self._threads = threads
+        self._arena_bytes = arena_bytes
+        self._guard = ForkGuard()
+        self._lock = Lock()
+        self._large = Lock()  # held by the one read that has an arena beyond arena_bytes
+        self._arena: Arena | None = None
+        self._executor = ThreadPoolExecutor(
+            max(threads, SMALL_READS_THREADS), f"twfs-{self.name}"
+        )  # starts threads only as they are needed
+        self._scratch = Arena.private(ALIGN)  # takes headers, never looked at
+        self._skipped = flat_bytes(self._scratch.view)
+        self._tally = Tally()
+
+    def read(
+        self, blocks: Sequence[BlockRead], held: Callable[[], bool], after: Sequence[Any] = ()
+    ) -> list[ReadOutcome]:
+        """Read and verify *blocks*; see Reader.read."""
+        self._guard.check()
+        self._wait_for(after)
+        outcomes = [ReadOutcome.NOT_READ] * len(blocks)
+        begin = direct = 0
+        while begin < len(blocks):
+            if not held():
+                outcomes[begin:] = [ReadOutcome.LEASE_ENDED] * (len(blocks) - begin)
+                break
+            jobs: list[Job] = []
+            large: list[Arena] = []
+            try:
+                if not self._gather(blocks, begin, jobs, large):
+                    outcomes[begin:] = [ReadOutcome.TIMED_OUT] * (len(blocks) - begin)
+                    break
+                self._run(jobs, outcomes)
+            finally:
+                self._settle()
+                for job in jobs:
+                    if job.piece is not None:
+                        job.piece.release()
+                if large:
+                    large[0].close()
+                    self._large.release()
+            direct += sum(job.piece is None for job in jobs)
+            begin += len(jobs)
+        self._tally.count_read(blocks, outcomes, direct)
+        return outcomes
+
+    def _wait_for(self, after: Sequence[Any]) -> None:
+        """Make sure that earlier work on the destinations is done; host memory has none."""
+
+    def _places_directly(self, block: BlockRead) -> bool:
+        """Tell whether the device may write into *block*'s destination."""
+        return block.whole and block.targets[0].array is not None
+
+    def _deliver(self, block: BlockRead, source: Bytes) -> None:
+        """Bring verified bytes from the arena to their destination."""
+        at = 0
+        for target in block.targets:
+            assert target.array is not None
+            np.copyto(target.array, source[at : at + target.byte_count])
+            at += target.byte_count
+
+    def _settle(self) -> None:
+        """Wait for what _deliver began; called before the arena's pieces are given back."""
+
+    def _make_arena(self, byte_count: int) -> Arena:
+        """Make memory to read into."""
+        return Arena.private(byte_count)
+
+    def _gather(
+        self, blocks: Sequence[BlockRead], begin: int, jobs: list[Job], large: list[Arena]
+    ) -> bool:
+        """Fill *jobs* with blocks from *begin* on, as many as the arena has room for.
+
+        Waits only while it holds nothing, so that two reads cannot wait for each other. False if
+        there was no room for even one in ARENA_TIMEOUT_S.
+        """
+        for at in range(begin, len(blocks)):
+            block = blocks[at]
+            if self._places_directly(block):
+                array = block.targets[0].array
+                assert array is not None
+                jobs.append(Job(block, at, array, HEADER_BYTES, None))
+                continue
+            start, stop, header = _wanted(block)
+            byte_count = header + stop - start
+            if byte_count > self._arena_bytes:
+                if jobs:
+                    break
+                if not self._large.acquire(timeout=ARENA_TIMEOUT_S):
+                    return False
+                try:
+                    large.append(self._make_arena(align_up(byte_count)))
+                except BaseException:
+                    self._large.release()
+                    raise
+                piece = large[0].take(byte_count)
+            else:
+                piece = self._own_arena().take(byte_count, 0 if jobs else ARENA_TIMEOUT_S)
+            if piece is None:
+                break
+            jobs.append(Job(block, at, flat_bytes(piece.view), start, piece))
+        return bool(jobs)
+
+    def _own_arena(self) -> Arena:
+        """Return the arena, made when first needed."""
+        with self._lock:
+            if self._arena is None:
+                self._arena = self._make_arena(self._arena_bytes)
+            return self._arena
+
+    def _run(self, jobs: list[Job], outcomes: list[ReadOutcome]) -> None:
+        """Read all *jobs* and put their outcomes into *outcomes*."""
+        ios = self._plan(jobs, outcomes)
+        small = sum(io.byte_count for io in ios) < len(ios) * MERGED_BYTES_MIN
+        workers = min(len(ios), SMALL_READS_THREADS if small else self._threads)
+        wave = Wave(ios)
+        done = False
+
+        def perform(io: Io) -> None:
+            self._perform(io, outcomes)
+
+        try:
+            for _ in range(workers - 1):  # the caller is the last of them
+                self._executor.submit(wave.help, perform)
+            while (io := wave.next()) is not None:
+                perform(io)
+            done = True
+        finally:
+            wave.end(stop=not done)
+
+    def _plan(self, jobs: list[Job], outcomes: list[ReadOutcome]) -> list[Io]:
+        """Cut and merge the spans of all *jobs* into I/Os, in order of device and offset."""
+        parts: list[tuple[int, int, Job, Span, Bytes]] = []
+        for job in jobs:
+            spans = _spans(job)
+            if not spans or not all(may_read(self._sources, span) for span, _ in spans):
+                outcomes[job.at] = ReadOutcome.DEVICE_ERROR
+                continue
+            job.left = len(spans)
+            parts.extend((span.device, span.offset, job, span, memory) for span, memory in spans)
+        parts.sort(key=_place)
+        total = sum(part[3].length for part in parts)
+        limit = min(max(total // (2 * self._threads), MERGED_BYTES_MIN), IO_BYTES_MAX)
+        ios: list[Io] = []
+        last: Io | None = None
+        for device, offset, job, span, memory in parts:
+            length = span.length
+            if last is not None and last.device == device:
+                gap = offset - last.offset - last.byte_count
+                if (
+                    (gap == 0 or gap == HEADER_BYTES)  # noqa: PLR1714 - half the time of a set
+                    and last.byte_count + gap + length <= limit
+                    and len(last.buffers) < IOVECS_MAX - 1
+                ):
+                    if gap:
+                        last.buffers.append(self._skipped)
+                    last.buffers.append(memory)
+                    last.byte_count += gap + length
+                    last.parts.append((job, span, memory))
+                    continue
+            last = Io(device, offset, length, [memory], [(job, span, memory)])
+            ios.append(last)
+        return ios
+
+    def _perform(self, io: Io, outcomes: list[ReadOutcome]) -> None:
+        """Do one I/O, and finish every block that it completes."""
+        self._tally.count_io(io.byte_count)
+        good = self._preadv(io.device, io.buffers, io.offset, io.byte_count)
+        for job, span, memory in io.parts:
+            came = good or (
+                # One bad sector must not cost its neighbours: ask for each part alone.
+                len(io.parts) > 1 and self._preadv(span.device, [memory], span.offset, span.length)
+            )
+            if self._part_done(job, came=came):
+                outcomes[job.at] = self._finish(job)
+
+    def _preadv(self, device: int, buffers: list[Bytes], offset: int, byte_count: int) -> bool:
+        """Read exactly *byte_count* bytes; False if the device gives an error or less."""
+        try:
+            return os.preadv(self._sources[DeviceIndex(device)].fd, buffers, offset) == byte_count
+        except OSError:
+            return False
+
+    def _part_done(self, job: Job, *, came: bool) -> bool:
+        """Count a part of *job*; True when it was the last."""
+        with self._lock:
+            job.left -= 1
+            job.failed = job.failed or not came
+            return job.left == 0
+
+    def _finish(self, job: Job) -> ReadOutcome:
+        """Verify and deliver a block that has been read whole."""
+        block, outcome = job.block, ReadOutcome.DEVICE_ERROR
+        if not job.failed:
+            if block.layers is not None:
+                return self._finish_layers(job)
+            payload = job.memory[: block.payload_bytes]
+            if xxhash.xxh3_128_digest(payload.data) == block.checksums.xxh3:
+                if job.piece is not None:
+                    self._deliver(block, payload)
+                return ReadOutcome.HIT
+            outcome = ReadOutcome.BAD_CHECKSUM
+        if job.piece is None:
+            block.targets[0].clear()
+        return outcome
+
+    def _finish_layers(self, job: Job) -> ReadOutcome:
+        """Verify the layers that were read against the sums in the header; deliver them."""
+        block, layers = job.block, job.block.layers
+        assert layers is not None
+        try:
+            header = Header.unpack(job.memory[:HEADER_BYTES].data)
+        except ValueError:
+            return ReadOutcome.BAD_CHECKSUM
+        if (
+            header.block.generation != block.generation
+            or header.prefix_hash != block.prefix_hash
+            or (header.group, header.shard) != (block.group, block.shard)
+            or header.block.payload_bytes != block.payload_bytes
+            or header.block.checksums.xxh3 != block.checksums.xxh3
+            or len(header.layer_sums) != layers.count
+        ):
+            return ReadOutcome.BAD_CHECKSUM
+        begin = HEADER_BYTES + layers.first * layers.layer_bytes % ALIGN
+        payload = job.memory[begin : begin + (layers.stop - layers.first) * layers.layer_bytes]
+        for index in range(layers.first, layers.stop):
+            at = (index - layers.first) * layers.layer_bytes
+            run = payload[at : at + layers.layer_bytes]
+            if xxhash.xxh3_64_intdigest(run.data) != header.layer_sums[index]:
+                return ReadOutcome.BAD_CHECKSUM
+        self._deliver(block, payload)
+        return ReadOutcome.HIT
+
+    def statistics(self) -> dict[str, Any]:
+        """What was read, and the arena."""
+        arena = self._arena
+        return self._tally.statistics() | {
+            "threads": self._threads,
+            "arena": None if arena is None else arena.statistics(),
+        }
+
+    def close(self) -> None:
+        """Wait for reads under way and let go of threads and memory."""
+        self._executor.shutdown()
+        with self._lock:
+            if self._arena is not None:
+                self._arena.close()
+
+
+def _place(part: tuple[int, int, Job, Span, Bytes]) -> tuple[int, int]:
+    """Sort key: device and offset."""
+    return part[:2]
+
+
+def _wanted(block: BlockRead) -> tuple[int, int, int]:
+    """Return what to read of a block: from, up to (header included), and header bytes before."""
+    layers = block.layers
+    if layers is None:
+        return HEADER_BYTES, HEADER_BYTES + block.padded_bytes, 0
+    first = layers.first * layers.layer_bytes // ALIGN * ALIGN
+    stop = align_up(layers.stop * layers.layer_bytes)
+    return HEADER_BYTES + first, HEADER_BYTES + stop, HEADER_BYTES
+
+
+def _spans(job: Job) -> list[tuple[Span, Bytes]]:
+    """Return what to read for *job*, cut to the largest I/O, and where to; [] if extents lack."""
+    start, stop, header = _wanted(job.block)
+    wanted = [(start, stop, header)]
+    if header:
+        wanted.insert(0, (0, HEADER_BYTES, 0))
+    spans = []
+    for first, last, memory_at in wanted:
+        covered = 0
+        for span in spans_of(job.block, first, last):
+            for cut in range(0, span.length, IO_BYTES_MAX):
+                length = min(IO_BYTES_MAX, span.length - cut)
+                at = memory_at + span.at + cut - first
+                spans.append(
+                    (
+                        Span(span.device, span.offset + cut, length, span.at + cut),
+                        job.memory[at : at + length],
+                    )
+                )
+            covered += span.length
+        if covered != last - first:
+            return []
+    return spans

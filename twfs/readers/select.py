@@ -1,0 +1,177 @@
+"""Chooses the reader for each read: host, staged or cufile, and counts which one served.
+
+Not a reader itself. Thread-safe; refuses to work in a forked child.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from twfs.errors import InvalidInput
+from twfs.readers.base import BlockRead, DeviceSource, ForkGuard, Reader
+from twfs.readers.cufile import CufileReader, direct_obstacle, probe_direct
+from twfs.readers.host import HostReader
+from twfs.readers.staged import StagedReader
+from twfs.store import ReadOutcome
+from twfs.units import DeviceIndex
+
+__all__ = ["READER_NAMES", "DeviceSource", "Readers"]
+
+READER_NAMES: Final = ("host", "staged", "cufile")
+ARENA_BYTES: Final = 64 << 20  # four of the largest I/Os: enough to keep a drive busy
+ASYNC_READS_MAX: Final = 4  # reads under way at once for read_async: each has threads of its own
+ASYNC_QUEUED_MAX: Final = 1024  # two long prompts of 480 blocks, submitted block by block
+
+_T = TypeVar("_T")
+
+
+class Readers:
+    """The readers of one warehouse's devices, made when first needed.
+
+    Uses the descriptors in *sources* until close, and never closes them.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[DeviceIndex, DeviceSource],
+        *,
+        threads: int = 4,
+        arena_bytes: int = ARENA_BYTES,
+    ) -> None:
+        self._sources = dict(sources)
+        self._threads = threads
+        self._arena_bytes = arena_bytes
+        self._guard = ForkGuard()
+        self._lock = threading.Lock()
+        self._made: dict[str, Reader] = {}
+        self._direct: bool | None = None  # whether cuFile reaches the devices; None: not yet known
+        self._why_not_direct = "not asked for yet"
+        self._probe: threading.Thread | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._queued = threading.BoundedSemaphore(ASYNC_QUEUED_MAX)
+        self._closed = False
+
+    @property
+    def sources(self) -> Mapping[DeviceIndex, DeviceSource]:
+        """The devices, by index."""
+        return self._sources
+
+    def read(
+        self,
+        blocks: Sequence[BlockRead],
+        held: Callable[[], bool],
+        *,
+        reader: str | None = None,
+        after: Sequence[Any] = (),
+    ) -> tuple[str, list[ReadOutcome]]:
+        """Read *blocks* through *reader*, or the best one; return its name and the outcomes.
+
+        See Reader.read. InvalidInput on an unknown name, or for destinations that are not all in
+        one memory; ReaderUnavailable if the reader asked for by name cannot work here.
+        """
+        self._guard.check()
+        name = self.name_for(blocks, reader)
+        return name, self._reader(name).read(blocks, held, after)
+
+    def name_for(self, blocks: Sequence[BlockRead], reader: str | None) -> str:
+        """Return the name of the reader for *blocks*: *reader* if given."""
+        devices = {target.device for block in blocks for target in block.targets}
+        if len(devices) > 1:
+            names = ", ".join(sorted("host memory" if d is None else str(d) for d in devices))
+            raise InvalidInput(f"one read goes to one memory, not to {names}: read in two calls")
+        if reader is not None and reader not in READER_NAMES:
+            raise InvalidInput(f"there is no reader {reader!r}: use {', '.join(READER_NAMES)}")
+        on_gpu = devices not in (set(), {None})
+        partial = any(block.layers is not None for block in blocks)
+        if reader == "host" and on_gpu:
+            raise InvalidInput("the host reader cannot write to a GPU: use staged or cufile")
+        if reader == "cufile" and partial:
+            raise InvalidInput("layers are verified in host memory: read them with host or staged")
+        if reader is not None:
+            return reader
+        if not on_gpu:
+            return "host"
+        return "cufile" if not partial and self._is_direct() else "staged"
+
+    def _is_direct(self) -> bool:
+        """Tell whether cuFile is known to reach GPU memory directly; ask in the background first.
+
+        The question takes seconds, in a process of its own, so the reads until then are staged.
+        """
+        with self._lock:
+            if self._direct is None and self._probe is None:
+                self._why_not_direct = "being probed"
+                self._probe = threading.Thread(
+                    target=self._find_direct, name="twfs-cufile-probe", daemon=True
+                )
+                self._probe.start()
+            return bool(self._direct)
+
+    def _find_direct(self) -> None:
+        """Look for what forbids it, then try every device; the body of the probe's thread."""
+        why_not = direct_obstacle(self._sources) or next(
+            filter(None, map(probe_direct, self._sources.values())), None
+        )
+        with self._lock:
+            self._direct, self._why_not_direct = why_not is None, why_not or ""
+
+    def _reader(self, name: str) -> Reader:
+        """Return the reader *name*, made now if need be."""
+        if name == "cufile" and not self._is_direct():
+            probe = self._probe
+            assert probe is not None
+            probe.join()  # asked for by name: worth the wait to know which of its ways it goes
+        with self._lock:
+            if self._closed:
+                raise InvalidInput("the readers are closed: connect anew")
+            made = self._made.get(name)
+            if made is None:
+                made = self._made[name] = self._make(name)
+            return made
+
+    def _make(self, name: str) -> Reader:
+        """Make the reader *name*."""
+        if name == "host":
+            return HostReader(self._sources, threads=self._threads, arena_bytes=self._arena_bytes)
+        if name == "staged":
+            return StagedReader(self._sources, threads=self._threads, arena_bytes=self._arena_bytes)
+        return CufileReader(
+            self._sources, staging_bytes=self._arena_bytes, direct=bool(self._direct)
+        )
+
+    def submit(self, call: Callable[[], _T]) -> "Future[_T]":
+        """Run *call* on a thread for reads; waits while ASYNC_QUEUED_MAX are outstanding."""
+        self._guard.check()
+        with self._lock:
+            if self._closed:
+                raise InvalidInput("the readers are closed: connect anew")
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(ASYNC_READS_MAX, "twfs-async")
+            executor = self._executor
+        self._queued.acquire()
+        try:
+            future = executor.submit(call)
+        except BaseException:
+            self._queued.release()
+            raise
+        future.add_done_callback(lambda _: self._queued.release())
+        return future
+
+    def statistics(self) -> dict[str, Any]:
+        """Per reader: blocks, bytes, placement, misses by cause; and why cuFile is not used."""
+        with self._lock:
+            made = dict(self._made)
+            cufile = {"direct": bool(self._direct), "why_not_direct": self._why_not_direct}
+        return {name: reader.statistics() for name, reader in made.items()} | {"selection": cufile}
+
+    def close(self) -> None:
+        """Wait for reads under way and let go of threads and memory. Idempotent."""
+        with self._lock:
+            self._closed = True
+            executor, self._executor = self._executor, None
+            made, self._made = self._made, {}
+        if executor is not None:
+            executor.shutdown()
+        for reader in made.values():
+            reader.close()

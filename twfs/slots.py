@@ -1,0 +1,226 @@
+"""What is known about every block in memory: dense arrays by slot number, and the heat stamps.
+
+A slot is a small number that a block keeps in its record for life. The arrays are what match,
+eviction and listing look at, so that none of them scans LMDB; all but the stamps are rebuilt from
+the records at open. The stamps are an mmap-ed file outside the commit path: a stamp is max(what it
+was, wall clock), so it never goes back. Not thread-safe: the warehouse's lock guards it.
+"""
+
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from twfs.records import BLOCK_KEY, FLAG_DETACHED, BlockKey
+from twfs.units import ALIGN, Slot
+
+IntArray = npt.NDArray[Any]
+
+NONE: Final = 0xFFFFFFFF  # in the parent array: no parent is there
+FREE: Final = 0  # no block has this slot
+PENDING: Final = 1  # reserved by a put that is not published yet
+LIVE: Final = 2  # published: may be matched
+CONDEMNED: Final = 3  # chosen for eviction: absent to everyone from now on
+LIMBO: Final = 4  # removed, but a lease still reads it
+GROWTH_MIN: Final = 4096  # slots added at once, so that growing is rare
+
+KEY_BYTES: Final = BLOCK_KEY.size
+STAMP_BYTES: Final = 8
+
+
+class Slots:
+    """The arrays; see the module's docstring. Fields are indexed by slot."""
+
+    def __init__(self, heat_path: Path) -> None:
+        self._heat_fd = os.open(heat_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._map: mmap.mmap | None = None
+        self._count = 0  # slots in use or free below this
+        self._free: list[int] = []
+        self.stamp: IntArray = np.zeros(0, np.uint64)
+        self.key: IntArray = np.zeros(0, f"V{KEY_BYTES}")
+        self.parent: IntArray = np.zeros(0, np.uint32)
+        self.children: IntArray = np.zeros(0, np.int32)
+        self.links: IntArray = np.zeros(0, np.int32)
+        self.leases: IntArray = np.zeros(0, np.int32)
+        self.position: IntArray = np.zeros(0, np.uint32)
+        self.units: IntArray = np.zeros(0, np.uint32)  # of 4 KiB on the devices
+        self.state: IntArray = np.zeros(0, np.uint8)
+        self.detached: IntArray = np.zeros(0, np.bool_)
+        self._grow(max(GROWTH_MIN, os.fstat(self._heat_fd).st_size // STAMP_BYTES))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _grow(self, capacity: int) -> None:
+        """Make room for *capacity* slots; the stamps' file is allocated, so no SIGBUS later."""
+        byte_count = -(-capacity * STAMP_BYTES // ALIGN) * ALIGN
+        if os.fstat(self._heat_fd).st_size < byte_count:
+            os.posix_fallocate(self._heat_fd, 0, byte_count)
+        capacity = byte_count // STAMP_BYTES
+        self._map = mmap.mmap(self._heat_fd, byte_count)
+        self.stamp = np.frombuffer(self._map, np.uint64)
+        for name in ("key", "parent", "children", "links", "leases", "position", "units", "state",
+                     "detached"):  # fmt: skip
+            old = getattr(self, name)
+            new = np.zeros(capacity, old.dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)
+
+    def allot(self, count: int) -> list[Slot]:
+        """Return *count* slots in state PENDING."""
+        taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        fresh = count - len(taken)
+        if fresh:
+            if self._count + fresh > len(self.state):
+                self._grow(max(self._count + fresh, len(self.state) + len(self.state) // 2))
+            taken.extend(range(self._count, self._count + fresh))
+            self._count += fresh
+        self.state[taken] = PENDING
+        self.leases[taken] = 0
+        return [Slot(slot) for slot in taken]
+
+    def give_back(self, slot: int) -> None:
+        """Undo allot, or end a block's life."""
+        assert self.state[slot] != FREE, slot
+        assert self.leases[slot] == 0, slot
+        self.state[slot] = FREE
+        self.detached[slot] = False
+        self.stamp[slot] = 0
+        self._free.append(slot)
+
+    def set_live(
+        self, slot: int, key: bytes, parent: int | None, *, position: int, units: int,
+        now_ms: int, detached: bool,
+    ) -> None:  # fmt: skip
+        """Enter a block that has just been published; its parent gains a child."""
+        self.key[slot] = np.void(key)
+        self.position[slot] = position
+        self.units[slot] = units
+        self.children[slot] = 0
+        self.links[slot] = 0
+        self.detached[slot] = detached
+        self.parent[slot] = NONE
+        if parent is not None:
+            self.adopt(slot, parent)
+        self.use([slot], now_ms)
+        self.state[slot] = LIVE
+
+    def adopt(self, slot: int, parent: int) -> None:
+        """Hang *slot* below *parent*."""
+        self.parent[slot] = parent
+        self.children[parent] += 1
+
+    def drop(self, slot: int) -> None:
+        """Take a block out of the tree; give_back follows when no lease reads it any more."""
+        parent = self.parent[slot]
+        if parent != NONE:
+            self.children[parent] -= 1
+            self.parent[slot] = NONE
+
+    def use(self, slots: Sequence[int] | IntArray, now_ms: int) -> None:
+        """Stamp *slots* with the present time; a stamp never goes back."""
+        self.stamp[slots] = np.maximum(self.stamp[slots], np.uint64(now_ms))
+
+    def key_of(self, slot: int) -> BlockKey:
+        """The full name of the block in *slot*."""
+        return BlockKey.unpack(self.key[slot].tobytes())
+
+    def ancestors(self, slot: int) -> list[int]:
+        """*slot*, its parent, and so on up to the first block."""
+        found = []
+        parent = self.parent
+        at = slot
+        while at != NONE:
+            found.append(at)
+            at = int(parent[at])
+        return found
+
+    def link_head(self, slot: int, step: int, stop: int | None = None) -> None:
+        """Add *step* (1 or -1) to the heads over *slot* and its ancestors, up to before *stop*."""
+        at = slot
+        while at not in (NONE, stop):
+            self.links[at] += step
+            at = int(self.parent[at])
+
+    def leaves(self) -> IntArray:
+        """Slots that may be evicted now: live, without child, without lease."""
+        count = self._count
+        return np.flatnonzero(
+            (self.state[:count] == LIVE)
+            & (self.children[:count] == 0)
+            & (self.leases[:count] == 0)
+        )  # fmt: skip
+
+    def load(self, keys: bytes, records: "npt.NDArray[Any]", heads: Iterable[bytes]) -> None:
+        """Fill the arrays from all records, in key order.
+
+        *keys*: the packed keys joined; *records*: BLOCK_DTYPE rows; *heads*: the packed keys of
+        the blocks that stand for the heads. The extents' units are set by the caller where a block
+        has more than one.
+        """
+        count = len(records)
+        slots = records["slot"].astype(np.int64)
+        self._count = int(slots.max()) + 1 if count else 0
+        if self._count > len(self.state):
+            self._grow(self._count)
+        key_array = np.frombuffer(keys, f"S{KEY_BYTES}")
+        self.key[slots] = np.frombuffer(keys, f"V{KEY_BYTES}")
+        self.state[slots] = LIVE
+        self.position[slots] = records["position"]
+        self.units[slots] = records["units"]
+        self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
+        parents = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES).copy()
+        parents[:, 4:20] = np.ascontiguousarray(records["parent"]).view(np.uint8).reshape(count, 16)
+        wanted = parents.view(f"S{KEY_BYTES}").ravel()
+        self.parent[:] = NONE
+        if count:
+            at = np.minimum(np.searchsorted(key_array, wanted), count - 1)
+            there = key_array[at] == wanted
+            self.parent[slots[there]] = slots[at[there]]
+            np.add.at(self.children, slots[at[there]], 1)
+        self._load_links(key_array, slots, heads)
+        used = np.zeros(self._count, np.bool_)
+        used[slots] = True
+        self._free = [int(slot) for slot in np.flatnonzero(~used)[::-1]]
+        self.stamp[: self._count][~used] = 0
+
+    def _load_links(self, keys: IntArray, slots: IntArray, heads: Iterable[bytes]) -> None:
+        """Count the heads over every block, leaves first."""
+        wanted = np.array(list(heads), keys.dtype)
+        if len(wanted):
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            self.links[slots[at[keys[at] == wanted]]] = 1
+        missing = self.children.copy()
+        frontier = slots[missing[slots] == 0]
+        while len(frontier):
+            inner = frontier[self.parent[frontier] != NONE]
+            parents = self.parent[inner]
+            np.add.at(self.links, parents, self.links[inner])
+            np.subtract.at(missing, parents, 1)
+            touched = np.unique(parents)
+            frontier = touched[missing[touched] == 0].astype(np.int64)
+
+    def statistics(self) -> dict[str, int]:
+        """Slots by state, and bytes of the arrays."""
+        states = np.bincount(self.state[: self._count], minlength=5)
+        names = ("free", "pending", "live", "condemned", "limbo")
+        figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
+        arrays = (self.stamp, self.key, self.parent, self.children, self.links, self.leases,
+                  self.position, self.units, self.state, self.detached)  # fmt: skip
+        return figures | {"slots_bytes": sum(array.nbytes for array in arrays)}
+
+    def persist(self) -> None:
+        """Write the stamps to disk; may wait for the disk, so not under the lock."""
+        if self._map is not None:
+            self._map.flush()
+
+    def close(self) -> None:
+        """Persist the stamps and let go of the file."""
+        self.persist()
+        self.stamp = np.zeros(0, np.uint64)
+        self._map = None
+        os.close(self._heat_fd)

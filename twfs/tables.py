@@ -1,0 +1,320 @@
+"""The tables of the metadata, typed: what one LMDB transaction can read and change.
+
+A view lives as long as its transaction, in the thread that began it. Nothing here waits.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from twfs.errors import CorruptMetadata
+from twfs.layout import Layout
+from twfs.records import Block, BlockKey, Extent
+from twfs.units import ByteCount, ByteOffset, DeviceIndex, Millis, ModelId, PrefixHash
+
+TABLES: Final = (
+    "meta",
+    "models",
+    "names",
+    "blocks",
+    "heads",
+    "free",
+    "limbo",
+    "counters",
+)
+MODEL_KEY: Final = struct.Struct(">I")
+PLACE_KEY: Final = struct.Struct(">HQ")  # device, offset: ordered by place
+LENGTH: Final = struct.Struct("<Q")
+LIMBO: Final = struct.Struct("<QQ")  # length; 0 = a lease may read it, 1 = retired
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """A device as the metadata names it."""
+
+    index: DeviceIndex
+    uuid: UUID
+    path: str
+    size_bytes: ByteCount
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model and epoch; an older epoch's record stays until its blocks are gone."""
+
+    id: ModelId
+    name: str
+    epoch: int
+    layout: Layout
+    created_ms: Millis
+
+    def pack(self) -> bytes:
+        """Return the record as JSON."""
+        return json.dumps(
+            {
+                "name": self.name,
+                "epoch": self.epoch,
+                "created_ms": self.created_ms,
+                "layout": self.layout.to_dict(),
+            },
+            sort_keys=True,
+        ).encode()
+
+    @classmethod
+    def unpack(cls, model_id: ModelId, data: bytes) -> "ModelRecord":
+        """Make a record of JSON; ValueError, KeyError or InvalidInput if it is none."""
+        parts = json.loads(data)
+        return cls(
+            model_id,
+            parts["name"],
+            parts["epoch"],
+            Layout.from_dict(parts["layout"]),
+            Millis(parts["created_ms"]),
+        )
+
+
+class ReadView:
+    """One snapshot of the tables. Short-lived; of one thread."""
+
+    def __init__(self, txn: Any, tables: dict[str, Any]) -> None:
+        self._txn = txn
+        self._tables = tables
+        self._blocks = tables["blocks"]
+
+    def meta(self, name: str) -> bytes | None:
+        """A value of the meta table."""
+        return self._get("meta", name.encode())
+
+    def _get(self, table: str, key: bytes) -> bytes | None:
+        value: bytes | None = self._txn.get(key, db=self._tables[table])
+        return value
+
+    def raw_blocks(self, keys: list[bytes]) -> list[bytes]:
+        """Records of the leading *keys* that are all there: stops at the first absence."""
+        get, table = self._txn.get, self._blocks
+        found = []
+        for key in keys:
+            value = get(key, None, table)
+            if value is None:
+                break
+            found.append(value)
+        return found
+
+    def raw_block(self, key: bytes) -> bytes | None:
+        """One packed record."""
+        value: bytes | None = self._txn.get(key, None, self._blocks)
+        return value
+
+    def block(self, key: BlockKey) -> Block | None:
+        """One record; CorruptMetadata if it cannot be read."""
+        value = self.raw_block(key.pack())
+        if value is None:
+            return None
+        try:
+            return Block.unpack(value)
+        except ValueError as error:
+            raise CorruptMetadata(f"the record of block {key} is unreadable: {error}") from error
+
+    def has_blocks(self, model: ModelId) -> bool:
+        """Tell whether any block of *model* is there."""
+        cursor = self._txn.cursor(db=self._blocks)
+        prefix = MODEL_KEY.pack(model)
+        return bool(cursor.set_range(prefix)) and cursor.key().startswith(prefix)
+
+    def all_blocks(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (packed key, packed record), in key order."""
+        yield from self._txn.cursor(db=self._blocks).iternext(keys=True, values=True)
+
+    def children(self, parent: BlockKey) -> list[PrefixHash]:
+        """Hashes of the blocks of the same group and shard whose parent is *parent*."""
+        cursor = self._txn.cursor(db=self._tables["children"])
+        if not cursor.set_key(parent.pack()):
+            return []
+        return [PrefixHash(value) for value in cursor.iternext_dup()]
+
+    def all_children(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (packed parent key, child hash)."""
+        yield from self._txn.cursor(db=self._tables["children"]).iternext(keys=True, values=True)
+
+    def is_head(self, model: ModelId, prefix_hash: PrefixHash) -> bool:
+        """Tell whether *prefix_hash* is a head."""
+        return self._get("heads", MODEL_KEY.pack(model) + prefix_hash) is not None
+
+    def heads(self, model: ModelId, after: PrefixHash | None, limit: int) -> list[PrefixHash]:
+        """Up to *limit* heads behind *after*, in order."""
+        prefix = MODEL_KEY.pack(model)
+        cursor = self._txn.cursor(db=self._tables["heads"])
+        found: list[PrefixHash] = []
+        more = cursor.set_range(prefix + (after or b""))
+        while more and len(found) < limit:
+            key = cursor.key()
+            if not key.startswith(prefix):
+                break
+            if key[4:] != after:
+                found.append(PrefixHash(key[4:]))
+            more = cursor.next()
+        return found
+
+    def all_heads(self) -> Iterator[tuple[ModelId, PrefixHash]]:
+        """Every head of every model."""
+        for key in self._txn.cursor(db=self._tables["heads"]).iternext(keys=True, values=False):
+            yield ModelId(MODEL_KEY.unpack_from(key)[0]), PrefixHash(key[4:])
+
+    def models(self) -> list[ModelRecord]:
+        """All models, older epochs included; CorruptMetadata if one cannot be read."""
+        found = []
+        for key, value in self._txn.cursor(db=self._tables["models"]):
+            try:
+                model_id = ModelId(MODEL_KEY.unpack(key)[0])
+                found.append(ModelRecord.unpack(model_id, value))
+            except (ValueError, KeyError, TypeError, struct.error) as error:
+                raise CorruptMetadata(f"a model's record is unreadable: {error}") from error
+        return found
+
+    def model_id(self, name: str) -> ModelId | None:
+        """The id of the present epoch of the model *name*."""
+        value = self._get("names", name.encode())
+        return None if value is None else ModelId(MODEL_KEY.unpack(value)[0])
+
+    def runs(self, table: str) -> Iterator[Extent]:
+        """The extents of "free" or "limbo", by place."""
+        for key, value in self._txn.cursor(db=self._tables[table]):
+            device, offset = PLACE_KEY.unpack(key)
+            yield Extent(
+                DeviceIndex(device), ByteOffset(offset), ByteCount(LENGTH.unpack_from(value)[0])
+            )
+
+    def leased_limbo(self) -> Iterator[Extent]:
+        """The extents of limbo that are not retired."""
+        for key, value in self._txn.cursor(db=self._tables["limbo"]):
+            device, offset = PLACE_KEY.unpack(key)
+            length, retired = LIMBO.unpack(value)
+            if not retired:
+                yield Extent(DeviceIndex(device), ByteOffset(offset), ByteCount(length))
+
+    def counter(self, name: str) -> int:
+        """A counter; 0 before its first change."""
+        value = self._get("counters", name.encode())
+        return 0 if value is None else int(LENGTH.unpack(value)[0])
+
+    def counts(self) -> dict[str, int]:
+        """Records in each table."""
+        return {name: int(self._txn.stat(table)["entries"]) for name, table in self._tables.items()}
+
+
+class WriteView(ReadView):
+    """The tables inside the write transaction. Only the writer thread has one."""
+
+    def _put(self, table: str, key: bytes, value: bytes) -> None:
+        self._txn.put(key, value, db=self._tables[table])
+
+    def set_meta(self, name: str, value: bytes) -> None:
+        """Set a value of the meta table."""
+        self._put("meta", name.encode(), value)
+
+    def put_block(self, key: BlockKey, block: Block) -> None:
+        """Add or replace a record."""
+        self._txn.put(key.pack(), block.pack(), db=self._blocks)
+
+    def delete_block(self, key: BlockKey) -> None:
+        """Take a record out."""
+        assert self._txn.delete(key.pack(), db=self._blocks), key
+
+    def add_child(self, parent: BlockKey, child: PrefixHash) -> None:
+        """Note that *child* hangs below *parent*, which need not be there."""
+        self._txn.put(parent.pack(), child, dupdata=True, db=self._tables["children"])
+
+    def drop_child(self, parent: BlockKey, child: PrefixHash) -> None:
+        """Undo add_child."""
+        self._txn.delete(parent.pack(), child, db=self._tables["children"])
+
+    def add_head(self, model: ModelId, prefix_hash: PrefixHash) -> bool:
+        """Note a head; False if it was one."""
+        return bool(
+            self._txn.put(
+                MODEL_KEY.pack(model) + prefix_hash, b"", overwrite=False, db=self._tables["heads"]
+            )
+        )
+
+    def drop_head(self, model: ModelId, prefix_hash: PrefixHash) -> bool:
+        """Undo add_head; False if it was none."""
+        key = MODEL_KEY.pack(model) + prefix_hash
+        return bool(self._txn.delete(key, db=self._tables["heads"]))
+
+    def put_model(self, model: ModelRecord) -> None:
+        """Add a model's record and let its name lead to it."""
+        self._put("models", MODEL_KEY.pack(model.id), model.pack())
+        self._put("names", model.name.encode(), MODEL_KEY.pack(model.id))
+
+    def delete_model(self, model: ModelId) -> None:
+        """Take out the record of an epoch that has no block any more."""
+        self._txn.delete(MODEL_KEY.pack(model), db=self._tables["models"])
+
+    def set_counter(self, name: str, value: int) -> None:
+        """Set a counter."""
+        self._put("counters", name.encode(), LENGTH.pack(value))
+
+    def take_free(self, extent: Extent) -> None:
+        """Take *extent* out of the free run that holds it."""
+        cursor = self._txn.cursor(db=self._tables["free"])
+        run = self._run_before(cursor, extent.device, extent.offset)
+        end = extent.offset + extent.length
+        assert run is not None, extent
+        run_end = run.offset + run.length
+        assert run.offset <= extent.offset, extent
+        assert end <= run_end, extent
+        if run.offset < extent.offset:
+            self._put_run(extent.device, run.offset, extent.offset - run.offset)
+        else:
+            self._txn.delete(PLACE_KEY.pack(run.device, run.offset), db=self._tables["free"])
+        if end < run_end:
+            self._put_run(extent.device, end, run_end - end)
+
+    def add_free(self, extent: Extent) -> None:
+        """Give *extent* back, merged with the runs that touch it."""
+        cursor = self._txn.cursor(db=self._tables["free"])
+        start, end = int(extent.offset), extent.offset + extent.length
+        before = self._run_before(cursor, extent.device, extent.offset)
+        if before is not None:
+            before_end = before.offset + before.length
+            assert before_end <= start, (before, extent)
+            if before_end == start:
+                start = before.offset
+        after = self._txn.get(PLACE_KEY.pack(extent.device, end), db=self._tables["free"])
+        if after is not None:
+            self._txn.delete(PLACE_KEY.pack(extent.device, end), db=self._tables["free"])
+            end += LENGTH.unpack(after)[0]
+        self._put_run(extent.device, start, end - start)
+
+    def _put_run(self, device: int, offset: int, length: int) -> None:
+        self._put("free", PLACE_KEY.pack(device, offset), LENGTH.pack(length))
+
+    @staticmethod
+    def _run_before(cursor: Any, device: int, offset: int) -> Extent | None:
+        """The free run that begins at *offset* or is the last one before it on *device*."""
+        found = cursor.set_range(PLACE_KEY.pack(device, offset))
+        if not (found and cursor.key() == PLACE_KEY.pack(device, offset)):
+            found = cursor.prev() if found else cursor.last()
+        if not found:
+            return None
+        at_device, at = PLACE_KEY.unpack(cursor.key())
+        if at_device != device:
+            return None
+        length = LENGTH.unpack(cursor.value())[0]
+        return Extent(DeviceIndex(device), ByteOffset(at), ByteCount(length))
+
+    def add_limbo(self, extent: Extent, *, retired: bool = False) -> None:
+        """Note an extent that belongs to no block and is not free: yet, or if *retired*, ever."""
+        self._put(
+            "limbo",
+            PLACE_KEY.pack(extent.device, extent.offset),
+            LIMBO.pack(extent.length, retired),
+        )
+
+    def drop_limbo(self, extent: Extent) -> None:
+        """Undo add_limbo."""
+        key = PLACE_KEY.pack(extent.device, extent.offset)
+        assert self._txn.delete(key, db=self._tables["limbo"]), extent

@@ -1,0 +1,456 @@
+"""The warehouse: one node's store, opened by this process alone. The facade over its parts.
+
+It is a Store, a Namespace and a LeaseHolder. All methods are synchronous and thread-safe. Those
+that say so block on devices or commits; all others are short enough for an event loop.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from uuid import UUID
+
+import numpy as np
+
+from twfs import check, evicting, ledger, listing, matching, opening, putting
+from twfs.arena import Arena
+from twfs.core import Core, wall_ms
+from twfs.device import Device
+from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel
+from twfs.formatting import DeviceSpec
+from twfs.layout import Layout, check_model_name
+from twfs.leases import Located
+from twfs.match import Match
+from twfs.prefix import Names
+from twfs.putting import Put
+from twfs.readers.select import DeviceSource, Readers
+from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
+from twfs.store import (
+    ArenaBlock,
+    BlockInfo,
+    CheckReport,
+    Explanation,
+    Model,
+    ModelInfo,
+    Pieces,
+    PutResult,
+    ReadOutcome,
+    Retention,
+    SessionInfo,
+    Space,
+)
+from twfs.tables import ModelRecord
+from twfs.units import ByteCount, ModelId, PrefixHash, align_up
+from twfs.upload import check_payloads, upload
+
+LEASE_MS: Final = 60_000
+ARENA_BYTES: Final = 256 << 20  # of the in-process put path
+TEND_SECONDS: Final = 1.0  # expired leases are looked for this often
+PERSIST_TENDS: Final = 20  # heat reaches the disk every 20 s, so within the promised 30
+
+
+class Warehouse:
+    """See the module's docstring. Make one with `Warehouse.open`."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._owner = core.leases.add_owner(os.getuid())
+        self._sources = {
+            device.index: DeviceSource(device.open_for_reader(), device.path, device.size_bytes)
+            for device in core.devices
+        }
+        self._readers = Readers(self._sources)
+        self._arena: Arena | None = None
+        self._puts = ThreadPoolExecutor(2, "twfs-put")
+        self._closing = threading.Event()
+        self._closed = False
+        self._close_lock = threading.Lock()
+        self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
+        self._tender.start()
+
+    @classmethod
+    def create(cls, directory: Path, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
+        """Make a warehouse in *directory* over *devices*.
+
+        WarehouseExists, DeviceInUse unless forced; NoSpaceForImage, WarehouseBusy, InvalidInput.
+        """
+        opening.create(directory, devices, force=force)
+
+    @classmethod
+    def open(cls, directory: Path, *, lease_ms: int = LEASE_MS) -> Self:
+        """Open the warehouse in *directory*, exclusively.
+
+        NoSuchWarehouse, WarehouseBusy, WrongDevice, CorruptSuperblock, TruncatedDevice,
+        CorruptMetadata, FormatTooNew.
+        """
+        return cls(opening.open_core(Path(directory), lease_ms=lease_ms))
+
+    @property
+    def uuid(self) -> UUID:
+        """Which warehouse this is."""
+        return self._core.uuid
+
+    @property
+    def directory(self) -> Path:
+        """Where its metadata lies."""
+        return self._core.directory
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Its devices, by index."""
+        return self._core.devices
+
+    @property
+    def notes(self) -> list[str]:
+        """What was found at open that an operator should know."""
+        return [note for device in self._core.devices for note in device.notes]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _tend(self) -> None:
+        """Background: end expired leases, persist heat, drop the blocks of old epochs."""
+        tends = 0
+        while not self._closing.wait(TEND_SECONDS):
+            tends += 1
+            with self._core.lock:
+                self._core.expire()
+                over = any(not self._core.is_current(model) for model in self._core.models)
+            if tends % PERSIST_TENDS == 0:
+                self._core.slots.persist()
+            if over:
+                evicting.sweep_epochs(self._core)
+
+    def close(self) -> None:
+        """Finish what is under way and let go of everything. Blocks; idempotent."""
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._closing.set()
+        self._tender.join()
+        self._puts.shutdown()
+        self._readers.close()
+        self._core.io.shutdown()
+        self._core.metadata.close()
+        self._core.slots.close()
+        for source in self._sources.values():
+            os.close(source.fd)
+        for device in self._core.devices:
+            device.close()
+        if self._arena is not None:
+            self._arena.close()
+
+    # Models
+
+    def open_model(self, name: str, layout: Layout | None = None) -> Model:
+        """Open a model, made with *layout* if it is not there; may wait for a commit.
+
+        InvalidInput, LayoutMismatch, NoSuchModel.
+        """
+        check_model_name(name)
+        with self._core.lock:
+            known = self._core.current.get(name)
+            record = None if known is None else self._core.models[known]
+        if record is None:
+            if layout is None:
+                raise NoSuchModel(f"no model {name}: open it with a layout to make it")
+            record = self._enter_model(name, layout, anew=False)
+        if layout is not None and record.layout.fingerprint != layout.fingerprint:
+            raise LayoutMismatch(
+                f"model {name} has another layout (its own / given): "
+                f"{record.layout.differences(layout)}"
+            )
+        return Model(record.id, record.name, record.epoch, record.layout)
+
+    def new_epoch(self, model: Model) -> Model:
+        """Make all blocks of *model* unreachable; waits for a commit."""
+        with self._core.lock:
+            record = self._core.model(model.id)
+        record = self._enter_model(record.name, record.layout, anew=True)
+        return Model(record.id, record.name, record.epoch, record.layout)
+
+    def _enter_model(self, name: str, layout: Layout, *, anew: bool) -> ModelRecord:
+        core = self._core
+
+        def after(record: ModelRecord) -> None:
+            with core.lock:
+                core.models[record.id] = record
+                core.current[record.name] = record.id
+                core.changes += 1
+
+        return core.metadata.submit(
+            lambda view: ledger.next_model(view, name, layout, wall_ms(), anew=anew), after
+        ).result()
+
+    # Store
+
+    def match(self, model: Model, names: Names, *, start: int = 0) -> Match:
+        """See Store.match."""
+        located = None
+        if self._core.is_current(model.id):
+            located = self.match_located(model.id, names, start, self._owner)
+        if located is None:
+            return Match(
+                self, b"", model, names, start, start, np.zeros(0, LOCATED_DTYPE),
+                np.zeros(0, EXTENT_DTYPE), self._readers,
+            )  # fmt: skip
+        return self._match_of(model, names, located)
+
+    def join(self, token: bytes) -> Match:
+        """See Store.join; the names of the match are its hashes alone."""
+        located = self.join_located(token, self._owner)
+        record = self._core.models[located.model]
+        model = Model(record.id, record.name, record.epoch, record.layout)
+        return self._match_of(model, located.names(record.layout), located)
+
+    def _match_of(self, model: Model, names: Names, located: Located) -> Match:
+        return Match(
+            self, located.token, model, names, located.start, located.blocks, located.located,
+            located.extents, self._readers,
+        )  # fmt: skip
+
+    def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
+        """See Store.lookup."""
+        return self.lookup_blocks(model.id, names, start)
+
+    def touch(self, model: Model, names: Names) -> None:
+        """See Store.touch."""
+        self.touch_blocks(model.id, names)
+
+    def put(
+        self, model: Model, names: Names, payloads: Sequence[Pieces], *,
+        group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+    ) -> PutResult:  # fmt: skip
+        """See Store.put. Blocks."""
+        check_payloads(model.layout, group, payloads)
+        if len(payloads) != len(names):
+            raise InvalidInput(f"{len(payloads)} payloads for {len(names)} names")
+        put = self.begin_put(
+            model.id, names, group=group, shard=shard, retention=retention, owner=self._owner
+        )
+        try:
+            arena = self._put_arena(model.layout.block_bytes(group))
+        except BaseException:
+            put.abandon()
+            raise
+        return upload(_LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
+
+    def _put_arena(self, block_bytes: int) -> Arena:
+        """The arena that puts copy into, made for the first."""
+        with self._close_lock:
+            if self._arena is None or self._arena.byte_count < align_up(block_bytes):
+                self._arena = Arena.private(max(ARENA_BYTES, align_up(block_bytes)))
+            return self._arena
+
+    # LeaseHolder
+
+    def held(self, token: bytes) -> bool:
+        """See LeaseHolder.held."""
+        with self._core.lock:
+            return self._core.leases.held(token, self._owner)
+
+    def release(self, token: bytes) -> None:
+        """See LeaseHolder.release."""
+        self.release_lease(token, self._owner)
+
+    def renew(self, token: bytes) -> bool:
+        """See LeaseHolder.renew."""
+        return self.renew_lease(token, self._owner) is not None
+
+    def report(self, key: BlockKey, generation: int, outcome: ReadOutcome) -> None:
+        """See LeaseHolder.report; the block is re-read in the background."""
+        del outcome
+        if not self._closing.is_set():
+            self._puts.submit(self.report_block, key, generation)
+
+    # For the server: owners and leases
+
+    def add_owner(self, uid: int) -> int:
+        """A number for one connection of *uid*."""
+        with self._core.lock:
+            return self._core.leases.add_owner(uid)
+
+    def end_owner(self, owner: int) -> None:
+        """End all leases of a connection that has closed."""
+        with self._core.lock:
+            self._core.end_leases(self._core.leases.end_owner(owner))
+
+    def match_located(self, model: ModelId, names: Names, start: int, owner: int) -> Located | None:
+        """The longest match, leased to *owner*; None if there is none, or the epoch is over."""
+        if not self._core.is_current(model):
+            return None
+        return matching.match_located(self._core, model, names, start, owner)
+
+    def join_located(self, token: bytes, owner: int) -> Located:
+        """Another owner's lease, held by *owner* too; LeaseEnded."""
+        return matching.join_located(self._core, token, owner)
+
+    def release_lease(self, token: bytes, owner: int) -> None:
+        """End *owner*'s part of a lease."""
+        with self._core.lock:
+            ended = self._core.leases.release(token, owner)
+            self._core.end_leases([] if ended is None else [ended])
+
+    def renew_lease(self, token: bytes, owner: int) -> int | None:
+        """A full term again, in ms; None if the lease is over."""
+        with self._core.lock:
+            return self._core.leases.renew(token, owner)
+
+    def lookup_blocks(self, model: ModelId, names: Names, start: int) -> int:
+        """Where a match would end."""
+        return matching.lookup_blocks(self._core, model, names, start)
+
+    def touch_blocks(self, model: ModelId, names: Names) -> None:
+        """Count a use."""
+        matching.touch_blocks(self._core, model, names)
+
+    def begin_put(
+        self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
+        owner: int,
+    ) -> Put:  # fmt: skip
+        """Begin a put; see putting.begin_put. Blocks when room must be made."""
+        del owner  # quotas by owner's tenant are not there yet; a put ends with its connection
+        return putting.begin_put(
+            self._core, model, names, group=group, shard=shard, retention=retention
+        )
+
+    def report_block(self, key: BlockKey, generation: int) -> bool:
+        """Re-read a block that a reader found bad; True if it is lost now. Blocks."""
+        return evicting.judge(self._core, key, generation)
+
+    # Namespace
+
+    def models(self) -> list[ModelInfo]:
+        """See Namespace.models."""
+        return listing.models(self._core)
+
+    def heads(
+        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000
+    ) -> list[PrefixHash]:
+        """See Namespace.heads."""
+        return listing.heads(self._core, model, after, limit)
+
+    def sessions(
+        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000
+    ) -> list[SessionInfo]:
+        """See Namespace.sessions."""
+        return listing.sessions(self._core, model, after, limit)
+
+    def detached(self, model: ModelId) -> list[BlockKey]:
+        """See Namespace.detached."""
+        return listing.detached(self._core, model)
+
+    def chain_of(self, model: ModelId, prefix_hash: PrefixHash) -> list[BlockInfo]:
+        """See Namespace.chain_of."""
+        return listing.chain_of(self._core, model, prefix_hash)
+
+    def block_info(self, key: BlockKey) -> BlockInfo:
+        """See Namespace.block_info."""
+        return listing.block_info(self._core, key)
+
+    def read_block(self, info: BlockInfo) -> memoryview:
+        """See Namespace.read_block. Blocks."""
+        return listing.read_block(self._core, info)
+
+    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+        """See Namespace.remove. Blocks."""
+        return evicting.remove_session(self._core, model, head)
+
+    def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
+        """See Namespace.set_retention. Blocks."""
+        listing.set_retention(self._core, model, head, retention)
+
+    def evict(self, wanted_bytes: ByteCount) -> ByteCount:
+        """See Namespace.evict. Blocks."""
+        return evicting.evict(self._core, wanted_bytes)
+
+    def explain(self, model: ModelId, names: Names) -> Explanation:
+        """See Namespace.explain."""
+        return matching.explain(self._core, model, names)
+
+    def space(self) -> Space:
+        """See Namespace.space."""
+        return listing.space(self._core)
+
+    def check(self, *, data: bool = False) -> CheckReport:
+        """See Namespace.check. Blocks."""
+        return check.run(self._core, data=data)
+
+    def changes(self) -> int:
+        """See Namespace.changes."""
+        return self._core.changes
+
+    def statistics(self) -> dict[str, Any]:
+        """See Namespace.statistics."""
+        core = self._core
+        with core.lock, core.metadata.read() as view:
+            figures: dict[str, Any] = {
+                "warehouse": str(core.uuid),
+                "directory": str(core.directory),
+                "counters": asdict(core.counters),
+                "slots": core.slots.statistics(),
+                "leases": core.leases.statistics(),
+                "allocator": asdict(core.allocator.statistics()),
+                "records": view.counts(),
+                "changes": core.changes,
+            }
+        figures["space"] = asdict(self.space())
+        figures["metadata"] = core.metadata.statistics()
+        figures["devices"] = [
+            {
+                "index": device.index,
+                "uuid": str(device.uuid),
+                "path": str(device.path),
+                "size_bytes": device.size_bytes,
+                "notes": device.notes,
+                **asdict(device.statistics()),
+                **core.flushers[device.index].statistics(),
+            }
+            for device in core.devices
+        ]
+        figures["readers"] = self._readers.statistics()
+        figures["arena"] = None if self._arena is None else self._arena.statistics()
+        return figures
+
+
+class _LocalPort:
+    """A PutPort over a put of this process."""
+
+    def __init__(self, put: Put, arena: Arena, executor: ThreadPoolExecutor) -> None:
+        self._put = put
+        self._arena = arena
+        self._executor = executor
+        self._writing: list[Future[None]] = []
+
+    @property
+    def lacking(self) -> Sequence[int]:
+        return self._put.lacking
+
+    def write(self, blocks: Sequence[ArenaBlock]) -> "Future[None]":
+        future = self._executor.submit(self._put.write_blocks, self._arena.view, blocks)
+        self._writing.append(future)
+        return future
+
+    def publish(self) -> PutResult:
+        return self._put.publish()
+
+    def abandon(self) -> None:
+        for future in self._writing:
+            future.cancel()
+        for future in self._writing:
+            if not future.cancelled():
+                future.exception()  # wait: its writes go to extents that are to be forfeited
+        self._put.abandon()
