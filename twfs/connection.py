@@ -50,6 +50,7 @@ from twfs.messages import (
     WireDevice,
     WriteBlocks,
 )
+from twfs.prefix import Names
 from twfs.protocol import (
     FrameBuffer,
     arena_block_of,
@@ -172,7 +173,7 @@ class Connection:
                 self._arena_bytes,
             )  # fmt: skip
             own = [] if self._arena is None else [self._arena.fd]
-            passing = array.array("i", [*descriptors, *own])
+            passing = array.array("i", [fd for fd in (*descriptors, *own) if fd is not None])
             frame = encode(welcome)
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passing)] if passing else []
             sent = await self._sock.sendmsg([frame], ancillary)
@@ -303,7 +304,7 @@ class Connection:
     # Requests that are answered in the loop, in their order.
 
     def _match(self, request: MatchNames) -> AnyReply:
-        names = names_of(request.names)
+        names = _names_from(request)
         warehouse, model = self._shared.warehouse, ModelId(request.model)
         located = warehouse.match_located(model, names, request.start, self._owned())
         if located is None:
@@ -333,7 +334,7 @@ class Connection:
         )  # fmt: skip
 
     def _lookup(self, request: LookupNames) -> AnyReply:
-        names, model = names_of(request.names), ModelId(request.model)
+        names, model = _names_from(request), ModelId(request.model)
         return Counted(
             request.id, self._shared.warehouse.lookup_blocks(model, names, request.start)
         )
@@ -481,6 +482,14 @@ class Connection:
                 self._shared.warehouse.report_block, key_of(request.key), request.generation,
                 limiter=self._shared.tools,
             )  # fmt: skip
+
+
+def _names_from(request: MatchNames | LookupNames) -> Names:
+    """The names of *request*, which asks from a block within them on."""
+    names = names_of(request.names)
+    if request.start > len(names):
+        raise ProtocolError(f"a match of {len(names)} names from block {request.start} on")
+    return names
 
 
 def _peer_of(sock: trio.socket.SocketType) -> tuple[int, int, int]:

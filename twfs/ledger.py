@@ -97,6 +97,8 @@ class _Chains:
         self.layout = model.layout
         self.heads = heads
         self._required = required(model.layout)
+        # Blocks entered in this transaction: the next one's parent need not be read back.
+        self.recent: dict[PrefixHash, Block] = {}
 
     def standing(self, prefix_hash: PrefixHash) -> Block | None:
         """The block that stands for *prefix_hash*: first full group, shard 0."""
@@ -143,11 +145,12 @@ class _Chains:
         while waiting:
             parent = waiting.pop()
             for child in self.view.children(parent):
-                child_key = replace(key, prefix_hash=child)
+                child_key = key.at(child)
                 block = self.view.block(child_key)
                 if block is not None and block.detached:
                     block = replace(block, detached=False)
                     self.view.put_block(child_key, block)
+                    self.recent.pop(child, None)
                     found.append((child_key, block))
                     waiting.append(child_key)
         return found
@@ -156,7 +159,7 @@ class _Chains:
 def publish(
     view: WriteView, model: ModelRecord, candidates: Sequence[tuple[BlockKey, Block]]
 ) -> Published:
-    """Make *candidates* visible, in chain order; one outcome each.
+    """Make *candidates* (of one group and shard) visible, in chain order; one outcome each.
 
     A name that exists with the same digest is PRESENT and keeps its bytes, one with another is a
     COLLISION; what would make the tree untrue (itself its parent, a position not behind its
@@ -202,19 +205,21 @@ def _enter(
         done.entered.append(Entered(key, kept, None, filled=True))
         return PutOutcome.PUBLISHED
     start = starts_chain(block, layout)
-    parent_key = replace(key, prefix_hash=block.parent)
-    parent = None if start else view.block(parent_key)
+    parent_key = key.at(block.parent)
+    parent = None if start else chains.recent.get(block.parent) or view.block(parent_key)
     children = view.children(key)
     if not start and not _fits(view, key, block, parent, children):
         return PutOutcome.FAILED
-    block = replace(block, detached=not start and (parent is None or parent.detached))
+    if not start and (parent is None or parent.detached):
+        block = replace(block, detached=True)
     view.put_block(key, block)
+    chains.recent[key.prefix_hash] = block
     if not start:
         view.add_child(parent_key, key.prefix_hash)
     done.entered.append(Entered(key, block, None if parent is None else parent.slot, filled=False))
     touched.append(key.prefix_hash)
     for child in children:
-        below = view.block(replace(key, prefix_hash=child))
+        below = view.block(key.at(child))
         if below is not None:
             done.adopted.append((below.slot, block.slot))
     if children and not block.detached:
@@ -233,14 +238,14 @@ def _fits(
     if parent is not None and block.position and block.position <= parent.position:
         return False
     for child in children:
-        below = view.block(replace(key, prefix_hash=child))
+        below = view.block(key.at(child))
         if below is not None and below.position and below.position <= block.position:
             return False
     above = parent
     while children and above is not None:  # a ring needs a child and a way up to it
         if above.parent == key.prefix_hash:
             return False
-        above = view.block(replace(key, prefix_hash=above.parent))
+        above = view.block(key.at(above.parent))
     return True
 
 
@@ -266,7 +271,7 @@ def remove(
             done.heads.dropped.append(standing.slot)
         view.delete_block(key)
         if not starts_chain(block, model.layout):
-            view.drop_child(replace(key, prefix_hash=block.parent), key.prefix_hash)
+            view.drop_child(key.at(block.parent), key.prefix_hash)
             above = chains.may_be_head(block.parent)
             if above is not None and view.add_head(key.model, block.parent):
                 done.heads.added.append(above.slot)

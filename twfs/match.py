@@ -61,7 +61,7 @@ class Match:
     order. The store's own code makes these; engines get them from match and join.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what a lease consists of, in the order of its messages
         self,
         holder: LeaseHolder,
         token: bytes,
@@ -341,7 +341,7 @@ class Match:
 
 
 def _targets(index: int, destination: Pieces, wanted: int) -> tuple[Target, ...]:
-    """Return block *index*'s destination in pieces; InvalidInput unless they have *wanted* bytes."""
+    """Return block *index*'s destination as targets; InvalidInput unless of *wanted* bytes."""
     pieces = destination if isinstance(destination, (list, tuple)) else (destination,)
     try:
         targets = tuple(map(target_of, pieces))

@@ -165,10 +165,14 @@ def unpack_numbers(data: bytes) -> list[int]:
     return numbers
 
 
+def layout_to_json(layout: Layout) -> bytes:
+    """Return *layout* as it travels; layout_of makes it again."""
+    return json.dumps(layout.to_dict(), separators=(",", ":")).encode()
+
+
 def model_to_wire(model: Model) -> WireModel:
     """Return *model* as it travels."""
-    layout = json.dumps(model.layout.to_dict(), separators=(",", ":")).encode()
-    return WireModel(model.id, model.name, model.epoch, layout)
+    return WireModel(model.id, model.name, model.epoch, layout_to_json(model.layout))
 
 
 def layout_of(data: bytes) -> Layout:

@@ -172,6 +172,10 @@ class BlockKey:
     group: int = 0
     shard: int = 0
 
+    def at(self, prefix_hash: PrefixHash) -> "BlockKey":
+        """The block of the same model, group and shard under another *prefix_hash*."""
+        return BlockKey(self.model, prefix_hash, self.group, self.shard)
+
     def pack(self) -> bytes:
         """Return the 23 bytes of the LMDB key."""
         return BLOCK_KEY.pack(self.model, self.prefix_hash, self.group, self.shard)

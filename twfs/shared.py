@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 if TYPE_CHECKING:
-    from twfs.warehouse import Put, Warehouse
+    from twfs.putting import Put
+    from twfs.warehouse import Warehouse
 
 COMMITS_MAX: Final = 32  # threads waiting for commits; group commit wants many
 WRITES_MAX: Final = 8  # threads writing to devices

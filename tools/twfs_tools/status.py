@@ -36,6 +36,10 @@ def status(
         return
     served = f"daemon {pid}" if pid is not None else "no daemon (opened by this command)"
     say(f"{warehouse}: {served}, {len(models)} models, {_space(space)}")
+    say(_hits(statistics))
+    for device in statistics.get("devices", []):
+        for note in device.get("notes", []):
+            say(f"note: {device.get('path')}: {note}")
     print_table(
         ("COUNTER", ">VALUE"), [(name, _value(name, value)) for name, value in flat(statistics)]
     )
@@ -50,6 +54,14 @@ def _space(space: Space) -> str:
         f"{size(space.evictable_bytes)} evictable, {size(space.limbo_bytes)} in limbo, "
         f"{size(space.reserved_bytes)} reserved"
     )
+
+
+def _hits(statistics: Mapping[str, Any]) -> str:
+    """Say in one line how much of what was asked for was there."""
+    counters = statistics.get("counters", {})
+    asked, matched = counters.get("asked_blocks", 0), counters.get("matched_blocks", 0)
+    rate = f"{100 * matched / asked:.1f} % of {asked:,} blocks" if asked else "nothing asked yet"
+    return f"hits since the start: {rate}"
 
 
 def flat(statistics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ Not a reader itself. Everything here is immutable or pure, except Tally, which l
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -21,7 +21,7 @@ from twfs.checksums import (
 from twfs.errors import ReaderUnavailable
 from twfs.records import Checksums, Extent
 from twfs.store import Buffer, ReadOutcome
-from twfs.units import ALIGN, ByteCount, Generation, PrefixHash, align_up, is_aligned
+from twfs.units import ALIGN, ByteCount, DeviceIndex, Generation, PrefixHash, align_up, is_aligned
 
 HEADER_BYTES: Final = ALIGN
 ARENA_TIMEOUT_S: Final = 10.0  # for a piece of a reader's own memory; others' reads end before
@@ -133,13 +133,13 @@ def spans_of(block: BlockRead, start: int, stop: int) -> Iterator[Span]:
         at += extent.length
 
 
-def may_read(sources: Sequence[DeviceSource] | Any, span: Span) -> bool:
+def may_read(sources: Mapping[DeviceIndex, DeviceSource], span: Span) -> bool:
     """Tell whether *span* is an aligned run inside a device of ours.
 
     The kernel is not trusted with this: a misaligned O_DIRECT read was seen to succeed with wrong
     bytes, some of them outside the buffer.
     """
-    source = sources.get(span.device)
+    source = sources.get(DeviceIndex(span.device))
     return (
         source is not None
         and is_aligned(span.offset | span.length)
@@ -254,4 +254,4 @@ def scatter(copies: Sequence[tuple[Sequence[Target], Any]]) -> None:
             to.extend(target.tensor for target in targets)
             of.extend(parts)
     if to:
-        torch._foreach_copy_(to, of)  # noqa: SLF001 - has no other name
+        torch._foreach_copy_(to, of)

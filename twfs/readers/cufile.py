@@ -7,16 +7,12 @@ memory.
 """
 
 import contextlib
-import ctypes
 import importlib
-import importlib.util
 import os
-import stat
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -44,11 +40,11 @@ from twfs.readers.base import (
     ForkGuard,
     Span,
     Tally,
-    Target,
     may_read,
     scatter,
     spans_of,
 )
+from twfs.readers.probe import missing_library, unlike_path
 from twfs.store import ReadOutcome
 from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up
 
@@ -56,87 +52,6 @@ KVIKIO_THREADS: Final = 8  # the default of 1 leaves most of a drive idle
 DIRECT_BYTES_MIN: Final = 1 << 20  # smaller blocks are cheaper merged, and scattered as a batch
 DIRECT_BYTES_MAX: Final = 256 << 20  # of one wave: the lease is looked at between waves
 MERGED_BYTES_MIN: Final = 1 << 20
-PROBE_TIMEOUT_S: Final = 30.0  # importing torch and starting CUDA takes up to ten
-_MODULES: Final = Path("/proc/modules")
-_PROBE: Final = """
-import sys, torch, kvikio
-memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
-class View:
-    __cuda_array_interface__ = dict(
-        shape=(1 << 16,), typestr="|u1", data=(memory.data_ptr(), False), version=3, strides=None)
-with kvikio.CuFile(sys.argv[1], "r") as file:
-    assert file.pread(View(), 1 << 16, 0, 1 << 16).get() == 1 << 16
-"""
-
-
-def direct_obstacle(sources: Mapping[DeviceIndex, DeviceSource]) -> str | None:
-    """Say why cuFile cannot reach GPU memory directly here, None if it may be tried."""
-    missing = _missing()
-    if missing is not None:
-        return missing
-    if not _MODULES.exists():
-        return f"there is no {_MODULES}, without which cuFile never returns from its start"
-    for source in sources.values():
-        unlike = _unlike(source)
-        if unlike is not None:
-            return unlike
-        status = os.stat(source.path)
-        number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
-        device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
-        if "/nvme" not in str(device):
-            return f"{source.path} is not on an NVMe drive"
-    return None
-
-
-def _missing() -> str | None:
-    """Say which library is missing, None if none is."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "libcuda.so.1 cannot be loaded: install the NVIDIA driver"
-    if importlib.util.find_spec("kvikio") is None:
-        return "kvikio is not installed: pip install kvikio-cu13"
-    return None
-
-
-def _unlike(source: DeviceSource) -> str | None:
-    """Say why kvikio cannot open *source* by its path and get that device, None if it can."""
-    try:
-        named = os.stat(source.path)
-    except OSError as error:
-        return f"{source.path} cannot be seen from here: {error.strerror}"
-    given = os.fstat(source.fd)
-    if (named.st_dev, named.st_ino, named.st_rdev) != (given.st_dev, given.st_ino, given.st_rdev):
-        if not stat.S_ISBLK(given.st_mode) or named.st_rdev != given.st_rdev:
-            return f"{source.path} is another device here than the daemon's"
-    if not os.access(source.path, os.R_OK):
-        return f"{source.path} may not be read by this user: add it to the group twfs"
-    return None
-
-
-def probe_direct(source: DeviceSource) -> str | None:
-    """Read from *source* straight into GPU memory in a process of its own.
-
-    Returns None if that worked with every fallback forbidden, else why it did not. cuFile can
-    hang at its start, so the process is killed after PROBE_TIMEOUT_S.
-    """
-    environment = os.environ | {
-        "KVIKIO_COMPAT_MODE": "OFF",
-        "CUFILE_ALLOW_COMPAT_MODE": "false",
-    }
-    with tempfile.TemporaryDirectory(prefix="twfs-probe-") as folder:  # cuFile leaves a log there
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", _PROBE, str(source.path.absolute())],
-                env=environment, cwd=folder, timeout=PROBE_TIMEOUT_S, capture_output=True,
-                text=True, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"cuFile did not start within {PROBE_TIMEOUT_S:.0f} s"
-    if done.returncode == 0:
-        return None
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return f"cuFile cannot read {source.path} directly: {last}"
 
 
 def _load_kvikio(*, direct: bool) -> Any:
@@ -237,7 +152,7 @@ class CufileReader:
         direct: bool = False,
         allocate: Callable[[int, Any], Any] | None = None,
     ) -> None:
-        why_not = _missing() or next(filter(None, map(_unlike, sources.values())), None)
+        why_not = missing_library() or next(filter(None, map(unlike_path, sources.values())), None)
         if why_not is not None:
             raise ReaderUnavailable(f"the cufile reader cannot work here: {why_not}")
         self._sources = sources
@@ -307,7 +222,7 @@ class CufileReader:
         return direct
 
     def _waves(self, blocks: Sequence[BlockRead]) -> Iterator[list[Job]]:
-        """Cut *blocks* into waves that fit half of the staging buffer; a larger block goes alone."""
+        """Cut *blocks* into waves that fit half of the staging buffer; a huge block goes alone."""
         jobs: list[Job] = []
         used = placed = 0
         for at, block in enumerate(blocks):
@@ -351,6 +266,7 @@ class CufileReader:
         span = task.span
         self._tally.count_io(span.length)
         file = self._files[DeviceIndex(span.device)]
+        future: Any
         try:
             future = file.pread(buffer, span.length, span.offset, span.length)
         except RuntimeError:  # short reads to a GPU are done, and fail, right there

@@ -313,7 +313,8 @@ class HostReader:
     def _preadv(self, device: int, buffers: list[Bytes], offset: int, byte_count: int) -> bool:
         """Read exactly *byte_count* bytes; False if the device gives an error or less."""
         try:
-            return os.preadv(self._sources[DeviceIndex(device)].fd, buffers, offset) == byte_count
+            fd = self._sources[DeviceIndex(device)].fd
+            return os.preadv(fd, buffers, offset) == byte_count  # type: ignore[arg-type]
         except OSError:
             return False
 

@@ -10,8 +10,9 @@ from typing import Any, Final, TypeVar
 
 from twfs.errors import InvalidInput
 from twfs.readers.base import BlockRead, DeviceSource, ForkGuard, Reader
-from twfs.readers.cufile import CufileReader, direct_obstacle, probe_direct
+from twfs.readers.cufile import CufileReader
 from twfs.readers.host import HostReader
+from twfs.readers.probe import direct_obstacle, probe_direct
 from twfs.readers.staged import StagedReader
 from twfs.store import ReadOutcome
 from twfs.units import DeviceIndex

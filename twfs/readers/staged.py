@@ -31,7 +31,7 @@ class StagedReader(HostReader):
         arena.pin()
         return arena
 
-    def _places_directly(self, block: BlockRead) -> bool:
+    def _places_directly(self, block: BlockRead) -> bool:  # noqa: ARG002
         """Never: what reaches a destination has been verified."""
         return False
 

@@ -1,0 +1,266 @@
+"""A transformers model's KV comes back bit by bit, or not at all.
+
+Real weights (random, tiny), a real warehouse on an image file, no sockets.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from twfs.device import DeviceSpec
+from twfs.errors import InvalidInput
+from twfs.layout import Layout
+from twfs.store import PutOutcome
+from twfs.units import ALIGN, ByteCount
+from twfs.warehouse import Warehouse
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from twfs.engines.transformers import PrefixStore, layout_of, revision_of  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = pytest.mark.engine
+
+BLOCK_TOKENS: Final = 16
+IMAGE_BYTES: Final = ByteCount(64 << 20)
+
+
+def model_of(seed: int = 0, **overrides: Any) -> Any:
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | overrides)).eval()
+
+
+def tokens_of(count: int, seed: int = 1) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(0, 256, (count,), generator=generator).tolist()
+    return ids
+
+
+def compute(model: Any, ids: list[int], kv: Any = None) -> tuple["Tensor", Any]:
+    with torch.inference_mode():
+        out = model(torch.tensor([ids]), past_key_values=kv, use_cache=True)
+    return out.logits[0], out.past_key_values
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return model_of()
+
+
+@pytest.fixture
+def warehouse(scratch: Path) -> Iterator[Warehouse]:
+    directory = scratch / "warehouse"
+    Warehouse.create(directory, [DeviceSpec(directory / "device0.img", IMAGE_BYTES)])
+    opened = Warehouse.open(directory)
+    yield opened
+    report = opened.check(data=True)
+    opened.close()
+    assert report.findings == ()
+
+
+def prefix_store(warehouse: Any, model: Any, **options: Any) -> PrefixStore:
+    return PrefixStore(warehouse, "tiny", model, block_tokens=BLOCK_TOKENS, **options)
+
+
+def assert_same_kv(loaded: Any, computed: Any, tokens: int) -> None:
+    assert len(loaded.layers) == len(computed.layers)
+    for mine, theirs in zip(loaded.layers, computed.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys[:, :, :tokens])
+        assert torch.equal(mine.values, theirs.values[:, :, :tokens])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loaded_kv_is_bit_equal_and_continues_with_equal_logits(
+    warehouse: Warehouse, dtype: str
+) -> None:
+    model = model_of().to(getattr(torch, dtype))
+    ids = tokens_of(100)
+    _, kv = compute(model, ids)
+    store = prefix_store(warehouse, model)
+    saved = store.save(ids, kv)
+    assert saved.outcomes == (PutOutcome.PUBLISHED,) * 6
+    loaded, held = store.load(ids)
+    assert held == 96
+    assert_same_kv(loaded, kv, held)
+    never_saved = transformers.DynamicCache(
+        [(layer.keys[:, :, :held], layer.values[:, :, :held]) for layer in kv.layers]
+    )
+    assert torch.equal(
+        compute(model, ids[held:], loaded)[0], compute(model, ids[held:], never_saved)[0]
+    )
+
+
+def test_loading_leaves_at_least_one_token_to_compute(warehouse: Warehouse, model: Any) -> None:
+    ids = tokens_of(4 * BLOCK_TOKENS)
+    store = prefix_store(warehouse, model)
+    assert store.save(ids, compute(model, ids)[1]).held == 4
+    assert store.load(ids)[1] == 3 * BLOCK_TOKENS
+    assert store.load([*ids, 7])[1] == 4 * BLOCK_TOKENS
+    assert store.load(ids[:1])[1] == 0
+
+
+def test_one_block_that_is_loaded_equals_what_was_saved(warehouse: Warehouse, model: Any) -> None:
+    ids = tokens_of(BLOCK_TOKENS + 1)
+    _, kv = compute(model, ids)
+    store = prefix_store(warehouse, model)
+    store.save(ids, kv)
+    loaded, held = store.load(ids)
+    assert held == BLOCK_TOKENS
+    assert_same_kv(loaded, kv, held)
+
+
+def test_second_turn_stores_only_new_blocks(warehouse: Warehouse, model: Any) -> None:
+    store = prefix_store(warehouse, model)
+    ids = tokens_of(40)
+    _, kv = compute(model, ids)
+    first = store.save(ids, kv)
+    more = tokens_of(40, seed=2)
+    _, kv = compute(model, more, kv)
+    second = store.save(ids + more, kv)
+    assert first.outcomes == (PutOutcome.PUBLISHED,) * 2
+    assert second.outcomes == (PutOutcome.PRESENT,) * 2 + (PutOutcome.PUBLISHED,) * 3
+    assert second.written_bytes == 3 * (ALIGN + store.model.layout.block_bytes())  # with headers
+    assert store.load(ids + more)[1] == 64
+    assert_same_kv(store.load([*ids, *more, 1])[0], kv, 80)
+
+
+def test_sessions_share_the_prefix_that_they_have_in_common(
+    warehouse: Warehouse, model: Any
+) -> None:
+    store = prefix_store(warehouse, model)
+    system = tokens_of(48)
+    for seed in (3, 4):
+        ids = system + tokens_of(32, seed=seed)
+        store.save(ids, compute(model, ids)[1])
+    (info,) = warehouse.models()
+    assert info.blocks == 3 + 2 + 2
+    assert info.heads == 2
+
+
+def test_prompt_that_differs_early_loads_only_what_is_the_same(
+    warehouse: Warehouse, model: Any
+) -> None:
+    store = prefix_store(warehouse, model)
+    ids = tokens_of(80)
+    _, kv = compute(model, ids)
+    store.save(ids, kv)
+    changed = [*ids[:40], (ids[40] + 1) % 256, *ids[41:]]
+    loaded, held = store.load(changed)
+    assert held == 32
+    assert_same_kv(loaded, kv, held)
+
+
+def test_other_weights_never_hit(warehouse: Warehouse, model: Any) -> None:
+    ids = tokens_of(64)
+    prefix_store(warehouse, model).save(ids, compute(model, ids)[1])
+    other = model_of()
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[3, 5] += 1e-3
+    loaded, held = prefix_store(warehouse, other).load(ids)
+    assert (held, loaded.get_seq_length()) == (0, 0)
+    assert revision_of(other) != revision_of(model)
+    assert revision_of(model_of()) == revision_of(model)
+
+
+def test_other_salt_never_hits(warehouse: Warehouse, model: Any) -> None:
+    ids = tokens_of(64)
+    prefix_store(warehouse, model, salt=b"a").save(ids, compute(model, ids)[1])
+    assert prefix_store(warehouse, model, salt=b"b").load(ids)[1] == 0
+    assert prefix_store(warehouse, model, salt=b"a").load(ids)[1] == 48
+
+
+def test_reopened_warehouse_hits(scratch: Path, model: Any) -> None:
+    directory = scratch / "warehouse"
+    Warehouse.create(directory, [DeviceSpec(directory / "device0.img", IMAGE_BYTES)])
+    ids = tokens_of(70)
+    _, kv = compute(model, ids)
+    before = Warehouse.open(directory)
+    prefix_store(before, model).save(ids, kv)
+    before.close()
+    after = Warehouse.open(directory)
+    loaded, held = prefix_store(after, model_of()).load(torch.tensor([ids]))
+    findings = after.check(data=True).findings
+    after.close()
+    assert held == 64
+    assert_same_kv(loaded, kv, held)
+    assert findings == ()
+
+
+def test_tensors_that_are_not_contiguous_are_saved_right(warehouse: Warehouse, model: Any) -> None:
+    ids = tokens_of(60)
+    _, kv = compute(model, ids)
+    for layer in kv.layers:
+        layer.keys = layer.keys.transpose(1, 2).contiguous().transpose(1, 2)
+    store = prefix_store(warehouse, model)
+    store.save(ids, kv)
+    assert_same_kv(store.load(ids)[0], kv, 48)
+
+
+def test_model_with_very_many_heads_is_saved_right(warehouse: Warehouse) -> None:
+    model = model_of(
+        num_attention_heads=1056, num_key_value_heads=1056, hidden_size=2112,
+        intermediate_size=16,
+    )  # fmt: skip
+    ids = tokens_of(20)
+    _, kv = compute(model, ids)
+    store = prefix_store(warehouse, model)
+    assert store.save(ids, kv).held == 1
+    assert_same_kv(store.load(ids)[0], kv, 16)
+
+
+def test_kv_shorter_than_the_tokens_is_saved_as_far_as_it_goes(
+    warehouse: Warehouse, model: Any
+) -> None:
+    ids = tokens_of(65)
+    _, kv = compute(model, ids[:63])
+    store = prefix_store(warehouse, model)
+    assert len(store.save(ids, kv).outcomes) == 3
+    assert store.save(ids[:5], compute(model, ids[:5])[1]).outcomes == ()
+    assert store.save(ids, transformers.DynamicCache()).outcomes == ()
+
+
+def test_batches_and_foreign_kv_are_refused(warehouse: Warehouse, model: Any) -> None:
+    store = prefix_store(warehouse, model)
+    ids = tokens_of(32)
+    _, kv = compute(model, ids)
+    with pytest.raises(InvalidInput, match="batch of 2"):
+        store.load(torch.tensor([ids, ids]))
+    with torch.inference_mode():
+        batched = model(torch.tensor([ids, ids]), use_cache=True).past_key_values
+    with pytest.raises(InvalidInput, match="one prompt at a time"):
+        store.save(ids, batched)
+    with pytest.raises(InvalidInput, match="32 tokens of KV"):
+        store.save(ids[:31], kv)
+    with pytest.raises(InvalidInput, match="3 layers"):
+        store.save(ids, compute(model_of(num_hidden_layers=3), ids)[1])
+    with pytest.raises(InvalidInput, match="bfloat16"):
+        store.save(ids, compute(model_of().to(torch.bfloat16), ids)[1])
+
+
+def test_sliding_window_models_are_refused() -> None:
+    config = transformers.MistralConfig(num_hidden_layers=2, sliding_window=32)
+    with pytest.raises(InvalidInput, match="DynamicSlidingWindowLayer"):
+        layout_of(config, torch.float32, model_name="mistral", revision="")
+
+
+def test_layout_says_what_the_config_says() -> None:
+    layout = layout_of(
+        transformers.LlamaConfig(
+            num_hidden_layers=3, hidden_size=96, num_attention_heads=6, num_key_value_heads=3
+        ),
+        torch.bfloat16,
+        model_name="llama",
+        revision="r",
+        block_tokens=32,
+    )
+    assert isinstance(layout, Layout)
+    assert layout.block_bytes() == 3 * 2 * 3 * 32 * 16 * 2

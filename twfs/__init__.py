@@ -1,0 +1,33 @@
+"""twfs: the KV cache of LLM inference nodes on NVMe, as a mountable, checked, shared warehouse.
+
+The public names; everything else may change without notice.
+"""
+
+from twfs.client import Client, connect
+from twfs.errors import TwfsError
+from twfs.formatting import DeviceSpec
+from twfs.layout import Arrangement, Group, GroupKind, Layout
+from twfs.match import Match
+from twfs.prefix import OwnKey, names_of_keys
+from twfs.store import Model, PutResult, ReadReport, Retention, Store
+from twfs.warehouse import Warehouse
+
+__all__ = [
+    "Arrangement",
+    "Client",
+    "DeviceSpec",
+    "Group",
+    "GroupKind",
+    "Layout",
+    "Match",
+    "Model",
+    "OwnKey",
+    "PutResult",
+    "ReadReport",
+    "Retention",
+    "Store",
+    "TwfsError",
+    "Warehouse",
+    "connect",
+    "names_of_keys",
+]

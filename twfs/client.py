@@ -1,0 +1,449 @@
+"""What engines import: a Store over the daemon's socket, whose reads go straight to the devices.
+
+A daemon that is gone, slow or of another epoch means misses, counted by cause, and never an
+exception in an engine's loop. Blocking and thread-safe; connect after fork, never before.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+from uuid import UUID
+
+import numpy as np
+
+from twfs.errors import (
+    InvalidInput,
+    LayoutMismatch,
+    LeaseEnded,
+    NoDaemon,
+    NoSuchModel,
+    ProtocolError,
+    StaleEpoch,
+    TooLarge,
+    TwfsError,
+    WarehouseFull,
+)
+from twfs.layout import Layout
+from twfs.leases import Located
+from twfs.link import Connector, Link, RemotePut
+from twfs.match import Match
+from twfs.messages import (
+    BLOCKS_MAX,
+    AnyReply,
+    Counted,
+    Failed,
+    JoinLease,
+    LocatedBlocks,
+    LookupNames,
+    MatchNames,
+    NewEpoch,
+    Opened,
+    OpenModel,
+    ReleaseLease,
+    RenewLease,
+    ReportBlock,
+    Request,
+    TouchNames,
+)
+from twfs.prefix import Names
+from twfs.protocol import error_of, layout_to_json, model_of, model_to_wire, names_to_wire, rows_of
+from twfs.readers.select import Readers
+from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
+from twfs.remote import RemoteNamespace
+from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retention
+from twfs.units import ByteCount, ModelId
+from twfs.upload import check_payloads, upload
+
+ARENA_BYTES: Final = 64 << 20  # four windows of 16 MiB: one fills while others are written
+HELLO_SECONDS_MAX: Final = 5.0  # for the first connection, which no engine's loop waits for
+BLOCK_SECONDS: Final = 20e-6  # that a match may take longer per block asked for
+WRITERS_MAX: Final = 8  # windows of all puts that wait for their answer at once
+RAISED_BY_PUT: Final = (
+    InvalidInput, LayoutMismatch, NoSuchModel, StaleEpoch, TooLarge, WarehouseFull,
+)  # fmt: skip
+
+
+def connect(
+    socket_path: Path | str,
+    *,
+    arena_bytes: int = ARENA_BYTES,
+    hugetlb: bool = False,
+    connect_timeout_s: float = 0.05,
+    match_timeout_s: float = 0.05,
+) -> "Client":
+    """Connect to the daemon at *socket_path*.
+
+    Puts go through shared memory of *arena_bytes*, 0 for a client that only reads; with *hugetlb*
+    it is asked for in huge pages. Later reconnects take up to *connect_timeout_s*, a match up to
+    *match_timeout_s* and 20 us per block; after that they are misses. NoDaemon if nobody answers;
+    ProtocolError on another version; NotAllowed; TooLarge.
+    """
+    client = Client(
+        Path(socket_path), arena_bytes=arena_bytes, hugetlb=hugetlb,
+        connect_timeout_s=connect_timeout_s, match_timeout_s=match_timeout_s,
+    )  # fmt: skip
+    client.reconnect(max(HELLO_SECONDS_MAX, connect_timeout_s))
+    return client
+
+
+@dataclass(slots=True)
+class _Lease:
+    """A token that this client holds: over which connection, until when, by how many matches."""
+
+    link: int
+    deadline_s: float  # CLOCK_BOOTTIME
+    matches: int = 1
+
+
+class Client(RemoteNamespace):
+    """A Store, a Namespace and a LeaseHolder over the socket; make it with connect."""
+
+    def __init__(
+        self, path: Path, *, arena_bytes: int, hugetlb: bool, connect_timeout_s: float,
+        match_timeout_s: float,
+    ) -> None:  # fmt: skip
+        self._connector = Connector(
+            path, arena_bytes=arena_bytes, hugetlb=hugetlb, timeout_s=connect_timeout_s,
+            on_late=self._take_late,
+        )  # fmt: skip
+        self._match_timeout_s = match_timeout_s
+        self._lock = threading.Lock()
+        self._leases: dict[bytes, _Lease] = {}
+        self._models: dict[ModelId, tuple[Model, UUID]] = {}
+        self._counts: Counter[str] = Counter()
+        self._misses: Counter[str] = Counter()
+        self._writers: ThreadPoolExecutor | None = None
+
+    # Connection
+
+    def reconnect(self, timeout_s: float) -> None:
+        """Connect anew within *timeout_s* seconds if the connection has ended; errors as connect.
+
+        Nobody needs to call it: every call reconnects by itself, at most ten times a second.
+        """
+        self._connector.connect(timeout_s)
+
+    def _link_for(self, model: Model) -> Link:
+        """The connection, if *model* was opened in the warehouse behind it; NoDaemon, StaleEpoch.
+
+        A number of a model means something else in another warehouse.
+        """
+        link = self._connector.link()
+        known = self._models.get(model.id)
+        if known is not None and known[1] != link.warehouse:
+            raise StaleEpoch(f"model {model.name} is of another warehouse: open it again")
+        return link
+
+    def _request(self, request: Request, timeout_s: float | None) -> AnyReply | None:
+        return self._connector.link().channel.call(request, timeout_s)
+
+    def _request_pieces(
+        self, request: Request, timeout_s: float | None
+    ) -> Iterator[AnyReply | None]:
+        return self._connector.link().channel.pieces(request, timeout_s)
+
+    def close(self) -> None:
+        """End all leases, wait for reads and puts under way, let go of everything. Idempotent."""
+        self._connector.close()
+        if self._writers is not None:
+            self._writers.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Store
+
+    def open_model(self, name: str, layout: Layout | None = None) -> Model:
+        """See Store.open_model; NoDaemon when nobody answers."""
+        request = OpenModel(0, name, None if layout is None else layout_to_json(layout))
+        return self._remember(self._ask(request, Opened))
+
+    def new_epoch(self, model: Model) -> Model:
+        """See Store.new_epoch; NoDaemon when nobody answers."""
+        self._link_for(model)
+        return self._remember(self._ask(NewEpoch(0, model_to_wire(model)), Opened))
+
+    def _remember(self, opened: Opened) -> Model:
+        """Note in which warehouse a model was opened."""
+        model = model_of(opened.model)
+        self._models[model.id] = (model, self._connector.link().warehouse)
+        return model
+
+    def match(self, model: Model, names: Names, *, start: int = 0) -> Match:
+        """See Store.match; at most the first 16384 names are asked for."""
+        asked = names.head(BLOCKS_MAX) if len(names) > BLOCKS_MAX else names
+        if not start >= 0:
+            raise InvalidInput(f"a match from block {start} on")
+        if start >= len(asked):
+            return self._miss(model, names, start, None)
+        wire = names_to_wire(asked)
+        timeout_s = self._match_timeout_s + BLOCK_SECONDS * len(asked)
+        try:
+            link = self._link_for(model)
+            before_s = _boottime_s()
+            reply = link.channel.call(MatchNames(0, model.id, wire, start), timeout_s)
+            if isinstance(reply, LocatedBlocks):
+                return self._match_of(
+                    link, reply, model, names, before_s=before_s, asked=len(asked)
+                )
+            return self._miss(model, names, start, _cause_of(reply))
+        except (NoDaemon, ProtocolError, StaleEpoch) as error:
+            return self._miss(model, names, start, _cause_of(error))
+
+    def _match_of(
+        self, link: Link, reply: LocatedBlocks, model: Model, names: Names, *,
+        before_s: float, asked: int,
+    ) -> Match:  # fmt: skip
+        """Return the match that *reply* grants, its lease counted from *before_s* on."""
+        try:
+            located, extents = rows_of(reply, link.devices.sizes, asked)
+        except ProtocolError as error:
+            link.channel.end(error)
+            raise
+        deadline_s = before_s + reply.term_ms / 1000
+        with self._lock:
+            lease = self._leases.get(reply.token)
+            if lease is None:
+                self._leases[reply.token] = _Lease(link.number, deadline_s)
+            else:
+                lease.deadline_s = deadline_s
+                lease.matches += 1
+            self._counts["matches"] += 1
+            self._counts["matched_blocks"] += reply.blocks - reply.start
+        return Match(
+            self, reply.token, model, names, reply.start, reply.blocks, located, extents,
+            link.devices.readers,
+        )  # fmt: skip
+
+    def _miss(self, model: Model, names: Names, start: int, cause: str | None) -> Match:
+        """Return a match of nothing, counted under *cause*."""
+        if cause is not None:
+            with self._lock:
+                self._misses[cause] += 1
+        devices = self._connector.devices
+        return Match(
+            self, b"", model, names, start, start, np.zeros(0, LOCATED_DTYPE),
+            np.zeros(0, EXTENT_DTYPE), Readers({}) if devices is None else devices.readers,
+        )  # fmt: skip
+
+    def join(self, token: bytes) -> Match:
+        """See Store.join; the names of the match are its hashes alone."""
+        try:
+            link = self._connector.link()
+            before_s = _boottime_s()
+            reply = link.channel.call(JoinLease(0, token), self._match_timeout_s)
+        except NoDaemon as error:
+            raise LeaseEnded(f"the lease is over: {error}") from error
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        if not isinstance(reply, LocatedBlocks):
+            raise LeaseEnded("the daemon did not answer in time whether the lease holds")
+        model = self._model_numbered(ModelId(reply.model))
+        located, extents = rows_of(reply, link.devices.sizes, reply.blocks)
+        names = Located(
+            reply.token, model.id, reply.start, reply.blocks, located, extents, reply.term_ms
+        ).names(model.layout)
+        return self._match_of(link, reply, model, names, before_s=before_s, asked=reply.blocks)
+
+    def _model_numbered(self, number: ModelId) -> Model:
+        """The model *number*, asked for if this client has not opened it; LeaseEnded."""
+        if number not in self._models:
+            warehouse = self._connector.link().warehouse
+            for info in self.models():
+                model = Model(info.id, info.name, info.epoch, info.layout)
+                self._models[info.id] = (model, warehouse)
+        known = self._models.get(number)
+        if known is None:
+            raise LeaseEnded(f"the lease is on model {number}, whose epoch is over")
+        return known[0]
+
+    def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
+        """See Store.lookup; *start* when nobody answers in time."""
+        asked = names.head(BLOCKS_MAX)
+        if start >= len(asked):
+            return start
+        timeout_s = self._match_timeout_s + BLOCK_SECONDS * len(asked)
+        request = LookupNames(0, model.id, names_to_wire(asked), start)
+        try:
+            reply = self._link_for(model).channel.call(request, timeout_s)
+        except (NoDaemon, StaleEpoch) as error:
+            reply, cause = None, _cause_of(error)
+        else:
+            cause = _cause_of(reply)
+        if isinstance(reply, Counted) and reply.count is not None:
+            return reply.count
+        with self._lock:
+            self._misses[cause or "refused"] += 1
+        return start
+
+    def touch(self, model: Model, names: Names) -> None:
+        """See Store.touch; lost when nobody takes it in time."""
+        for first in range(0, len(names), BLOCKS_MAX):
+            part = names_to_wire(names.slice(first, first + BLOCKS_MAX))
+            try:
+                link = self._link_for(model)
+                sent = link.channel.tell(TouchNames(0, model.id, part), self._match_timeout_s)
+            except (NoDaemon, StaleEpoch):
+                sent = False
+            with self._lock:
+                self._counts["touches" if sent else "touches_lost"] += 1
+
+    def put(
+        self, model: Model, names: Names, payloads: Sequence[Pieces], *,
+        group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+    ) -> PutResult:  # fmt: skip
+        """See Store.put; a dead or failing daemon gives the outcome FAILED.
+
+        TooLarge if a block does not fit the arena.
+        """
+        check_payloads(model.layout, group, payloads)
+        if len(payloads) != len(names):
+            raise InvalidInput(f"{len(payloads)} payloads for {len(names)} names")
+        if not 0 <= shard < model.layout.shards:
+            raise InvalidInput(f"shard {shard} of {model.layout.shards}")
+        outcomes: list[PutOutcome] = []
+        written = 0
+        for first in range(0, len(names), BLOCKS_MAX):
+            part = names.slice(first, first + BLOCKS_MAX)
+            try:
+                result = self._put_part(
+                    model, part, payloads[first : first + BLOCKS_MAX],
+                    group=group, shard=shard, retention=retention,
+                )  # fmt: skip
+            except RAISED_BY_PUT:
+                if not outcomes:
+                    raise
+                result = PutResult((PutOutcome.NO_ROOM,) * len(part), ByteCount(0))
+            except TwfsError as error:
+                with self._lock:
+                    self._misses[f"put: {_cause_of(error)}"] += 1
+                result = PutResult((PutOutcome.FAILED,) * len(part), ByteCount(0))
+            outcomes += result.outcomes
+            written += result.written_bytes
+        return PutResult(tuple(outcomes), ByteCount(written))
+
+    def _put_part(
+        self, model: Model, names: Names, payloads: Sequence[Pieces], *,
+        group: int, shard: int, retention: Retention,
+    ) -> PutResult:  # fmt: skip
+        """One put over the connection as it is now."""
+        link = self._link_for(model)
+        if link.arena is None:
+            raise InvalidInput("this client was connected with arena_bytes=0: it only reads")
+        self._connector.arenas.enter(link)
+        try:
+            port = RemotePut(
+                link, self._executor(), model.id, names,
+                group=group, shard=shard, retention=retention,
+            )  # fmt: skip
+            return upload(port, link.arena, model.layout, group, payloads)
+        finally:
+            self._connector.arenas.leave(link)
+
+    def _executor(self) -> ThreadPoolExecutor:
+        """The threads that wait for windows to be written."""
+        with self._lock:
+            if self._writers is None:
+                self._writers = ThreadPoolExecutor(WRITERS_MAX, "twfs-write")
+            return self._writers
+
+    # LeaseHolder
+
+    def held(self, token: bytes) -> bool:
+        """See LeaseHolder.held; asks the kernel, not the daemon."""
+        lease, link = self._leases.get(token), self._connector.now
+        return (
+            lease is not None
+            and link is not None
+            and link.number == lease.link
+            and not self._connector.forked
+            and link.channel.alive()
+            and _boottime_s() < lease.deadline_s
+        )
+
+    def release(self, token: bytes) -> None:
+        """See LeaseHolder.release."""
+        link = self._connector.now
+        with self._lock:
+            lease = self._leases.get(token)
+            if lease is None:
+                return
+            lease.matches -= 1
+            if lease.matches:
+                return
+            del self._leases[token]
+        if link is not None and link.number == lease.link and not self._connector.forked:
+            link.channel.tell(ReleaseLease(0, token), self._match_timeout_s)
+
+    def renew(self, token: bytes) -> bool:
+        """See LeaseHolder.renew."""
+        lease, link = self._leases.get(token), self._connector.now
+        if lease is None or link is None or link.number != lease.link:
+            return False
+        before_s = _boottime_s()
+        with suppress(NoDaemon):
+            reply = link.channel.call(RenewLease(0, token), self._match_timeout_s)
+            if isinstance(reply, Counted) and reply.count is not None:
+                lease.deadline_s = before_s + reply.count / 1000
+                return True
+        return False
+
+    def report(self, key: BlockKey, generation: int, outcome: ReadOutcome) -> None:
+        """See LeaseHolder.report."""
+        link = self._connector.now
+        if link is not None:
+            link.channel.tell(
+                ReportBlock(0, key.pack(), generation, outcome), self._match_timeout_s
+            )
+
+    def _take_late(self, reply: AnyReply) -> None:
+        """Release the lease of a match that had been given up."""
+        link = self._connector.now
+        if isinstance(reply, LocatedBlocks) and link is not None:
+            with self._lock:
+                self._counts["late_leases"] += 1
+            link.channel.tell(ReleaseLease(0, reply.token), self._match_timeout_s)
+
+    def statistics(self) -> dict[str, Any]:
+        """The daemon's statistics, if it answers, and under `client` this client's own."""
+        statistics: dict[str, Any] = {}
+        with suppress(TwfsError):
+            statistics = self._daemon_statistics()
+        own = self._connector.statistics()
+        with self._lock:
+            own |= self._counts
+            own |= {"misses": dict(self._misses), "leases": len(self._leases)}
+        return {**statistics, "client": own}
+
+
+def _cause_of(answer: AnyReply | TwfsError | None) -> str | None:
+    """The name under which a miss is counted; None for one that is the daemon's honest answer."""
+    if answer is None:
+        return "timed out"
+    if isinstance(answer, Failed):
+        answer = error_of(answer)
+    if isinstance(answer, StaleEpoch | NoSuchModel):
+        return "stale epoch"
+    if isinstance(answer, NoDaemon):
+        return "no daemon"
+    return None if isinstance(answer, Counted) else "refused"
+
+
+def _boottime_s() -> float:
+    """Seconds since boot, suspended time included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,318 @@
+"""What comes with one connection of a client: channel, arena, devices; and one put over it.
+
+A link lives until its connection ends; the next connection is another link. Thread-safe.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from twfs.arena import Arena
+from twfs.channel import Channel, greet
+from twfs.errors import InvalidInput, NoDaemon, ProtocolError, TwfsError
+from twfs.messages import (
+    AbandonPut,
+    AnyReply,
+    BeginPut,
+    Done,
+    Failed,
+    PublishPut,
+    PutBegun,
+    PutDone,
+    Request,
+    Welcome,
+    WriteBlocks,
+)
+from twfs.prefix import Names
+from twfs.protocol import arena_block_to_wire, error_of, names_to_wire, result_of, unpack_numbers
+from twfs.readers.select import DeviceSource, Readers
+from twfs.store import ArenaBlock, PutResult, Retention
+from twfs.units import ByteCount, DeviceIndex, ModelId
+
+PUT_SECONDS_MAX: Final = 60.0  # for one step of a put: a window written, a commit durable
+ATTEMPT_SECONDS: Final = 0.1  # a dead daemon is asked for this often at most
+ABANDON_SECONDS_MAX: Final = 5.0  # then the connection is closed, which abandons too
+
+
+class Devices:
+    """The devices of one warehouse as descriptors, and the readers on them."""
+
+    def __init__(self, welcome: Welcome, descriptors: Sequence[int]) -> None:
+        self.identity = _identity(welcome)
+        passed = [device for device in welcome.devices if device.passed]
+        self._descriptors = list(descriptors)
+        self.sizes = {device.index: device.size_bytes for device in passed}
+        self.readers = Readers(
+            {
+                DeviceIndex(device.index): DeviceSource(
+                    descriptor, Path(device.path), ByteCount(device.size_bytes)
+                )
+                for device, descriptor in zip(passed, descriptors, strict=True)
+            }
+        )
+
+    def are_those_of(self, welcome: Welcome) -> bool:
+        """Tell whether a new connection has brought the same devices."""
+        return self.identity == _identity(welcome)
+
+    def close(self) -> None:
+        """Wait for reads under way, and close the descriptors. Idempotent."""
+        self.readers.close()
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+def _identity(welcome: Welcome) -> tuple[Any, ...]:
+    """What makes two device tables the same."""
+    return (welcome.warehouse, welcome.devices)
+
+
+@dataclass(slots=True)
+class Link:
+    """One connection and what came with it."""
+
+    number: int  # which connection of this client, from 1
+    channel: Channel
+    warehouse: UUID
+    devices: Devices
+    arena: Arena | None
+
+    def ask(self, request: Request) -> AnyReply:
+        """Return the reply to one step of a put; the connection ends if it takes too long."""
+        reply = self.channel.call(request, PUT_SECONDS_MAX)
+        if reply is None:
+            error = NoDaemon(f"a step of a put took more than {PUT_SECONDS_MAX:.0f} s")
+            self.channel.end(error)  # the daemon may still use the arena: it goes with it
+            raise error
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        return reply
+
+
+class Arenas:
+    """Closes the arenas of ended connections when the last put over them has ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users: dict[int, int] = {}  # by link number
+        self._ended: dict[int, Arena] = {}
+
+    def enter(self, link: Link) -> None:
+        """Count a put."""
+        with self._lock:
+            self._users[link.number] = self._users.get(link.number, 0) + 1
+
+    def leave(self, link: Link) -> None:
+        """Take back one enter."""
+        with self._lock:
+            self._users[link.number] -= 1
+            self._close(link.number)
+
+    def end(self, link: Link) -> None:
+        """Let go of the arena of *link*, whose connection has ended."""
+        with self._lock:
+            if link.arena is not None:
+                self._ended[link.number] = link.arena
+                self._close(link.number)
+
+    def _close(self, number: int) -> None:
+        """Close the arena if it is ended and unused. Hold the lock."""
+        if not self._users.get(number):
+            self._users.pop(number, None)
+            arena = self._ended.pop(number, None)
+            if arena is not None:
+                arena.close()
+
+
+def open_link(
+    path: Path, number: int, *, arena_bytes: int, hugetlb: bool, timeout_s: float,
+    before: Devices | None,
+) -> Link:  # fmt: skip
+    """Connect and take over what the daemon hands out; errors as `greet`.
+
+    The devices *before* are kept if they are the same, so that reads under way go on.
+    """
+    channel, welcome, descriptors = greet(
+        path, arena_bytes=arena_bytes, hugetlb=hugetlb, timeout_s=timeout_s
+    )
+    arena = None
+    try:
+        if welcome.arena_bytes:
+            arena = Arena.of_descriptor(descriptors[-1], welcome.arena_bytes)
+            descriptors.pop()
+    except InvalidInput as error:
+        _refuse(channel, descriptors)
+        raise ProtocolError(f"the daemon's arena cannot be used: {error}") from error
+    if before is not None and before.are_those_of(welcome):
+        devices = before
+        for descriptor in descriptors:
+            os.close(descriptor)
+    else:
+        devices = Devices(welcome, descriptors)
+    return Link(number, channel, UUID(bytes=welcome.warehouse), devices, arena)
+
+
+def _refuse(channel: Channel, descriptors: Sequence[int]) -> None:
+    """Take back a connection that cannot be used."""
+    channel.end(NoDaemon("the connection was refused"))
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+class Connector:
+    """Keeps a client's one link, and makes the next when it has ended."""
+
+    def __init__(
+        self, path: Path, *, arena_bytes: int, hugetlb: bool, timeout_s: float,
+        on_late: Callable[[AnyReply], None],
+    ) -> None:  # fmt: skip
+        self.now: Link | None = None
+        self.devices: Devices | None = None
+        self.arenas = Arenas()
+        self._path = path
+        self._arena_bytes = arena_bytes
+        self._hugetlb = hugetlb
+        self._timeout_s = timeout_s
+        self._on_late = on_late
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._links = 0
+        self._next_attempt_s = 0.0
+        self._closed = False
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is another process than the one that connected."""
+        return os.getpid() != self._pid
+
+    def link(self) -> Link:
+        """The link, made anew if it has ended; NoDaemon. InvalidInput after a fork."""
+        link = self.now
+        if link is not None and not self.forked and link.channel.alive():
+            return link
+        self._check_fork()
+        try:
+            return self.connect(self._timeout_s)
+        except TwfsError as error:
+            raise NoDaemon(str(error)) from error
+
+    def connect(self, timeout_s: float) -> Link:
+        """Return the link, made within *timeout_s* seconds if there is none; errors as greet."""
+        self._check_fork()
+        if not self._lock.acquire(timeout=timeout_s):
+            raise NoDaemon("another thread is connecting")
+        try:
+            if self._closed:
+                raise NoDaemon("this client is closed")
+            if self.now is not None and self.now.channel.alive():
+                return self.now
+            now_s = time.monotonic()
+            if now_s < self._next_attempt_s:
+                raise NoDaemon(f"no daemon answered on {self._path} just now")
+            self._next_attempt_s = now_s + ATTEMPT_SECONDS
+            return self._open(timeout_s)
+        finally:
+            self._lock.release()
+
+    def _check_fork(self) -> None:
+        """Raise InvalidInput in a child of the process that connected."""
+        if self.forked:
+            raise InvalidInput("this client was made before a fork: connect in each process")
+
+    def _open(self, timeout_s: float) -> Link:
+        """Make the next link. Hold the lock."""
+        if self.now is not None:
+            self.arenas.end(self.now)
+            self.now = None
+        link = open_link(
+            self._path, self._links + 1, arena_bytes=self._arena_bytes, hugetlb=self._hugetlb,
+            timeout_s=timeout_s, before=self.devices,
+        )  # fmt: skip
+        link.channel.on_late = self._on_late
+        if self.devices is not None and self.devices is not link.devices:
+            # Reads of the old warehouse's blocks may be under way, and engines do not wait.
+            threading.Thread(target=self.devices.close, name="twfs-devices").start()
+        self._links += 1
+        self.devices, self.now = link.devices, link
+        return link
+
+    def close(self) -> None:
+        """End the link; wait for reads under way. Idempotent."""
+        with self._lock:
+            self._closed = True
+            link, self.now = self.now, None
+            devices, self.devices = self.devices, None
+        if link is not None:
+            link.channel.end(NoDaemon("this client is closed"))
+            self.arenas.end(link)
+        if devices is not None:
+            devices.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """The connection's, the arena's and the readers' figures."""
+        link, devices = self.now, self.devices
+        return {
+            "connected": link is not None and link.channel.alive(),
+            "reconnects": max(0, self._links - 1),
+            "channel": None if link is None else link.channel.statistics(),
+            "arena": None if link is None or link.arena is None else link.arena.statistics(),
+            "readers": None if devices is None else devices.readers.statistics(),
+        }
+
+
+class RemotePut:
+    """A PutPort over a link."""
+
+    def __init__(
+        self, link: Link, executor: ThreadPoolExecutor, model: ModelId, names: Names, *,
+        group: int, shard: int, retention: Retention,
+    ) -> None:  # fmt: skip
+        self._link = link
+        self._executor = executor
+        self._count = len(names)
+        reply = link.ask(BeginPut(0, model, names_to_wire(names), group, shard, retention))
+        if not isinstance(reply, PutBegun):
+            raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
+        self._put = reply.put
+        self._open = True
+        self._lacking = unpack_numbers(reply.lacking)
+        if self._lacking and max(self._lacking) >= self._count:
+            raise ProtocolError(f"the daemon lacks block {max(self._lacking)} of {self._count}")
+
+    @property
+    def lacking(self) -> Sequence[int]:
+        """See PutPort.lacking."""
+        return self._lacking
+
+    def write(self, blocks: Sequence[ArenaBlock]) -> "Future[None]":
+        """See PutPort.write."""
+        return self._executor.submit(self._write, tuple(map(arena_block_to_wire, blocks)))
+
+    def _write(self, blocks: tuple[Any, ...]) -> None:
+        reply = self._link.ask(WriteBlocks(0, self._put, blocks))
+        if not isinstance(reply, Done):
+            raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
+
+    def publish(self) -> PutResult:
+        """See PutPort.publish."""
+        reply = self._link.ask(PublishPut(0, self._put))
+        self._open = False
+        if not isinstance(reply, PutDone) or len(reply.outcomes) != self._count:
+            raise ProtocolError(f"the daemon answered a put of {self._count} blocks wrongly")
+        return result_of(reply)
+
+    def abandon(self) -> None:
+        """See PutPort.abandon."""
+        if self._open:
+            self._open = False
+            with suppress(TwfsError):
+                request = AbandonPut(0, self._put)
+                if self._link.channel.call(request, ABANDON_SECONDS_MAX) is None:
+                    self._link.channel.end(NoDaemon("a put could not be abandoned in time"))
