@@ -150,6 +150,7 @@ class Core:
         units = block.device_bytes // ALIGN
         if entered.filled:
             self.slots.units[block.slot] = units
+            self.slots.hole[block.slot] = False
             self.slots.use([block.slot], now_ms)
         else:
             self.slots.set_live(

@@ -31,15 +31,16 @@ def low_water_bytes(core: Core) -> int:
 def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
     """Condemn slots worth *wanted_bytes*, in the order they are to go. Hold the lock.
 
-    Detached blocks go first, then the least recently used; among equals the deepest. A parent
-    follows its last child within the same choice, as its turn comes.
+    What no match reaches goes first (detached, below a hole), then the least recently used; among
+    equals the deepest. A parent follows its last child within the same choice, in its turn.
     """
     core.expire()
     slots = core.slots
     leaves = slots.leaves()
+    unreachable = slots.unreachable()
     order = list(
         zip(
-            (~slots.detached[leaves]).tolist(),
+            (~unreachable[leaves]).tolist(),
             slots.stamp[leaves].tolist(),
             (-slots.position[leaves].astype("i8")).tolist(),
             leaves.tolist(),
@@ -63,7 +64,7 @@ def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
             heapq.heappush(
                 order,
                 (
-                    not bool(slots.detached[parent]), int(slots.stamp[parent]),
+                    not bool(unreachable[parent]), int(slots.stamp[parent]),
                     -int(slots.position[parent]), parent,
                 ),
             )  # fmt: skip
@@ -230,5 +231,6 @@ def spoil(core: Core, key: BlockKey, generation: int) -> bool:
     with core.lock:
         core.counters.holes += 1
         core.slots.units[before.slot] = 0
+        core.slots.hole[before.slot] = True
         core.changes += 1
     return True

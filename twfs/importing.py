@@ -386,6 +386,10 @@ class Importer:
             )
         file.pending.write(file, offset, data)
 
+    def truncate(self, file: PendingFile, size: int) -> None:
+        """As Pending.truncate."""
+        file.pending.truncate(file, size)
+
     def rename(self, pending: Pending, old: str, new: str) -> None:
         """Rename inside *pending*; the name that was lacking may complete it."""
         pending.rename(old, new)

@@ -147,7 +147,7 @@ def open_link(
         if welcome.arena_bytes:
             arena = Arena.of_descriptor(descriptors[-1], welcome.arena_bytes)
             descriptors.pop()
-    except InvalidInput as error:
+    except (InvalidInput, OSError) as error:
         _refuse(channel, descriptors)
         raise ProtocolError(f"the daemon's arena cannot be used: {error}") from error
     if before is not None and before.are_those_of(welcome):
@@ -200,7 +200,7 @@ class Connector:
         self._check_fork()
         try:
             return self.connect(self._timeout_s)
-        except TwfsError as error:
+        except (TwfsError, OSError) as error:
             raise NoDaemon(str(error)) from error
 
     def connect(self, timeout_s: float) -> Link:
@@ -293,7 +293,11 @@ class RemotePut:
 
     def write(self, blocks: Sequence[ArenaBlock]) -> "Future[None]":
         """See PutPort.write."""
-        return self._executor.submit(self._write, tuple(map(arena_block_to_wire, blocks)))
+        wire = tuple(map(arena_block_to_wire, blocks))
+        try:
+            return self._executor.submit(self._write, wire)
+        except RuntimeError as error:
+            raise NoDaemon("this client is closed") from error
 
     def _write(self, blocks: tuple[Any, ...]) -> None:
         reply = self._link.ask(WriteBlocks(0, self._put, blocks))

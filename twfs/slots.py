@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from twfs.records import BLOCK_KEY, FLAG_DETACHED, BlockKey
+from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
 from twfs.units import ALIGN, Slot
 
 IntArray = npt.NDArray[Any]
@@ -50,6 +50,7 @@ class Slots:
         self.units: IntArray = np.zeros(0, np.uint32)  # of 4 KiB on the devices
         self.state: IntArray = np.zeros(0, np.uint8)
         self.detached: IntArray = np.zeros(0, np.bool_)
+        self.hole: IntArray = np.zeros(0, np.bool_)
         self._grow(max(GROWTH_MIN, os.fstat(self._heat_fd).st_size // STAMP_BYTES))
 
     def __len__(self) -> int:
@@ -64,7 +65,7 @@ class Slots:
         self._map = mmap.mmap(self._heat_fd, byte_count)
         self.stamp = np.frombuffer(self._map, np.uint64)
         for name in ("key", "parent", "children", "links", "leases", "position", "units", "state",
-                     "detached"):  # fmt: skip
+                     "detached", "hole"):  # fmt: skip
             old = getattr(self, name)
             new = np.zeros(capacity, old.dtype)
             new[: len(old)] = old
@@ -89,6 +90,7 @@ class Slots:
         assert self.leases[slot] == 0, slot
         self.state[slot] = FREE
         self.detached[slot] = False
+        self.hole[slot] = False
         self.stamp[slot] = 0
         self._free.append(slot)
 
@@ -155,6 +157,23 @@ class Slots:
             & (self.leases[:count] == 0)
         )  # fmt: skip
 
+    def unreachable(self) -> IntArray:
+        """Tell, by slot, which blocks no match reaches: detached ones, and those below a hole."""
+        here = self._count
+        behind = self.detached[:here].copy()
+        if self.hole[:here].any():
+            up = np.where(self.parent[:here] == NONE, np.arange(here), self.parent[:here])
+            lost = self.hole[:here].copy()
+            while True:  # doubles the height looked at: as many rounds as the depth has bits
+                wider = lost | lost[up]
+                higher = up[up]
+                if (wider == lost).all() and (higher == up).all():
+                    break
+                lost, up = wider, higher
+            above = self.parent[:here]
+            behind |= (above != NONE) & lost[np.where(above == NONE, 0, above)]
+        return behind
+
     def load(self, keys: bytes, records: "npt.NDArray[Any]", heads: Iterable[bytes]) -> None:
         """Fill the arrays from all records, in key order.
 
@@ -173,6 +192,7 @@ class Slots:
         self.position[slots] = records["position"]
         self.units[slots] = records["units"]
         self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
+        self.hole[slots] = (records["flags"] & FLAG_HOLE) != 0
         parents = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES).copy()
         parents[:, 4:20] = np.ascontiguousarray(records["parent"]).view(np.uint8).reshape(count, 16)
         wanted = parents.view(f"S{KEY_BYTES}").ravel()
@@ -210,7 +230,7 @@ class Slots:
         names = ("free", "pending", "live", "condemned", "limbo")
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
         arrays = (self.stamp, self.key, self.parent, self.children, self.links, self.leases,
-                  self.position, self.units, self.state, self.detached)  # fmt: skip
+                  self.position, self.units, self.state, self.detached, self.hole)  # fmt: skip
         return figures | {"slots_bytes": sum(array.nbytes for array in arrays)}
 
     def persist(self) -> None:

@@ -71,8 +71,8 @@ class Agent:
     def turn(self, session: str, ids: list[int], kv: Any, *, loaded: int = 0) -> None:
         """Compute what *ids* has more than *kv*, answer greedily, and save."""
         began = time.perf_counter()
-        computed = len(ids) - kv.get_seq_length()
-        logits = forward(self.model, ids[-computed:], kv)
+        before = kv.get_seq_length()
+        logits = forward(self.model, ids[before:], kv)
         ids += generate(self.model, logits, kv, GENERATED)
         answered = time.perf_counter()
         result = self.kv.save(ids, kv)
@@ -81,7 +81,7 @@ class Agent:
             session=session,
             tokens=len(ids),
             loaded=loaded,
-            computed=computed + GENERATED,
+            computed=kv.get_seq_length() - before,
             stored_blocks=result.outcomes.count(PutOutcome.PUBLISHED),
             present_blocks=result.outcomes.count(PutOutcome.PRESENT),
             held_blocks=result.held,

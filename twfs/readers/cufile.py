@@ -69,7 +69,7 @@ def _load_kvikio(*, direct: bool) -> Any:
     }
     if "KVIKIO_NTHREADS" not in os.environ:
         settings["num_threads"] = KVIKIO_THREADS
-    kvikio.defaults.set(settings)
+    importlib.import_module("kvikio.defaults").set(settings)
     return kvikio
 
 
