@@ -58,7 +58,7 @@ def test_what_follows_the_structs_is_as_long_as_the_limits_say() -> None:
         if offset >= records.HEADER.size
     ]  # fmt: skip
     assert [field for _, field in tail] == ["name", "extents", "layer_sums", "reserved", "sum"]
-    sizes = dict((field, struct.calcsize("<" + code)) for code, field in tail)
+    sizes = {field: struct.calcsize("<" + code) for code, field in tail}
     assert sizes["name"] == NAME_BYTES_MAX
     assert sizes["extents"] == EXTENTS_MAX * EXTENT.size
     assert sizes["layer_sums"] == LAYER_SUMS_MAX * SUM.size

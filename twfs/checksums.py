@@ -48,7 +48,8 @@ def flat_tensor(data: Any) -> Any:
     """
     if not data.is_contiguous():
         raise InvalidInput(f"a tensor of strides {tuple(data.stride())} is not contiguous")
-    return data.detach().reshape(-1).view(loaded_torch().uint8)
+    flat = (data.detach() if data.requires_grad else data).view(-1)
+    return flat.view(loaded_torch().uint8)
 
 
 def flat_bytes(data: Buffer, *, writable: bool = False) -> Bytes:

@@ -8,6 +8,7 @@ after its commit: until then a published block is a miss, and a removed one is c
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ import numpy as np
 
 from twfs import ledger, slots
 from twfs.device import Device
-from twfs.errors import NoSuchModel, StaleEpoch
+from twfs.errors import NoSuchModel, StaleEpoch, WarehouseClosed
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
@@ -88,11 +89,20 @@ class Core:
     _numbers_end: int = 0
     _numbers: threading.Lock = field(default_factory=threading.Lock)
 
-    def model(self, model_id: ModelId) -> ModelRecord:
-        """The record of a model in its present epoch; StaleEpoch, NoSuchModel."""
+    def record(self, model_id: ModelId) -> ModelRecord:
+        """The record of a model in any epoch; StaleEpoch if that is over and gone, NoSuchModel."""
         record = self.models.get(model_id)
         if record is None:
+            with self.metadata.read() as view:
+                given = view.counter("model")
+            if 0 < model_id < given:  # a number is taken away only with its epoch
+                raise StaleEpoch(f"model number {model_id} is of an epoch that is over: open anew")
             raise NoSuchModel(f"no model has the number {model_id}")
+        return record
+
+    def model(self, model_id: ModelId) -> ModelRecord:
+        """The record of a model in its present epoch; StaleEpoch, NoSuchModel."""
+        record = self.record(model_id)
         if self.current[record.name] != model_id:
             raise StaleEpoch(
                 f"epoch {record.epoch} of model {record.name} is over: open the model again"
@@ -164,6 +174,7 @@ class Core:
             self._move_links(removed.heads)
             for key in removed.kept:
                 self._spare(key)
+            over: list[Extent] = []  # limbo whose last lease ended while the commit was under way
             for _, block in removed.blocks:
                 self.slots.drop(block.slot)
                 if block.slot not in removed.limbo:
@@ -174,7 +185,8 @@ class Core:
                     self.limbo[block.slot] = block.extents
                 else:
                     self.slots.give_back(block.slot)
-                    self._free_limbo(block.extents)
+                    over += block.extents
+            self._free_limbo(over)
             if evicted:
                 self.counters.evicted_blocks += len(removed.blocks)
                 self.counters.evicted_bytes += sum(b.device_bytes for _, b in removed.blocks)
@@ -183,7 +195,7 @@ class Core:
             self.changes += 1
 
     def _spare(self, key: BlockKey) -> None:
-        """Let a condemned block live: it has gained a child since it was chosen."""
+        """Let a condemned block live: it has gained a child, or its removal failed."""
         with self.metadata.read() as view:
             block = view.block(key)
         if block is not None and self.slots.state[block.slot] == slots.CONDEMNED:
@@ -238,18 +250,25 @@ class Core:
         self.slots.leases[pinned] -= 1
         if not self.limbo:
             return
+        over: list[Extent] = []
         for slot in pinned.tolist():
             if slot in self.limbo and self.slots.leases[slot] == 0:
-                extents = self.limbo.pop(slot)
+                over += self.limbo.pop(slot)
                 self.slots.give_back(slot)
-                self._free_limbo(extents)
+        self._free_limbo(over)
 
-    def _free_limbo(self, extents: tuple[Extent, ...]) -> None:
+    def _free_limbo(self, extents: list[Extent]) -> None:
+        """Queue the end of *extents*' time in limbo; memory follows its commit."""
+
         def free(_: None) -> None:
             with self.lock:
                 self.allocator.release(extents)
 
-        self.metadata.submit(lambda view: ledger.free_limbo(view, extents), free)
+        if extents:
+            with suppress(WarehouseClosed):  # limbo is emptied at the next start too
+                self.metadata.submit(
+                    lambda view: ledger.free_limbo(view, extents), free, urgent=True
+                )
 
     def expire(self) -> None:
         """End the leases whose time is over. Hold the lock."""
@@ -273,4 +292,14 @@ class Core:
                 )
             return ledger.remove(view, model, keys, to_limbo=leased)
 
-        return self.metadata.submit(job, lambda removed: self.leave(removed, evicted=evicted))
+        def spare(ended: "Future[ledger.Removed]") -> None:
+            if ended.exception() is not None:
+                with self.lock:
+                    for key in keys:
+                        self._spare(key)
+
+        future = self.metadata.submit(
+            job, lambda removed: self.leave(removed, evicted=evicted), urgent=True
+        )
+        future.add_done_callback(spare)
+        return future

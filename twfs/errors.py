@@ -220,6 +220,13 @@ class TooLarge(TwfsError):
     exit_code = 30
 
 
+class WarehouseClosed(TwfsError):
+    """The warehouse has been closed in this process, or is being closed."""
+
+    errno = _errno.ESHUTDOWN
+    exit_code = 32
+
+
 class EqualityFailed(TwfsError):
     """The demo's loaded KV, logits or tokens differ from what was saved."""
 

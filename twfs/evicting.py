@@ -14,7 +14,7 @@ from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.payload import read_payload
-from twfs.records import BlockKey
+from twfs.records import Block, BlockKey
 from twfs.tables import ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
 
@@ -75,6 +75,8 @@ def submit_eviction(core: Core, wanted_bytes: int) -> "list[Future[ledger.Remove
     """Choose victims and queue their removal; one future per transaction."""
     with core.lock:
         keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes)]
+        # One model's together, or victims of two models by turns would be a transaction each.
+        keys.sort(key=lambda key: key.model)
         return submit_condemned(core, keys, evicted=True)
 
 
@@ -128,9 +130,10 @@ def _one_done(core: Core) -> None:
 def remove_session(core: Core, model: ModelId, head: PrefixHash) -> ByteCount:
     """Unpublish a session from the tail up, every block that no other head uses.
 
-    Leased blocks wait in limbo. NoSuchBlock, or NotEmpty when *head* is not a head.
+    What hangs below them (incomplete, so under no head) goes too. Leased blocks wait in limbo.
+    NoSuchBlock, or NotEmpty when *head* is not a head; NoSuchModel, StaleEpoch.
     """
-    layout = core.models[model].layout
+    layout = core.record(model).layout
     standing = BlockKey(model, head, layout.spine, 0)
     with core.lock:
         with core.metadata.read() as view:
@@ -140,32 +143,36 @@ def remove_session(core: Core, model: ModelId, head: PrefixHash) -> ByteCount:
             if not view.is_head(model, head):
                 raise NotEmpty(f"{head.hex()} is no session's head: longer sessions go on from it")
             own = [
-                slot
+                core.slots.key_of(slot).prefix_hash
                 for slot in core.slots.ancestors(block.slot)
                 if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
             ]
             keys = [
                 key
-                for slot in own
-                for key in _all_of(view, core.slots.key_of(slot), layout.shards, len(layout.groups))
+                for group in range(len(layout.groups))
+                for shard in range(layout.shards)
+                for key in _condemn(core, view, own, BlockKey(model, head, group, shard))
             ]
-            for key in keys:
-                present = view.block(key)
-                assert present is not None, key
-                core.slots.state[present.slot] = states.CONDEMNED
         futures = submit_condemned(core, keys, evicted=False)
     return freed_bytes(futures)
 
 
-def _all_of(view: ReadView, key: BlockKey, shards: int, groups: int) -> list[BlockKey]:
-    """The blocks of every group and shard under one prefix hash, those there are."""
+def _condemn(core: Core, view: ReadView, own: list[PrefixHash], key: BlockKey) -> list[BlockKey]:
+    """Condemn the blocks named *own* of the group and shard of *key*, and all below them.
+
+    Returns those that there are, deepest first. Hold the lock.
+    """
     found = []
-    for group in range(groups):
-        for shard in range(shards):
-            each = BlockKey(key.model, key.prefix_hash, group, shard)
-            if view.raw_block(each.pack()) is not None:
-                found.append(each)
-    return found
+    waiting = [key.at(prefix_hash) for prefix_hash in own]  # the first block of the chain is last
+    named = set(own)
+    while waiting:
+        each = waiting.pop()
+        block = view.block(each)
+        if block is not None and core.slots.state[block.slot] == states.LIVE:
+            core.slots.state[block.slot] = states.CONDEMNED
+            found.append(each)
+        waiting += [key.at(child) for child in view.children(each) if child not in named]
+    return found[::-1]
 
 
 def sweep_epochs(core: Core) -> ByteCount:
@@ -225,12 +232,14 @@ def judge(core: Core, key: BlockKey, generation: int) -> bool:
 
 def spoil(core: Core, key: BlockKey, generation: int) -> bool:
     """Make a hole of a block whose bytes are lost; False if it has changed meanwhile."""
-    before = core.metadata.submit(lambda view: ledger.spoil(view, key, generation)).result()
-    if before is None:
-        return False
-    with core.lock:
-        core.counters.holes += 1
-        core.slots.units[before.slot] = 0
-        core.slots.hole[before.slot] = True
-        core.changes += 1
-    return True
+
+    def after(before: Block | None) -> None:
+        if before is not None:
+            with core.lock:
+                core.counters.holes += 1
+                core.slots.units[before.slot] = 0
+                core.slots.hole[before.slot] = True
+                core.changes += 1
+
+    future = core.metadata.submit(lambda view: ledger.spoil(view, key, generation), after)
+    return future.result() is not None

@@ -30,7 +30,7 @@ DTYPE_BITS: Final[Mapping[str, int]] = {
 
 def check_model_name(name: str) -> str:
     """Return *name* if it may name a model (and so a directory), else raise InvalidInput."""
-    if not NAME_PATTERN.match(name) or name == "detached":
+    if not NAME_PATTERN.fullmatch(name) or name == "detached":
         raise InvalidInput(
             f"{name!r} cannot name a model: use 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 . _ = -, "
             "not starting with . or - (write meta-llama--Llama-3-8B for meta-llama/Llama-3-8B)"

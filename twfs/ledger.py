@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from twfs.errors import StaleEpoch
 from twfs.layout import GroupKind, Layout
 from twfs.records import Block, BlockKey, Extent
 from twfs.store import PutOutcome
-from twfs.tables import ModelRecord, ReadView, WriteView
+from twfs.tables import ModelRecord, WriteView
 from twfs.units import ByteCount, Millis, ModelId, PrefixHash
 
 NO_PARENT: Final = bytes(16)
@@ -163,8 +164,12 @@ def publish(
 
     A name that exists with the same digest is PRESENT and keeps its bytes, one with another is a
     COLLISION; what would make the tree untrue (itself its parent, a position not behind its
-    parent's) is FAILED.
+    parent's) is FAILED. StaleEpoch if the epoch has ended since the put began.
     """
+    if view.model_id(model.name) != model.id:
+        raise StaleEpoch(
+            f"epoch {model.epoch} of model {model.name} ended during the put: open the model again"
+        )
     done = Published()
     chains = _Chains(view, model, done.heads)
     touched: list[PrefixHash] = []
@@ -175,7 +180,11 @@ def publish(
         extent for entered in done.entered for extent in entered.block.extents
     ):  # fmt: skip
         view.take_free(run)
-    parent_of = {entered.key.prefix_hash: entered.block.parent for entered in done.entered}
+    parent_of = {
+        entered.key.prefix_hash: entered.block.parent
+        for entered in done.entered
+        if not entered.filled  # a filled hole may be a head
+    }
     inner = set(parent_of.values())
     simple = len(required(model.layout)) == 1
     for prefix_hash in reversed(touched):
@@ -208,9 +217,11 @@ def _enter(
     parent_key = key.at(block.parent)
     parent = None if start else chains.recent.get(block.parent) or view.block(parent_key)
     children = view.children(key)
-    if not start and not _fits(view, key, block, parent, children):
+    if not _fits(chains, key, block, parent, children):
         return PutOutcome.FAILED
-    if not start and (parent is None or parent.detached):
+    # A window or state group has no whole chains: nothing is missing before one of its blocks.
+    sparse = layout.groups[key.group].kind is not GroupKind.FULL
+    if not start and not sparse and (parent is None or parent.detached):
         block = replace(block, detached=True)
     view.put_block(key, block)
     chains.recent[key.prefix_hash] = block
@@ -230,9 +241,10 @@ def _enter(
 
 
 def _fits(
-    view: ReadView, key: BlockKey, block: Block, parent: Block | None, children: list[PrefixHash]
+    chains: _Chains, key: BlockKey, block: Block, parent: Block | None, children: list[PrefixHash]
 ) -> bool:
     """Tell whether *block* can hang below *parent* and above *children* in a tree."""
+    view = chains.view
     if block.parent == key.prefix_hash:
         return False
     if parent is not None and block.position and block.position <= parent.position:
@@ -243,6 +255,8 @@ def _fits(
             return False
     above = parent
     while children and above is not None:  # a ring needs a child and a way up to it
+        if starts_chain(above, chains.layout):
+            break
         if above.parent == key.prefix_hash:
             return False
         above = view.block(key.at(above.parent))

@@ -31,6 +31,7 @@ from twfs.errors import (
     NoSpaceForImage,
     NoSuchWarehouse,
     WarehouseBusy,
+    WarehouseClosed,
 )
 from twfs.records import FORMAT_VERSION, Extent
 from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
@@ -60,6 +61,7 @@ class _Queued(Generic[T]):
     job: Job[T]
     after: After[T] | None
     future: "Future[T]"
+    urgent: bool
 
 
 class Metadata:
@@ -71,7 +73,12 @@ class Metadata:
         self._environment = environment
         self._tables: dict[str, Any] = {name: environment.open_db(name.encode()) for name in TABLES}
         self._tables["children"] = environment.open_db(b"children", dupsort=True)
-        self._queue: queue.Queue[_Queued[Any] | None] = queue.Queue(BACKLOG_MAX)
+        self._queue: queue.SimpleQueue[_Queued[Any] | None] = queue.SimpleQueue()
+        self._backlog = threading.BoundedSemaphore(BACKLOG_MAX)
+        self._users = threading.Condition()  # guards the next three
+        self._stopping = False  # takes no more jobs
+        self._closed = False
+        self._reading = 0
         self._commits = 0
         self._jobs = 0
         self._writer = threading.Thread(target=self._write, name="twfs-metadata", daemon=True)
@@ -159,20 +166,40 @@ class Metadata:
 
     @contextmanager
     def read(self) -> Iterator[ReadView]:
-        """A snapshot for a short look; no waiting inside."""
-        with self._environment.begin() as txn:
-            yield ReadView(txn, self._tables)
+        """A snapshot for a short look; no waiting inside. WarehouseClosed."""
+        with self._users:
+            if self._closed:
+                raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
+            self._reading += 1
+        try:
+            with self._environment.begin() as txn:
+                yield ReadView(txn, self._tables)
+        finally:
+            with self._users:
+                self._reading -= 1
+                self._users.notify_all()
 
-    def submit(self, job: Job[T], after: After[T] | None = None) -> "Future[T]":
-        """Queue *job* for the next commit.
+    def submit(
+        self, job: Job[T], after: After[T] | None = None, *, urgent: bool = False
+    ) -> "Future[T]":
+        """Queue *job* for the next commit; waits while BACKLOG_MAX are queued. WarehouseClosed.
 
         Once it is durable *after* is called with its result, in the writer thread and in commit
         order, and then the future ends. A job that raises leaves nothing behind and its future
-        has the exception. *job* may be run twice.
+        has the exception. *job* may be run twice. An *urgent* one never waits: it comes from the
+        writer thread itself, or from under a lock that the writer thread takes.
         """
         future: Future[T] = Future()
-        self._queue.put(_Queued(job, after, future))
-        return future
+        future.set_running_or_notify_cancel()  # what is queued cannot be called back
+        if not urgent:
+            self._backlog.acquire()
+        with self._users:
+            if not self._stopping:
+                self._queue.put(_Queued(job, after, future, urgent))
+                return future
+        if not urgent:
+            self._backlog.release()
+        raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
 
     def warehouse(self) -> UUID:
         """The UUID of the warehouse that this metadata is of."""
@@ -213,6 +240,9 @@ class Metadata:
             if batch and not self._commit(batch) and len(batch) > 1:
                 for queued in batch:
                     self._commit([queued])
+            for queued in batch:
+                if not queued.urgent:
+                    self._backlog.release()
 
     def _commit(self, batch: "list[_Queued[Any]]") -> bool:
         """Run *batch* in one transaction; False if it was undone and must be run one by one."""
@@ -245,12 +275,18 @@ class Metadata:
         return list(lmdb.verify.verify(str(self.directory)))  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Commit what is queued, then close; idempotent."""
-        if self._writer.is_alive():
+        """Commit what is queued, wait for reads under way, then close; idempotent."""
+        with self._users:
+            if self._stopping:
+                return
+            self._stopping = True
             self._queue.put(None)
-            self._writer.join()
-            self._environment.close()
-            os.close(self._lock_fd)
+        self._writer.join()
+        with self._users:
+            self._closed = True
+            self._users.wait_for(lambda: not self._reading)
+        self._environment.close()
+        os.close(self._lock_fd)
 
 
 def _pack_devices(devices: list[DeviceRecord]) -> bytes:

@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +16,7 @@ import numpy as np
 from twfs import ledger
 from twfs.core import Core
 from twfs.device import Device
-from twfs.errors import CorruptMetadata, InvalidInput, WarehouseExists
+from twfs.errors import CorruptMetadata, FormatTooNew, InvalidInput, WarehouseExists
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.formatting import DeviceSpec, format_device
@@ -51,7 +51,8 @@ def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> No
             raise WarehouseExists(
                 f"{directory} holds a warehouse already: use it, or --force to lose all its blocks"
             )
-        Metadata.open(meta).close()  # nobody else may have it open
+        with suppress(CorruptMetadata, FormatTooNew):  # it may be beyond repair
+            Metadata.open(meta).close()  # but nobody else may have it open
     made_directory = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,8 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     meta = directory / META_DIRECTORY
     if meta.exists():
         shutil.rmtree(meta)
-        (directory / HEAT_FILE).unlink(missing_ok=True)
+    (directory / HEAT_FILE).unlink(missing_ok=True)
+    undo.callback(shutil.rmtree, meta, ignore_errors=True)
     Metadata.create(meta, warehouse, records, free)
 
 
@@ -101,11 +103,12 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
             )  # fmt: skip
             undo.callback(device.close)
             devices.append(device)
-        metadata.submit(_begin).result()
         slots = Slots(directory / HEAT_FILE)
         undo.callback(slots.close)
         with metadata.read() as view:
             load_slots(view, slots)
+        metadata.submit(_begin).result()
+        with metadata.read() as view:
             allocator = Allocator(
                 {device.index: device.data_area for device in devices}, view.runs("free")
             )
@@ -144,12 +147,19 @@ def load_slots(view: ReadView, slots: Slots) -> None:
     records = np.frombuffer(bytes(rows), BLOCK_DTYPE)
     if len(records) and int(records["slot"].max()) >= SLOTS_MAX:
         raise CorruptMetadata("a block record names a slot that cannot be: run `twfs check`")
-    spines = {record.id: record.layout.spine for record in view.models()}
+    models = view.models()
+    spines = {record.id: record.layout.spine for record in models}
     heads = [
         BlockKey(model, prefix_hash, spines.get(model, 0), 0).pack()
         for model, prefix_hash in view.all_heads()
     ]
-    slots.load(bytes(keys), records, heads)
+    starts = records["parent"] == np.void(ledger.NO_PARENT)
+    owner = np.frombuffer(bytes(keys), np.uint8).reshape(-1, KEY_BYTES)[:, :4]
+    owner = np.ascontiguousarray(owner).view(">u4").reshape(-1)
+    for model in models:
+        first = records["position"] == model.layout.block_tokens
+        starts |= first & (records["key_bytes"] == 0) & (owner == model.id)
+    slots.load(bytes(keys), records, starts, heads)
     for number in np.flatnonzero(records["extent_count"] > 1).tolist():
         packed = bytes(keys[number * KEY_BYTES : (number + 1) * KEY_BYTES])
         block = view.block(BlockKey.unpack(packed))

@@ -287,7 +287,8 @@ def rows_of(
         raise ProtocolError("located rows point outside of what was asked for")
     for device in np.unique(extents["device"]).tolist():
         on = extents[extents["device"] == device]
-        ends = on["offset"] + on["units"].astype("<u8") * np.uint64(ALIGN)
-        if device not in sizes or int(ends.max()) > sizes[device] or (on["offset"] % ALIGN).any():
+        size = sizes.get(device, 0)
+        ends = on["offset"] + on["units"].astype("<u8") * np.uint64(ALIGN)  # may wrap around
+        if max(int(on["offset"].max()), int(ends.max())) > size or (on["offset"] % ALIGN).any():
             raise ProtocolError(f"extents point outside of device {device}")
     return located, extents

@@ -27,7 +27,10 @@ from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
 from twfs.tables import ModelRecord
 from twfs.units import (
     ALIGN,
+    DIGEST_BYTES,
+    HASH_BYTES,
     IO_BYTES_MAX,
+    KEY_BYTES_MAX,
     ByteCount,
     ByteOffset,
     DeviceIndex,
@@ -39,6 +42,7 @@ from twfs.units import (
 )
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
+POSITION_MAX: Final = (1 << 32) - 1  # a u32 in record and header
 IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
 ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
 
@@ -75,9 +79,11 @@ class Put:
         self._failed: set[int] = set()
         self._outcomes: dict[int, PutOutcome] = {}
         self._touched: set[DeviceIndex] = set()
-        self._lock = threading.Lock()
-        self._ended = False
-        self._committed = False
+        self._changed = threading.Condition()  # guards what was written, and the next two
+        self._writing = 0
+        self._sealed = False  # takes no more bytes
+        self._ended = False  # no reservation is left; under the core's lock, as the next
+        self._submitted = False  # the transaction decides: nothing may be forfeited before
         self.lacking: list[int] = []
 
     def _key(self, index: int) -> BlockKey:
@@ -87,13 +93,19 @@ class Put:
         """Pin what is there and return the indices of what is not. Hold the core's lock."""
         slots, found = self._core.slots, set()
         lacking = []
+        refused: set[PrefixHash] = set()  # a chain through a collision is not the one it names
         with self._core.metadata.read() as view:
             for index in range(len(self._names)):
+                if self._parent(index) in refused:
+                    self._outcomes[index] = PutOutcome.COLLISION
+                    refused.add(self._names.hash_at(index))
+                    continue
                 block = view.block(self._key(index))
                 if block is not None and slots.state[block.slot] == states.LIVE:
                     found.add(int(block.slot))
                     if block.digest != self._digest(index) or block.key != self._own_key(index):
                         self._outcomes[index] = PutOutcome.COLLISION
+                        refused.add(self._names.hash_at(index))
                         continue
                     if not block.hole:
                         self._outcomes[index] = PutOutcome.PRESENT
@@ -125,25 +137,25 @@ class Put:
         core = self._core
         need = ByteCount(ALIGN + align_up(self._payload_bytes))
         extents: list[tuple[Extent, ...]] = []
-        for _ in range(ROOM_TRIES):
-            with core.lock:
-                got = core.allocator.reserve([need] * (len(lacking) - len(extents)))
-                core.reserved_bytes += need * len(got)
-                extents += got
-                missing = need * (len(lacking) - len(extents))
-                futures = submit_eviction(core, missing) if missing else []
-            if not missing or not futures:
-                break
-            wait(futures)
-        self.lacking = lacking[: len(extents)]
-        for index in lacking[len(extents) :]:
-            self._outcomes[index] = PutOutcome.NO_ROOM
-        if lacking and not extents:
-            raise WarehouseFull(
-                f"no room for a block of {need} bytes: {core.allocator.free_bytes} bytes are free "
-                "and nothing may be evicted; release leases or add a device"
-            )
         try:
+            for _ in range(ROOM_TRIES):
+                with core.lock:
+                    got = core.allocator.reserve([need] * (len(lacking) - len(extents)))
+                    core.reserved_bytes += need * len(got)
+                    extents += got
+                    missing = need * (len(lacking) - len(extents))
+                    futures = submit_eviction(core, missing) if missing else []
+                if not missing or not futures:
+                    break
+                wait(futures)
+            self.lacking = lacking[: len(extents)]
+            for index in lacking[len(extents) :]:
+                self._outcomes[index] = PutOutcome.NO_ROOM
+            if lacking and not extents:
+                raise WarehouseFull(
+                    f"no room for a block of {need} bytes: {core.allocator.free_bytes} bytes are "
+                    "free and nothing may be evicted; release leases or add a device"
+                )
             self._number(extents)
         except BaseException:
             with core.lock:
@@ -153,18 +165,20 @@ class Put:
             raise
 
     def _number(self, extents: list[tuple[Extent, ...]]) -> None:
-        """Give every reserved block its generation, inode and slot."""
+        """Give every reserved block its generation, inode and slot: all of them, or none."""
         generations, inos = self._core.take_numbers(len(extents))
+        now = wall_ms()
         with self._core.lock:
             slots = self._core.slots.allot(len(extents))
-        now = wall_ms()
-        for number, index in enumerate(self.lacking):
-            self._reserved[index] = Block(
-                generations[number], inos[number], slots[number], self._parent(index),
-                self._digest(index), TokenCount(self._names.positions[index]),
-                self._payload_bytes, Checksums(bytes(16), 0, 0), extents[number], now,
-                self._own_key(index), 0, self._retention.rank,
-            )  # fmt: skip
+            self._reserved = {
+                index: Block(
+                    generations[number], inos[number], slots[number], self._parent(index),
+                    self._digest(index), TokenCount(self._names.positions[index]),
+                    self._payload_bytes, Checksums(bytes(16), 0, 0), extents[number], now,
+                    self._own_key(index), 0, self._retention.rank,
+                )
+                for number, index in enumerate(self.lacking)
+            }  # fmt: skip
 
     def write_blocks(self, arena: memoryview, blocks: Sequence[ArenaBlock]) -> None:
         """Check the bytes of *blocks* in *arena* and write them; what fails shows in the outcomes.
@@ -183,14 +197,30 @@ class Put:
                     f"block {block.index} of {block.payload_bytes} bytes at arena offset "
                     f"{block.arena_offset} is not one that this put lacks, in {len(arena)} bytes"
                 )
-        headers = aligned_buffer(ALIGN * max(1, len(blocks)))
-        futures = [
-            self._core.io.submit(self._write_run, arena, headers, blocks, run)
-            for run in self._plan(arena, headers, blocks)
-        ]
-        wait(futures)
+        with self._changed:
+            if self._sealed:  # its extents may be somebody else's by now
+                raise InvalidInput("blocks for a put that has been published or abandoned")
+            self._writing += 1
+        futures: list[Future[None]] = []
+        try:
+            headers = aligned_buffer(ALIGN * max(1, len(blocks)))
+            futures += [
+                self._core.io.submit(self._write_run, arena, headers, blocks, run)
+                for run in self._plan(arena, headers, blocks)
+            ]
+        finally:
+            wait(futures)
+            with self._changed:
+                self._writing -= 1
+                self._changed.notify_all()
         for future in futures:
             future.result()
+
+    def _seal(self) -> None:
+        """Take no more bytes, and wait for those on their way."""
+        with self._changed:
+            self._sealed = True
+            self._changed.wait_for(lambda: not self._writing)
 
     def _plan(
         self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock]
@@ -254,7 +284,7 @@ class Put:
             self._core.devices[run.device].write_from(run.buffers, run.offset)
         except DeviceError:
             bad.update(blocks[number].index for number in run.indices)
-        with self._lock:
+        with self._changed:
             self._written.update(whole)
             self._failed |= bad
             self._touched.add(run.device)
@@ -269,23 +299,28 @@ class Put:
 
     def publish(self) -> PutResult:
         """Flush, publish what was written, forfeit the rest; blocks until it is durable."""
-        assert not self._ended, "published twice"
+        assert not self._sealed, "published twice"
+        self._seal()
         self._flush()
         candidates = self._candidates()
         now = wall_ms()
 
         def after(done: ledger.Published) -> None:
             with self._core.lock:
-                self._committed = True
                 self._core.enter(done, now)
                 self._settle(candidates, done)
 
-        future: Future[ledger.Published] = self._core.metadata.submit(
-            lambda view: ledger.publish(
-                view, self._model, [(self._key(index), block) for index, block in candidates]
-            ),
-            after,
-        )
+        self._submitted = True
+        try:
+            future: Future[ledger.Published] = self._core.metadata.submit(
+                lambda view: ledger.publish(
+                    view, self._model, [(self._key(index), block) for index, block in candidates]
+                ),
+                after,
+            )
+        except BaseException:
+            self._submitted = False
+            raise
         # Not here by try/except: an interrupted wait must not forfeit what may yet be published.
         future.add_done_callback(self._forfeit_failed)
         done = future.result()
@@ -326,7 +361,8 @@ class Put:
 
     def _forfeit_failed(self, ended: "Future[ledger.Published]") -> None:
         """Forfeit all, if the transaction was undone."""
-        if ended.exception() is not None and not self._committed:
+        if ended.exception() is not None:
+            self._submitted = False
             self.abandon()
 
     def _settle(self, candidates: list[tuple[int, Block]], done: ledger.Published) -> None:
@@ -352,9 +388,13 @@ class Put:
         self._ended = True
 
     def abandon(self) -> None:
-        """Give up: forfeit every reservation. No window may still be written. Idempotent."""
+        """Give up: forfeit every reservation, unless a publish is under way. Idempotent.
+
+        Waits for bytes on their way.
+        """
+        self._seal()
         with self._core.lock:
-            if not self._ended:
+            if not self._ended and not self._submitted:
                 self._forfeit(set())
 
     def _result(self) -> PutResult:
@@ -382,6 +422,18 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
     )  # fmt: skip
 
 
+def _check_names(names: Names) -> None:
+    """Raise InvalidInput unless all parts of *names* are of its length, and fit a record."""
+    count = len(names)
+    lengths = (len(names.hashes), len(names.digests), len(names.parents), len(names.keys) or count)
+    if lengths != (HASH_BYTES * count, DIGEST_BYTES * count, HASH_BYTES * count, count):
+        raise InvalidInput(f"{count} positions, but hashes, digests, parents, keys of {lengths}")
+    if any(len(key) > KEY_BYTES_MAX for key in names.keys):
+        raise InvalidInput(f"an own key has more than {KEY_BYTES_MAX} bytes")
+    if count and not 0 <= min(names.positions) <= max(names.positions) <= POSITION_MAX:
+        raise InvalidInput(f"end positions are 0 to {POSITION_MAX} tokens")
+
+
 def begin_put(
     core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention
 ) -> Put:
@@ -391,6 +443,7 @@ def begin_put(
     """
     if len(names) > PUT_BLOCKS_MAX:
         raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
+    _check_names(names)
     hashes = {names.hash_at(index) for index in range(len(names))}
     if len(hashes) != len(names):
         raise InvalidInput(f"{len(names) - len(hashes)} names stand twice in one put")

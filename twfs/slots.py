@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twfs.errors import NoSpaceForImage
 from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
 from twfs.units import ALIGN, Slot
 
@@ -60,7 +61,13 @@ class Slots:
         """Make room for *capacity* slots; the stamps' file is allocated, so no SIGBUS later."""
         byte_count = -(-capacity * STAMP_BYTES // ALIGN) * ALIGN
         if os.fstat(self._heat_fd).st_size < byte_count:
-            os.posix_fallocate(self._heat_fd, 0, byte_count)
+            try:
+                os.posix_fallocate(self._heat_fd, 0, byte_count)
+            except OSError as error:
+                raise NoSpaceForImage(
+                    f"the file of last uses cannot grow to {byte_count} bytes: {error.strerror}; "
+                    "make room in the warehouse's directory"
+                ) from error
         capacity = byte_count // STAMP_BYTES
         self._map = mmap.mmap(self._heat_fd, byte_count)
         self.stamp = np.frombuffer(self._map, np.uint64)
@@ -72,14 +79,13 @@ class Slots:
             setattr(self, name, new)
 
     def allot(self, count: int) -> list[Slot]:
-        """Return *count* slots in state PENDING."""
-        taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        fresh = count - len(taken)
-        if fresh:
-            if self._count + fresh > len(self.state):
-                self._grow(max(self._count + fresh, len(self.state) + len(self.state) // 2))
-            taken.extend(range(self._count, self._count + fresh))
-            self._count += fresh
+        """Return *count* slots in state PENDING; NoSpaceForImage if the stamps' file is full."""
+        fresh = max(0, count - len(self._free))
+        if self._count + fresh > len(self.state):
+            self._grow(max(self._count + fresh, len(self.state) + len(self.state) // 2))
+        taken = [self._free.pop() for _ in range(count - fresh)]
+        taken.extend(range(self._count, self._count + fresh))
+        self._count += fresh
         self.state[taken] = PENDING
         self.leases[taken] = 0
         return [Slot(slot) for slot in taken]
@@ -174,12 +180,14 @@ class Slots:
             behind |= (above != NONE) & lost[np.where(above == NONE, 0, above)]
         return behind
 
-    def load(self, keys: bytes, records: "npt.NDArray[Any]", heads: Iterable[bytes]) -> None:
+    def load(
+        self, keys: bytes, records: "npt.NDArray[Any]", starts: IntArray, heads: Iterable[bytes]
+    ) -> None:
         """Fill the arrays from all records, in key order.
 
-        *keys*: the packed keys joined; *records*: BLOCK_DTYPE rows; *heads*: the packed keys of
-        the blocks that stand for the heads. The extents' units are set by the caller where a block
-        has more than one.
+        *keys*: the packed keys joined; *records*: BLOCK_DTYPE rows; *starts*: which of them start
+        a chain; *heads*: the packed keys of the blocks that stand for the heads. The extents' units
+        are set by the caller where a block has more than one.
         """
         count = len(records)
         slots = records["slot"].astype(np.int64)
@@ -199,7 +207,7 @@ class Slots:
         self.parent[:] = NONE
         if count:
             at = np.minimum(np.searchsorted(key_array, wanted), count - 1)
-            there = key_array[at] == wanted
+            there = (key_array[at] == wanted) & ~starts
             self.parent[slots[there]] = slots[at[there]]
             np.add.at(self.children, slots[at[there]], 1)
         self._load_links(key_array, slots, heads)
@@ -207,11 +215,12 @@ class Slots:
         used[slots] = True
         self._free = [int(slot) for slot in np.flatnonzero(~used)[::-1]]
         self.stamp[: self._count][~used] = 0
+        self.stamp[self._count :] = 0
 
     def _load_links(self, keys: IntArray, slots: IntArray, heads: Iterable[bytes]) -> None:
         """Count the heads over every block, leaves first."""
         wanted = np.array(list(heads), keys.dtype)
-        if len(wanted):
+        if len(wanted) and len(keys):
             at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
             self.links[slots[at[keys[at] == wanted]]] = 1
         missing = self.children.copy()

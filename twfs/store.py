@@ -344,14 +344,14 @@ class ArenaBlock:
 def iterate_heads(store: Namespace, model: ModelId) -> Iterator[PrefixHash]:
     """All heads of *model*, asked for in bounded pieces."""
     after: PrefixHash | None = None
-    while page := store.heads(model, after=after):
-        yield from page
-        after = page[-1]
+    while piece := store.heads(model, after=after):
+        yield from piece
+        after = piece[-1]
 
 
 def iterate_sessions(store: Namespace, model: ModelId) -> Iterator[SessionInfo]:
     """All sessions of *model*, asked for in bounded pieces."""
     after: PrefixHash | None = None
-    while page := store.sessions(model, after=after):
-        yield from page
-        after = page[-1].head
+    while piece := store.sessions(model, after=after):
+        yield from piece
+        after = piece[-1].head

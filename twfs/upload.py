@@ -229,6 +229,8 @@ def _copy(pieces: "Sequence[Buffer]", into: Any) -> tuple[int, int]:
         plain += lanes[0]
         weighted += lanes[1] + lanes[0] * (at // LANE_BYTES)  # its first lane has weight at/4 + 1
         at += byte_count
+    if at != into.size:
+        raise InvalidInput(f"a payload of {into.size} bytes had {at} when it was copied")
     if not on_source:
         return lanes_of(into)
     return plain & MASK_64, weighted & MASK_64

@@ -1,7 +1,8 @@
 """FUSE requests that only look, translated into calls on the tree.
 
-Nothing is decided here that the tree can decide. One thread: every handler is a trio task of one event loop. What may wait for a disk or a commit goes
-through `_blocking`, the only place that hands work to threads; see mount/README.md.
+Nothing is decided here that the tree can decide. One thread: every handler is a trio task of one
+event loop. What may wait for a disk or a commit goes through `_blocking`, the only place that hands
+requests to threads; see mount/README.md.
 """
 
 # ruff: noqa: ARG002  (the signatures are pyfuse3's)
@@ -14,31 +15,26 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3  # noqa: TID251
 import trio
 import trio.lowlevel
 from pyfuse3 import FUSEError  # noqa: TID251
 
-from twfs.chainfile import HASH_PATTERN
-from twfs.describing import CLASS_NAME, PREFIX
-from twfs.errors import BlockGone, InvalidInput, NoSuchBlock, ReadOnly, TwfsError
+from twfs.errors import BlockGone, NoSuchBlock, ReadOnly, TwfsError
 from twfs.importing import Importer, Pending, PendingFile
 from twfs.nodes import (
-    DETACHED_NAME,
     DIRECTORIES,
     Attributes,
     BlockFile,
     ChainText,
     ControlFile,
-    ModelDirectory,
     Node,
     SessionDirectory,
 )
-from twfs.store import BlockInfo, Namespace, Retention
+from twfs.store import BlockInfo, Namespace
 from twfs.tree import Chain, Tree
-from twfs.units import PrefixHash
 from twfs_mount.handles import (
     Handles,
     Known,
@@ -48,6 +44,7 @@ from twfs_mount.handles import (
     OpenText,
     Payloads,
 )
+from twfs_mount.watching import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +52,6 @@ STEADY_SECONDS: Final = 300.0  # names and attributes of what never changes
 BRIEF_SECONDS: Final = 1.0  # of what may change, asked for again and again within one `ls`
 READER_THREADS: Final = 16  # block reads in flight; a drive wants several
 WORKER_THREADS: Final = 8  # everything else that waits: imports, removals, long chains
-WATCH_SECONDS: Final = 0.2  # how old a name that has gone may be
-WATCH_STEP: Final = 256  # directories and open blocks looked at in one go: about 10 ms
-IDLE_CHECK_SECONDS: Final = 15.0
 FOLLOWED_MAX: Final = 64  # directories in which reading ahead remembers the last block
 AHEAD_MAX: Final = 2  # blocks read ahead at once, for all readers
 SMALLEST_BLOCK_BYTES: Final = 8192  # on the device: header and one unit; for df -i
@@ -78,18 +72,26 @@ class Presentation:
     read_only: bool = False
 
 
-def answered(
-    handler: "Callable[Concatenate[ReadOperations, P], Coroutine[Any, Any, T]]",
-) -> "Callable[Concatenate[ReadOperations, P], Coroutine[Any, Any, T]]":
+@dataclass(slots=True)
+class Failures:
+    """Requests that met a bug of ours; one count per process, as pyfuse3 has one mount."""
+
+    count: int = 0
+
+
+FAILURES: Final = Failures()
+
+
+def answered(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Let *handler* raise nothing but FUSEError: anything else would end the mount.
 
     Our errors and the system's become their errno; what is left is a bug: logged, and EIO.
     """
 
     @functools.wraps(handler)
-    async def wrapper(self: "ReadOperations", *args: P.args, **kwargs: P.kwargs) -> T:
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await handler(self, *args, **kwargs)
+            return await handler(*args, **kwargs)
         except FUSEError:
             raise
         except TwfsError as error:
@@ -99,7 +101,7 @@ def answered(
             log.warning("%s: %s", handler.__name__, error)
             raise FUSEError(error.errno or errno.EIO) from error
         except Exception as error:
-            self.failed_requests += 1
+            FAILURES.count += 1
             log.exception("request %s failed", handler.__name__)
             raise FUSEError(errno.EIO) from error
 
@@ -116,7 +118,6 @@ class ReadOperations(pyfuse3.Operations):
         payload_bytes: int,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.failed_requests = 0
         self._namespace = namespace
         self._importer = importer
         self._tree = Tree(namespace, importer, self.statistics)
@@ -128,7 +129,7 @@ class ReadOperations(pyfuse3.Operations):
         self._worker_threads = trio.CapacityLimiter(WORKER_THREADS)
         self._followed: OrderedDict[int, int] = OrderedDict()
         self._ahead, self._ahead_now = trio.open_memory_channel[BlockFile](AHEAD_MAX)
-        self._invalidated = 0
+        self._watcher = Watcher(namespace, self._tree, importer, self._known, self._payloads)
 
     def statistics(self) -> dict[str, Any]:
         """Figures of the mount, for `.twfs/stats.json`."""
@@ -136,8 +137,8 @@ class ReadOperations(pyfuse3.Operations):
             **self._known.statistics(),
             **self._payloads.statistics(),
             "open_files": len(self._handles),
-            "failed_requests": self.failed_requests,
-            "invalidated_names": self._invalidated,
+            "failed_requests": FAILURES.count,
+            **self._watcher.statistics(),
         }
 
     async def _blocking(
@@ -148,8 +149,9 @@ class ReadOperations(pyfuse3.Operations):
         return await trio.to_thread.run_sync(call, *args, limiter=limiter)
 
     async def run_background(self) -> None:
-        """Read blocks ahead; until cancelled."""
+        """Read blocks ahead, and keep the kernel's view true; until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watcher.run)
             for _ in range(AHEAD_MAX):
                 nursery.start_soon(self._read_ahead)
 
@@ -202,9 +204,8 @@ class ReadOperations(pyfuse3.Operations):
         """Resolve one name."""
         parent = self._known.node(parent_inode)
         text = text_of(name)
-        if isinstance(parent, SessionDirectory):
-            if self._tree.kept_chain(parent, fresh=False) is None:
-                await self._ready(parent)
+        if isinstance(parent, SessionDirectory) and not self._tree.kept_chain(parent, fresh=False):
+            await self._ready(parent)
         node = self._tree.lookup(parent, text)
         if isinstance(node, ChainText):
             await self._ready(node)
@@ -373,6 +374,7 @@ class ReadOperations(pyfuse3.Operations):
                 await self._payloads.payload(self._tree.block(file))
             except TwfsError as error:
                 log.debug("read ahead: %s", error)  # whoever reads it will be told
+
 
 def timeouts(node: Node) -> tuple[float, float]:
     """For how many seconds the kernel may believe the name and the attributes of *node*."""

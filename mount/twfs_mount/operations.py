@@ -6,10 +6,10 @@ The rules of looking.py hold here too.
 # ruff: noqa: ARG002  (the signatures are pyfuse3's)
 
 import errno
-import os
-from typing import Final
+
 import pyfuse3  # noqa: TID251
 from pyfuse3 import FUSEError  # noqa: TID251
+
 from twfs.chainfile import HASH_PATTERN
 from twfs.describing import CLASS_NAME, PREFIX
 from twfs.errors import InvalidInput, NoSuchBlock
@@ -141,7 +141,7 @@ class Operations(ReadOperations):
         self._handles.remove(fh)
 
     @answered
-    async def rename(
+    async def rename(  # noqa: PLR0917  (pyfuse3's)
         self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes,
         flags: int, ctx: pyfuse3.RequestContext,
     ) -> None:  # fmt: skip

@@ -6,8 +6,10 @@ Also drops abandoned imports. Runs in the event loop; only calls that may wait g
 import errno
 import logging
 from typing import Final
+
 import pyfuse3  # noqa: TID251
 import trio
+
 from twfs.errors import TwfsError
 from twfs.importing import Importer
 from twfs.nodes import BlockFile, SessionDirectory

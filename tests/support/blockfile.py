@@ -45,14 +45,14 @@ class Holder:
     reports: list[tuple[BlockKey, int, ReadOutcome]] = field(default_factory=list)
     released: int = 0
 
-    def held(self, token: bytes) -> bool:
+    def held(self, token: bytes) -> bool:  # noqa: ARG002
         self.questions -= 1
         return self.questions >= 0 and not self.released
 
-    def release(self, token: bytes) -> None:
+    def release(self, token: bytes) -> None:  # noqa: ARG002
         self.released += 1
 
-    def renew(self, token: bytes) -> bool:
+    def renew(self, token: bytes) -> bool:  # noqa: ARG002
         return not self.released
 
     def report(self, key: BlockKey, generation: int, outcome: ReadOutcome) -> None:
@@ -90,9 +90,7 @@ class BlockFile:
         extents, at = [], 0
         for on, length in cuts or ((device, ALIGN + len(padded)),):
             gap = ALIGN if cuts else 0  # so that no two extents of a block touch
-            extents.append(
-                Extent(DeviceIndex(on), ByteOffset(self._next[on]), ByteCount(length))
-            )
+            extents.append(Extent(DeviceIndex(on), ByteOffset(self._next[on]), ByteCount(length)))
             self._next[on] += length + gap
         index = sum(1 for g, s, _ in self.blocks if (g, s) == (group, shard))
         block = Block(
@@ -142,9 +140,7 @@ class BlockFile:
                         self.layout.block_tokens)),
         )  # fmt: skip
         model = Model(ModelId(7), "model", 0, self.layout)
-        return Match(
-            holder or Holder(), TOKEN, model, names, start, count, rows, extents, readers
-        )
+        return Match(holder or Holder(), TOKEN, model, names, start, count, rows, extents, readers)
 
     def _located(self, start: int) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:
         """Rows and extents in order of group, shard, index."""

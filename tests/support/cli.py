@@ -14,7 +14,7 @@ from twfs_tools.process import daemon_command, start_daemon, stop, unmount
 from twfs_tools.target import find_mount
 
 ROOT = Path(__file__).parents[2]
-SEARCH = os.pathsep.join(["/tmp/tools", *(str(ROOT / part) for part in ("", "mount", "tools"))])
+SEARCH = os.pathsep.join(str(ROOT / part) for part in ("", "mount", "tools"))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": SEARCH, "TWFS_DEBUG": "0"}
 IMAGE = "32M"
 LAYOUT = {

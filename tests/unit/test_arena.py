@@ -6,6 +6,7 @@ Shared ones are seen by another process; the seals keep a peer from cutting the 
 import fcntl
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -132,11 +133,10 @@ def test_a_descriptor_that_could_shrink_or_has_another_size_is_refused() -> None
     os.close(fd)
 
 
-def test_a_descriptor_of_something_else_is_refused(tmp_path: os.PathLike[str]) -> None:
-    path = os.path.join(tmp_path, "file")  # noqa: PTH118
-    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+def test_a_descriptor_of_something_else_is_refused(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, 4096)
-    with pytest.raises(InvalidInput, match="no memfd|could shrink"):
+    with pytest.raises(InvalidInput, match=r"no memfd|could shrink"):
         Arena.of_descriptor(fd, 4096)
     os.close(fd)
 

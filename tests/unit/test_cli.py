@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from twfs.warehouse import Warehouse
 
 from support.cli import LAYOUT, document, layout_file, made_warehouse, running_daemon, twfs
 from twfs.layout import Layout
 from twfs.prefix import Names
+from twfs.warehouse import Warehouse
 
 BLOCKS = 12
 SHARED = 4

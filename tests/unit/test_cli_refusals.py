@@ -23,7 +23,6 @@ from support.cli import (
     tree_of,
     twfs,
 )
-
 from twfs.warehouse import Warehouse
 
 ALIGN = 4096
@@ -64,7 +63,6 @@ def state_of(warehouse: Path, beside: Path) -> tuple[object, ...]:
         (["status", "{empty}"], 4, "{empty}"),
         (["status", "{file}"], 4, "{file}"),
         (["status", "{tw}", "--socket", "{new}"], 21, "twfs serve"),
-        (["serve", "{empty}", "--no-mount"], 4, "{empty}"),
         (["ls", "{tw}", "nonesuch"], 16, "tiny"),
         (["model", "show", "{tw}", "nonesuch"], 16, "tiny"),
         (["model", "epoch", "{tw}", "nonesuch"], 16, "tiny"),
@@ -182,6 +180,12 @@ def test_metadata_that_is_truncated_is_refused(tmp_path: Path) -> None:
     os.truncate(data, 8192)
     assert_refused(twfs("status", made), 11)
     assert data.stat().st_size == 8192
+
+
+def test_serving_what_is_no_warehouse_is_refused_by_the_daemon(tmp_path: Path) -> None:
+    said = assert_refused(twfs("serve", tmp_path, "--no-mount"), 4, name="twfsd")
+    assert str(tmp_path) in said
+    assert tree_of(tmp_path) == {}
 
 
 def test_a_second_daemon_is_refused_and_the_first_goes_on(warehouse: Path) -> None:

@@ -377,6 +377,31 @@ def test_more_than_one_system_call_takes_is_moved_whole(image: Path) -> None:
     device.close()
 
 
+@pytest.mark.parametrize("step", [ALIGN, 3 * ALIGN, 5 * ALIGN])
+def test_short_counts_are_gone_on_with(device: Device, step: int) -> None:
+    data = buffer(11 * ALIGN)
+    for at in range(0, len(data), ALIGN):
+        data[at : at + 8] = at.to_bytes(8, "little")
+    device.write_from([data], START)
+    back = buffer(len(data))
+
+    def short_preadv(descriptor: int, views: list[memoryview], offset: int) -> int:
+        wanted, left = [], step
+        for view in views:
+            wanted.append(view[:left])
+            left -= len(wanted[-1])
+        return os.preadv(descriptor, [view for view in wanted if view], offset)
+
+    views = [back[: 2 * ALIGN], back[2 * ALIGN : 9 * ALIGN], back[9 * ALIGN :]]
+    device._transfer(short_preadv, "read", device._descriptor, views, START)
+    assert back == data
+
+
+def test_short_count_that_is_not_aligned_is_an_error(device: Device) -> None:
+    with pytest.raises(DeviceError, match="only 512 bytes"):
+        device._transfer(lambda *_: 512, "read", device._descriptor, [buffer(ALIGN)], START)
+
+
 def test_every_misalignment_is_refused_before_the_kernel_sees_it(device: Device) -> None:
     data = buffer(4 * ALIGN, b"x")
     for views, offset, word in (

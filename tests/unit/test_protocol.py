@@ -69,7 +69,7 @@ def info_of(payload_bytes: int = 5) -> BlockInfo:
         TokenCount(16), ByteCount(payload_bytes), Checksums(bytes(16), 2**64 - 1, 1), (extent,),
         Millis(5), b"own key",
     )  # fmt: skip
-    return BlockInfo(BlockKey(3, PrefixHash(b"h" * 16), 1, 2), block, 4, Millis(9), 2)
+    return BlockInfo(BlockKey(ModelId(3), PrefixHash(b"h" * 16), 1, 2), block, 4, Millis(9), 2)
 
 
 @given(st.integers(0, 40))

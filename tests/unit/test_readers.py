@@ -10,14 +10,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
 from support import fakecuda
 from support.blockfile import BlockFile, Holder, random_payload
 from support.loops import loop_device, needs_loops
-
 from twfs.arena import Arena
 from twfs.checksums import flat_bytes
 from twfs.errors import InvalidInput, ReaderUnavailable
@@ -67,7 +68,7 @@ def test_every_way_to_place_a_block_brings_its_bytes(
         aligned = flat_bytes(Arena.private(count * (payload_bytes + ALIGN)).view)
         step = -(-payload_bytes // ALIGN) * ALIGN
         thirds = [payload_bytes // 3 - 5, 4, payload_bytes - payload_bytes // 3 + 1]
-        ways = {
+        ways: dict[str, list[Any]] = {
             "aligned": [aligned[i * step : i * step + payload_bytes] for i in range(count)],
             "unaligned": [np.zeros(payload_bytes + 1, np.uint8)[1:] for _ in range(count)],
             "bfloat16": [torch.zeros(payload_bytes // 2, dtype=torch.bfloat16) for _ in payloads],
@@ -183,7 +184,9 @@ def test_a_device_that_ends_early_costs_only_what_lies_behind_its_end(scratch: P
         file.truncate(0, blocks[5].extents[0].offset + 3 * ALIGN)
         memory = flat_bytes(Arena.private(8 * 65_536).view)
         memory[:] = 0xAB
-        report = file.match(readers, holder).read_into([memory[i << 16 :][:65_536] for i in range(8)])
+        report = file.match(readers, holder).read_into(
+            [memory[i << 16 :][:65_536] for i in range(8)]
+        )
         assert report.outcomes == (HIT,) * 5 + (ReadOutcome.DEVICE_ERROR,) * 3
         assert memory[: 5 << 16].tobytes() == b"".join(payloads[:5])
         assert not memory[5 << 16 :].any()
@@ -316,7 +319,7 @@ def test_an_interrupt_waits_for_the_reads_and_leaves_nothing_taken(
             finally:
                 under_way.discard(threading.get_ident())
 
-        monkeypatch.setattr(host.os, "preadv", preadv)
+        monkeypatch.setattr(os, "preadv", preadv)
         end = host.Wave.end
 
         def ending(wave: host.Wave, *, stop: bool) -> None:

@@ -4,8 +4,10 @@ Parses and prints only. A bug of ours shows its traceback; so does everything un
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Final
 
 import typer
@@ -47,9 +49,9 @@ def demo(
     directory: Annotated[
         Path | None, typer.Argument(help="Where to put the warehouse; default a temporary place.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Length of the prompt.")] = 4096,
+    tokens: Annotated[int, typer.Option("--tokens", help="Length of the prompt.")] = 8192,
     plot: Annotated[Path, typer.Option("--plot", help="The plot to write.")] = Path(
-        "twfs-demo.png"
+        "demo-out/ttft.png"
     ),
     *,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model, fewer rounds.")] = False,
@@ -63,8 +65,14 @@ def demo(
 
 
 def main() -> None:
-    """Run the command that sys.argv names; always ends by SystemExit."""
+    """Run the command that sys.argv names; always ends by SystemExit, also on SIGTERM."""
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(run(sys.argv[1:]))
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    """End by unwinding, so that scratch is removed and daemons of benchmarks are ended."""
+    raise SystemExit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

@@ -84,6 +84,7 @@ def build_model(plan: Plan) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=2 * plan.tokens,
+        initializer_range=0.05,  # larger than usual: with 0.02 an untrained model repeats itself
         tie_word_embeddings=False,  # tied and random, it would only echo its last token
     )
     return LlamaForCausalLM(config).to(torch.float32).eval()

@@ -20,10 +20,10 @@ SocketAt = Annotated[
     Path | None, typer.Option("--socket", help="Where to listen; default DIRECTORY/socket.")
 ]
 ArenaOption = Annotated[
-    str | None, typer.Option("--arena-bytes", help="Memory for payloads of each client.")
+    str | None, typer.Option("--arena-bytes", help="Memory for the uploads of all clients.")
 ]
 MountOptions = Annotated[
-    str, typer.Option("-o", help="Mount options: ro, allow_other, socket=PATH, group=NAME.")
+    str, typer.Option("-o", help="ro, allow_other, uid=, gid=, group=, file_mode=, dir_mode=.")
 ]
 
 

@@ -18,7 +18,7 @@ from twfs.checksums import (
     loaded_torch,
     on_device,
 )
-from twfs.errors import ReaderUnavailable
+from twfs.errors import InvalidInput, ReaderUnavailable
 from twfs.records import Checksums, Extent
 from twfs.store import Buffer, ReadOutcome
 from twfs.units import ALIGN, ByteCount, DeviceIndex, Generation, PrefixHash, align_up, is_aligned
@@ -61,6 +61,8 @@ class Target:
 def target_of(data: Buffer) -> Target:
     """Return *data* as a destination; InvalidInput if it is not contiguous and writable memory."""
     if on_device(data):
+        if data.device.type != "cuda":
+            raise InvalidInput(f"a tensor on {data.device} is neither in host nor in GPU memory")
         tensor = flat_tensor(data)
         return Target(tensor.data_ptr(), tensor.numel(), None, tensor)
     array = flat_bytes(data, writable=True)

@@ -9,7 +9,6 @@ memory.
 import contextlib
 import importlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,18 +18,12 @@ from threading import Lock
 from typing import Any, Final
 
 import numpy as np
-import xxhash
 
 from twfs.arena import Arena
 from twfs.checksums import (
-    MASK_64,
-    Bytes,
     address_of,
     flat_bytes,
-    lanes_of_rows,
-    lanes_tensor,
     loaded_torch,
-    row_lanes_on_device,
 )
 from twfs.errors import ReaderUnavailable
 from twfs.readers.base import (
@@ -41,9 +34,9 @@ from twfs.readers.base import (
     Span,
     Tally,
     may_read,
-    scatter,
     spans_of,
 )
+from twfs.readers.landing import Job, deliver_on_device, deliver_on_host
 from twfs.readers.probe import missing_library, unlike_path
 from twfs.store import ReadOutcome
 from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up
@@ -54,23 +47,34 @@ DIRECT_BYTES_MAX: Final = 256 << 20  # of one wave: the lease is looked at betwe
 MERGED_BYTES_MIN: Final = 1 << 20
 
 
-def _load_kvikio(*, direct: bool) -> Any:
-    """Import kvikio and set it up; without *direct* it never touches cuFile, which may hang."""
-    folder = Path(tempfile.gettempdir())
-    os.environ.setdefault("CUFILE_LOGFILE_PATH", str(folder / f"cufile-{os.getpid()}.log"))
-    if direct:  # then a fallback inside cuFile would be an error, not a slow read in disguise
+def _open_files(
+    sources: Mapping[DeviceIndex, DeviceSource], *, direct: bool
+) -> tuple[dict[DeviceIndex, Any], Any]:
+    """Load kvikio, set it up, and return open files and a count of what they read.
+
+    A file keeps the mode that it was opened in. Without *direct* that never touches cuFile, which
+    may hang; the process's own setting is put back, for others may use kvikio here too.
+    """
+    if direct:  # then a fallback inside cuFile is an error, and not a slow read in disguise
+        log = Path(tempfile.gettempdir()) / f"cufile-{os.getpid()}.log"
+        os.environ.setdefault("CUFILE_LOGFILE_PATH", str(log))
         os.environ.setdefault("CUFILE_ALLOW_COMPAT_MODE", "false")
-    elif "kvikio" not in sys.modules:
-        os.environ.setdefault("KVIKIO_COMPAT_MODE", "ON")
     kvikio = importlib.import_module("kvikio")
-    settings = {
-        "compat_mode": kvikio.CompatMode.OFF if direct else kvikio.CompatMode.ON,
-        "auto_direct_io_read": True,  # it would read through the page cache
-    }
+    defaults = importlib.import_module("kvikio.defaults")
     if "KVIKIO_NTHREADS" not in os.environ:
-        settings["num_threads"] = KVIKIO_THREADS
-    importlib.import_module("kvikio.defaults").set(settings)
-    return kvikio
+        defaults.set({"num_threads": KVIKIO_THREADS})
+    before = defaults.get("compat_mode")
+    defaults.set(
+        {
+            "compat_mode": kvikio.CompatMode.OFF if direct else kvikio.CompatMode.ON,
+            "auto_direct_io_read": True,  # it would read through the kernel's memory
+        }
+    )
+    try:
+        files = {index: kvikio.CuFile(source.path, "r") for index, source in sources.items()}
+        return files, kvikio.SummaryMonitor()
+    finally:
+        defaults.set({"compat_mode": before})
 
 
 class DeviceBytes:
@@ -87,20 +91,6 @@ class DeviceBytes:
             "version": 3,
             "strides": None,
         }
-
-
-@dataclass(slots=True)
-class Job:
-    """One block of a wave: *memory* is a flat array or tensor of header plus padded payload.
-
-    Direct jobs have only the payload in it: the destination itself.
-    """
-
-    block: BlockRead
-    at: int  # place among the blocks of the read
-    memory: Any
-    staged_at: int | None  # place in the staging buffer, None for direct ones
-    failed: bool = False
 
 
 @dataclass(slots=True)
@@ -166,11 +156,7 @@ class CufileReader:
         self._streams: dict[Any, Any] = {}
         self._tally = Tally()
         try:
-            kvikio = _load_kvikio(direct=direct)
-            self._monitor = kvikio.SummaryMonitor()
-            self._files = {
-                index: kvikio.CuFile(source.path, "r") for index, source in sources.items()
-            }
+            self._files, self._monitor = _open_files(sources, direct=direct)
         except (ImportError, RuntimeError, OSError) as error:
             raise ReaderUnavailable(f"the cufile reader cannot work here: {error}") from error
 
@@ -345,11 +331,11 @@ class CufileReader:
                 task.parts[0][0].failed = True
             wave.live.pop()
         if device is None:
-            good = _deliver_on_host(wave)
+            good = deliver_on_host(wave.jobs)
         else:
             stream = self._stream(device)
             with nullcontext() if stream is None else loaded_torch().cuda.stream(stream):
-                good = _deliver_on_device(wave)
+                good = deliver_on_device(wave.jobs, wave.staging)
             if stream is not None:
                 stream.synchronize()  # the staging buffer is read into again
         for job, right in zip(wave.jobs, good, strict=True):
@@ -440,90 +426,3 @@ def _spans(job: Job) -> list[tuple[Job, Span, Any]]:
             spans.append((job, part, job.memory[at : at + length]))
         covered += span.length
     return spans if covered == stop - start else []
-
-
-def _payload(job: Job) -> Any:
-    """The payload in a job's memory, without header and padding."""
-    if job.staged_at is None:
-        return job.memory
-    return job.memory[HEADER_BYTES : HEADER_BYTES + job.block.payload_bytes]
-
-
-def _clear_bad(wave: Wave, good: Sequence[bool]) -> None:
-    """Take wrong bytes out of destinations that were read into directly."""
-    for job, right in zip(wave.jobs, good, strict=True):
-        if not right and job.staged_at is None:
-            job.block.targets[0].clear()
-
-
-def _deliver_on_host(wave: Wave) -> list[bool]:
-    """Verify and copy out blocks in host memory; tell which were right."""
-    good = []
-    for job in wave.jobs:
-        payload: Bytes = _payload(job)
-        sums = job.block.checksums
-        right = not job.failed and xxhash.xxh3_128_digest(payload.data) == sums.xxh3
-        good.append(right)
-        at = 0
-        for target in job.block.targets if right and job.staged_at is not None else ():
-            assert target.array is not None
-            np.copyto(target.array, payload[at : at + target.byte_count])
-            at += target.byte_count
-    _clear_bad(wave, good)
-    return good
-
-
-def _deliver_on_device(wave: Wave) -> list[bool]:
-    """Verify and scatter blocks in GPU memory, on the current stream; tell which were right."""
-    whole = [job for job in wave.jobs if not job.failed]
-    staged = [job for job in whole if job.staged_at is not None]
-    direct = [job for job in whole if job.staged_at is None]
-    sums = dict(zip(map(id, staged), _staged_lanes(wave.staging, staged), strict=True))
-    if direct:
-        totals = loaded_torch().stack([lanes_tensor(job.memory) for job in direct]).tolist()
-        for job, (plain, weighted) in zip(direct, totals, strict=True):
-            sums[id(job)] = (plain & MASK_64, weighted & MASK_64)
-    good = []
-    for job in wave.jobs:
-        stated = job.block.checksums
-        good.append(sums.get(id(job)) == (stated.lane_plain, stated.lane_weighted))
-    scatter(
-        [
-            (job.block.targets, _payload(job))
-            for job, right in zip(wave.jobs, good, strict=True)
-            if right and job.staged_at is not None
-        ]
-    )
-    _clear_bad(wave, good)
-    return good
-
-
-def _staged_lanes(staging: Any, jobs: Sequence[Job]) -> list[tuple[int, int]]:
-    """Return the lane sums of the payloads of *jobs* in the staging buffer, with one wait.
-
-    The GPU sums every 4 KiB row there; the few bytes per row that this gives are put together
-    here. Rows that a payload ends in are summed again without what lies behind it.
-    """
-    if not jobs:
-        return []
-    torch = loaded_torch()
-    sums = row_lanes_on_device(staging)
-    first = np.array([(_staged_at(job) + HEADER_BYTES) // ALIGN for job in jobs], np.uint64)
-    count = np.array([job.block.padded_bytes // ALIGN for job in jobs], np.uint64)
-    tails = np.array([job.block.payload_bytes % ALIGN for job in jobs], np.int64)
-    cut = np.flatnonzero(tails)
-    if cut.size:
-        last = torch.from_numpy((first + count - np.uint64(1))[cut].astype(np.int64))
-        last = last.to(staging.device)
-        lengths = torch.from_numpy(tails[cut]).to(staging.device)
-        rows = staging.view(-1, ALIGN)[last]
-        rows *= torch.arange(ALIGN, device=staging.device) < lengths[:, None]
-        sums[:, last] = row_lanes_on_device(rows.view(-1))
-    plain, weighted = lanes_of_rows(sums.cpu().numpy().view(np.uint64), first, count)
-    return list(zip(plain.tolist(), weighted.tolist(), strict=True))
-
-
-def _staged_at(job: Job) -> int:
-    """Where a staged job's header lies in the staging buffer."""
-    assert job.staged_at is not None
-    return job.staged_at

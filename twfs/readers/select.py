@@ -45,6 +45,8 @@ class Readers:
         self._arena_bytes = arena_bytes
         self._guard = ForkGuard()
         self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._under_way = 0
         self._made: dict[str, Reader] = {}
         self._direct: bool | None = None  # whether cuFile reaches the devices; None: not yet known
         self._why_not_direct = "not asked for yet"
@@ -73,7 +75,20 @@ class Readers:
         """
         self._guard.check()
         name = self.name_for(blocks, reader)
-        return name, self._reader(name).read(blocks, held, after)
+        with self._changed:
+            self._check_open()
+            self._under_way += 1
+        try:
+            return name, self._reader(name).read(blocks, held, after)
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    def _check_open(self) -> None:
+        """Raise InvalidInput after close."""
+        if self._closed:
+            raise InvalidInput("the readers are closed: connect anew")
 
     def name_for(self, blocks: Sequence[BlockRead], reader: str | None) -> str:
         """Return the name of the reader for *blocks*: *reader* if given."""
@@ -124,8 +139,6 @@ class Readers:
             assert probe is not None
             probe.join()  # asked for by name: worth the wait to know which of its ways it goes
         with self._lock:
-            if self._closed:
-                raise InvalidInput("the readers are closed: connect anew")
             made = self._made.get(name)
             if made is None:
                 made = self._made[name] = self._make(name)
@@ -144,9 +157,8 @@ class Readers:
     def submit(self, call: Callable[[], _T]) -> "Future[_T]":
         """Run *call* on a thread for reads; waits while ASYNC_QUEUED_MAX are outstanding."""
         self._guard.check()
-        with self._lock:
-            if self._closed:
-                raise InvalidInput("the readers are closed: connect anew")
+        with self._changed:
+            self._check_open()
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(ASYNC_READS_MAX, "twfs-async")
             executor = self._executor
@@ -163,16 +175,22 @@ class Readers:
         """Per reader: blocks, bytes, placement, misses by cause; and why cuFile is not used."""
         with self._lock:
             made = dict(self._made)
-            cufile = {"direct": bool(self._direct), "why_not_direct": self._why_not_direct}
-        return {name: reader.statistics() for name, reader in made.items()} | {"selection": cufile}
+            selection = {"direct": bool(self._direct), "why_not_direct": self._why_not_direct}
+        return {name: reader.statistics() for name, reader in made.items()} | {
+            "selection": selection
+        }
 
     def close(self) -> None:
         """Wait for reads under way and let go of threads and memory. Idempotent."""
-        with self._lock:
-            self._closed = True
+        with self._changed:
             executor, self._executor = self._executor, None
-            made, self._made = self._made, {}
         if executor is not None:
-            executor.shutdown()
+            executor.shutdown()  # its reads still find the readers open
+        with self._changed:
+            self._closed = True
+            while self._under_way:
+                self._changed.wait()
+        with self._lock:
+            made, self._made = self._made, {}
         for reader in made.values():
             reader.close()

@@ -11,11 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import BrokenBarrierError
+from typing import Final
 
-from twfs.client import connect
+from twfs.client import Client, connect
+from twfs.errors import DeviceError, TwfsError
 from twfs_tools.bench.scratch import (
     CLIENT_TIMEOUT_S,
     opaque_layout,
@@ -24,10 +27,8 @@ from twfs_tools.bench.scratch import (
     require_stored,
 )
 
-if TYPE_CHECKING:
-    from multiprocessing.queues import SimpleQueue
-
-BARRIER_TIMEOUT_S = 60.0  # a worker that failed breaks the barrier for the others
+BARRIER_TIMEOUT_S: Final = 60.0
+ARENA_BYTES: Final = 16 << 20  # four clients and the benchmark's own fit into a daemon's 256 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,42 +41,70 @@ class Publisher:
     puts: int
 
 
-def publish(
-    work: Publisher,
-    barrier: Barrier,
-    results: "SimpleQueue[tuple[float, float]]",
-) -> None:
-    """Put sessions once all clients stand at *barrier*; hands (began, ended) to *results*."""
-    client = connect(
-        work.socket, connect_timeout_s=CLIENT_TIMEOUT_S, match_timeout_s=CLIENT_TIMEOUT_S
+def _connect(work: Publisher) -> Client:
+    """Connect with an arena that leaves room for other clients of one daemon."""
+    return connect(
+        work.socket,
+        arena_bytes=ARENA_BYTES,
+        connect_timeout_s=CLIENT_TIMEOUT_S,
+        match_timeout_s=CLIENT_TIMEOUT_S,
     )
-    began = ended = 0.0
+
+
+def publish(work: Publisher, barrier: Barrier, answer: Connection) -> None:
+    """Put sessions once all clients are at *barrier*; sends (began, ended), or what went wrong."""
     try:
-        model = client.open_model(f"small-{work.block_bytes}", opaque_layout(work.block_bytes))
-        payloads = random_payloads(work.blocks, work.block_bytes)
-        sessions = [random_names(model, work.blocks) for _ in range(work.puts)]
-        barrier.wait(BARRIER_TIMEOUT_S)
-        began = time.monotonic()
-        for names in sessions:
-            require_stored(client.put(model, names, payloads))
-        ended = time.monotonic()
+        with _connect(work) as client:
+            model = client.open_model(f"small-{work.block_bytes}", opaque_layout(work.block_bytes))
+            payloads = random_payloads(work.blocks, work.block_bytes)
+            sessions = [random_names(model, work.blocks) for _ in range(work.puts)]
+            barrier.wait(BARRIER_TIMEOUT_S)
+            began = time.monotonic()
+            for names in sessions:
+                require_stored(client.put(model, names, payloads))
+            answer.send((began, time.monotonic()))
+    except (TwfsError, OSError, BrokenBarrierError) as error:
+        barrier.abort()
+        answer.send(str(error) or "another client failed")
+
+
+def publish_together(work: Publisher, clients: int) -> float:
+    """Let *clients* processes publish at once; seconds from the first begin to the last end.
+
+    DeviceError with the words of one that failed.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would inherit a client and its threads
+    barrier = context.Barrier(clients)
+    answers, workers = [], []
+    for _ in range(clients):
+        mine, theirs = context.Pipe(duplex=False)
+        worker = context.Process(target=publish, args=(work, barrier, theirs))
+        worker.start()
+        theirs.close()  # so that the end of a worker ends the wait for its answer
+        answers.append(mine)
+        workers.append(worker)
+    spans = []
+    try:
+        for answer in answers:
+            said = answer.recv()
+            if isinstance(said, str):
+                raise DeviceError(f"a publishing client failed: {said}")
+            spans.append(said)
+    except EOFError as error:
+        raise DeviceError("a publishing client died without a word") from error
     finally:
-        results.put((began, ended))
-        client.close()
+        for worker in workers:
+            worker.join()
+    return float(max(ended for _, ended in spans) - min(began for began, _ in spans))
 
 
 def publish_until(work: Publisher, stop: Event) -> None:
     """Put sessions until *stop* is set: the load beside another measurement."""
-    client = connect(
-        work.socket, connect_timeout_s=CLIENT_TIMEOUT_S, match_timeout_s=CLIENT_TIMEOUT_S
-    )
-    try:
+    with _connect(work) as client:
         model = client.open_model("busy", opaque_layout(work.block_bytes))
         payloads = random_payloads(work.blocks, work.block_bytes)
         while not stop.is_set():
             client.put(model, random_names(model, work.blocks), payloads)
-    finally:
-        client.close()
 
 
 @contextmanager

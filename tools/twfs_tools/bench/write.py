@@ -3,11 +3,10 @@
 A put is timed from the call to its answer: copied, checksummed twice, written, flushed, published.
 """
 
-import multiprocessing
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -32,12 +31,8 @@ from twfs_tools.bench.scratch import (
     require_stored,
     scratch,
 )
-from twfs_tools.bench.workers import Publisher, publish
+from twfs_tools.bench.workers import Publisher, publish_together
 from twfs_tools.output import JsonFlag, parse_size
-
-if TYPE_CHECKING:
-    from multiprocessing.queues import SimpleQueue
-    from multiprocessing.synchronize import Barrier
 
 BLOCK_BYTES: Final = (2 << 20, 8 << 20, 32 << 20)
 QUICK_BLOCK_BYTES: Final = (2 << 20,)
@@ -140,22 +135,5 @@ def _small(made: Scratch, clients: int, puts: int, rounds: int) -> dict[str, Any
 
 def _small_round(made: Scratch, clients: int, puts: int) -> float:
     """Let *clients* processes put at once; blocks published per second by all of them."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit a client and its threads
-    barrier: Barrier = context.Barrier(clients)
-    results: SimpleQueue[tuple[float, float]] = context.SimpleQueue()
-    workers = [
-        context.Process(
-            target=publish,
-            args=(Publisher(made.socket, SMALL_BYTES, SMALL_BLOCKS, puts), barrier, results),
-        )
-        for _ in range(clients)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        spans = [results.get() for _ in workers]
-    finally:
-        for worker in workers:
-            worker.join()
-    began, ended = min(span[0] for span in spans), max(span[1] for span in spans)
-    return clients * puts * SMALL_BLOCKS / (ended - began)
+    took = publish_together(Publisher(made.socket, SMALL_BYTES, SMALL_BLOCKS, puts), clients)
+    return clients * puts * SMALL_BLOCKS / took
