@@ -5,10 +5,12 @@ nothing. While the warehouse is in use a block may be evicted and its place over
 looks wrong on a device counts only if the record is still the same after the look. Blocks.
 """
 
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -16,7 +18,7 @@ from twfs import ledger
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, CorruptMetadata, DeviceError
-from twfs.layout import Layout
+from twfs.layout import GroupKind, Layout
 from twfs.payload import aligned_buffer, header_complaint, read_payload
 from twfs.records import Block, BlockKey, Extent, Header, Superblock
 from twfs.store import CheckReport, Finding
@@ -39,7 +41,15 @@ class _Snapshot:
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     free: list[Extent] = field(default_factory=list)
     limbo: list[Extent] = field(default_factory=list)
-    counters: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=lambda: {"generation": 0, "ino": 0})
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Note what of the table *what* cannot be read, and go on."""
+        try:
+            yield
+        except (CorruptMetadata, ValueError, struct.error) as error:
+            self.unreadable.append(f"{what}: {error}")
 
     def layout(self, key: BlockKey) -> Layout | None:
         """The layout of the block's model, if that is there."""
@@ -60,14 +70,16 @@ def take_snapshot(view: ReadView) -> _Snapshot:
             taken.children.add((BlockKey.unpack(raw_key), PrefixHash(child)))
         except ValueError as error:
             taken.unreadable.append(f"children of {raw_key.hex()}: {error}")
-    taken.heads = set(view.all_heads())
-    try:
+    with taken.noting("the heads"):
+        taken.heads.update(view.all_heads())
+    with taken.noting("the models"):
         taken.models = {record.id: record for record in view.models()}
-    except CorruptMetadata as error:
-        taken.unreadable.append(str(error))
-    taken.free = list(view.runs("free"))
-    taken.limbo = list(view.runs("limbo"))
-    taken.counters = {name: view.counter(name) for name in ("generation", "ino", "model")}
+    with taken.noting("the free runs"):
+        taken.free.extend(view.runs("free"))
+    with taken.noting("limbo"):
+        taken.limbo.extend(view.runs("limbo"))
+    with taken.noting("the counters"):
+        taken.counters.update({name: view.counter(name) for name in taken.counters})
     return taken
 
 
@@ -129,6 +141,16 @@ def extents_fit(core: Core, taken: _Snapshot) -> Iterator[str]:
 def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
     """I5: the header on the device says what the record says."""
 
+    def misplaced(header: Header, key: BlockKey, block: Block) -> str | None:
+        model, on = taken.models.get(key.model), core.devices[block.extents[0].device]
+        if (header.warehouse, header.device) != (core.uuid, on.uuid):
+            return "its header is of another warehouse or device"
+        if model is not None and (header.fingerprint, header.model_name, header.epoch) != (
+            model.layout.fingerprint, model.name, model.epoch,
+        ):  # fmt: skip
+            return "its header is of another model, epoch or layout"
+        return None
+
     def look(pair: tuple[BlockKey, Block]) -> str | None:
         key, block = pair
         if not block.extents or block.extents[0].device >= len(core.devices):
@@ -137,7 +159,8 @@ def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
         first = block.extents[0]
         try:
             core.devices[first.device].read_into([buffer], first.offset)
-            complaint = header_complaint(Header.unpack(buffer), key, block)
+            header = Header.unpack(buffer)
+            complaint = header_complaint(header, key, block) or misplaced(header, key, block)
         except (ValueError, DeviceError) as error:
             complaint = str(error)
         if complaint is None or not _unchanged(core, key, block):
@@ -227,6 +250,9 @@ def layouts_agree(_: Core, taken: _Snapshot) -> Iterator[str]:
 def positions_grow(_: Core, taken: _Snapshot) -> Iterator[str]:
     """I11: a block ends behind its parent, where both positions are known."""
     for key, block in taken.blocks.items():
+        layout = taken.layout(key)
+        if layout is None or ledger.starts_chain(block, layout):
+            continue
         parent = taken.blocks.get(replace(key, prefix_hash=block.parent))
         if parent is not None and 0 < block.position <= parent.position:
             yield (
@@ -273,10 +299,14 @@ def free_runs_are_merged(_: Core, taken: _Snapshot) -> Iterator[str]:
 
 
 def chains_have_no_gap(_: Core, taken: _Snapshot) -> Iterator[str]:
-    """I16: a block that is not detached has its parent, and that is not detached either."""
+    """I16: a block of a full group is detached, or its parent is there and is not detached."""
     for key, block in taken.blocks.items():
         layout = taken.layout(key)
         if layout is None or ledger.starts_chain(block, layout):
+            continue
+        if key.group < len(layout.groups) and (layout.groups[key.group].kind is not GroupKind.FULL):
+            if block.detached:
+                yield f"block {key.prefix_hash.hex()} is detached, but its group has no chains"
             continue
         parent = taken.blocks.get(replace(key, prefix_hash=block.parent))
         if block.detached == (parent is not None and not parent.detached):

@@ -8,7 +8,6 @@ import array
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -21,7 +20,6 @@ from twfs.arena import Arena
 from twfs.errors import LeaseEnded, ProtocolError, TooLarge, TwfsError
 from twfs.leases import Located
 from twfs.messages import (
-    FRAME_BYTES_MAX,
     HELLO_BYTES_MAX,
     PIECE_BYTES,
     PROTOCOL_VERSION,
@@ -35,9 +33,10 @@ from twfs.messages import (
     Done,
     Hello,
     JoinLease,
-    LocatedBlocks,
     LookupNames,
     MatchNames,
+    NewEpoch,
+    OpenModel,
     Piece,
     PublishPut,
     PutBegun,
@@ -50,7 +49,6 @@ from twfs.messages import (
     WireDevice,
     WriteBlocks,
 )
-from twfs.prefix import Names
 from twfs.protocol import (
     FrameBuffer,
     arena_block_of,
@@ -59,11 +57,12 @@ from twfs.protocol import (
     encode,
     failure_of,
     key_of,
+    located_to_wire,
     names_of,
     pack_numbers,
     result_to_wire,
 )
-from twfs.shared import OpenPut, Shared
+from twfs.shared import OpenPut, Shared, names_asked, peer_of
 from twfs.store import ArenaBlock
 from twfs.units import ModelId, align_up
 
@@ -75,7 +74,6 @@ log = logging.getLogger(__name__)
 REQUESTS_MAX: Final = 64  # of one client in flight; a further one waits unread
 PUTS_MAX: Final = 64  # of one client open at once: each holds reservations
 DESCRIPTORS_MAX: Final = 253  # the kernel's SCM_MAX_FD
-ROWS_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024  # what else is in a LocatedBlocks takes less
 RECEIVE_BYTES: Final = 256 << 10
 HELLO_SECONDS_MAX: Final = 5.0
 FRAME_SECONDS_MAX: Final = 10.0  # from a frame's first byte to its last: no hoarding of memory
@@ -89,7 +87,7 @@ class Connection:
     def __init__(self, shared: Shared, sock: trio.socket.SocketType) -> None:
         self._shared = shared
         self._sock = sock
-        self._pid, self._uid, _ = _peer_of(sock)
+        self._pid, self._uid = peer_of(sock)
         self._frames = FrameBuffer(HELLO_BYTES_MAX)
         self._sending = trio.Lock()
         self._in_flight = trio.Semaphore(REQUESTS_MAX)
@@ -123,7 +121,10 @@ class Connection:
     async def _end(self) -> None:
         """Let go of everything that the client had. No request of its is under way any more."""
         for opened in self._puts.values():
-            await trio.to_thread.run_sync(opened.put.abandon, limiter=self._shared.commits)
+            try:
+                await trio.to_thread.run_sync(opened.put.abandon, limiter=self._shared.commits)
+            except Exception:
+                log.exception("a put of pid %d could not be abandoned", self._pid)
         self._puts.clear()
         if self._owner is not None:
             self._shared.warehouse.end_owner(self._owner)
@@ -209,21 +210,28 @@ class Connection:
         """Receive up to the next whole frame; None when the peer has left."""
         deadline = None
         while (body := self._frames.next_body()) is None:
-            if len(self._frames) and deadline is None:
-                deadline = trio.current_time() + FRAME_SECONDS_MAX
-            data = b""
-            with trio.CancelScope(deadline=deadline or float("inf")) as scope:
-                try:
-                    data = await self._sock.recv(RECEIVE_BYTES)
-                except OSError:
-                    return None
-            if scope.cancelled_caught:
-                raise ProtocolError(f"a frame took more than {FRAME_SECONDS_MAX:.0f} s to arrive")
+            if not len(self._frames):
+                data = await self._receive()
+            else:
+                deadline = deadline or trio.current_time() + FRAME_SECONDS_MAX
+                with trio.CancelScope(deadline=deadline) as scope:
+                    data = await self._receive()
+                if scope.cancelled_caught:
+                    raise ProtocolError(
+                        f"a frame took more than {FRAME_SECONDS_MAX:.0f} s to arrive"
+                    )
             if not data:
                 return None
             self._shared.received_bytes += len(data)
             self._frames.feed(data)
         return body
+
+    async def _receive(self) -> bytes:
+        """What the socket gives next; empty when the peer has left."""
+        try:
+            return await self._sock.recv(RECEIVE_BYTES)
+        except OSError:
+            return b""
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         """Take requests until the peer leaves or sends what is no request."""
@@ -247,10 +255,10 @@ class Connection:
             in_loop = self._IN_LOOP.get(kind)
             if in_loop is not None:
                 reply = in_loop(self, request)
-                if reply is None:
-                    await trio.lowlevel.checkpoint()  # one client's touches never starve others
-                else:
+                if reply is not None:
                     await self._send(reply)
+                if len(self._frames):  # many at once never keep others waiting
+                    await trio.lowlevel.checkpoint()
                 return
             answer = self._prepare(request)
         except TwfsError as error:
@@ -287,6 +295,13 @@ class Connection:
 
     async def _send_bytes(self, data: memoryview) -> None:
         """Send *data* whole, or end the connection."""
+        if not self._sending.locked():  # mostly the socket takes it all, and at once
+            with suppress(OSError):
+                sent = os.write(self._sock.fileno(), data)
+                self._shared.sent_bytes += sent
+                data = data[sent:]
+            if not data:
+                return
         async with self._sending:
             with trio.move_on_after(SEND_SECONDS_MAX) as scope:
                 try:
@@ -304,7 +319,7 @@ class Connection:
     # Requests that are answered in the loop, in their order.
 
     def _match(self, request: MatchNames) -> AnyReply:
-        names = _names_from(request)
+        names = names_asked(request)
         warehouse, model = self._shared.warehouse, ModelId(request.model)
         located = warehouse.match_located(model, names, request.start, self._owned())
         if located is None:
@@ -321,20 +336,14 @@ class Connection:
 
     def _located(self, message_id: int, located: Located, term_ms: int) -> AnyReply:
         """Return *located* as it travels; the lease is released if it cannot."""
-        byte_count = located.located.nbytes + located.extents.nbytes
-        if byte_count > ROWS_BYTES_MAX:
+        try:
+            return located_to_wire(message_id, located, term_ms)
+        except TooLarge:
             self._shared.warehouse.release_lease(located.token, self._owned())
-            raise TooLarge(
-                f"the places of {located.blocks} blocks take {byte_count} bytes and a reply "
-                f"{ROWS_BYTES_MAX}: match fewer blocks at once"
-            )
-        return LocatedBlocks(
-            message_id, located.token, located.model, located.start, located.blocks,
-            located.located.tobytes(), located.extents.tobytes(), term_ms,
-        )  # fmt: skip
+            raise
 
     def _lookup(self, request: LookupNames) -> AnyReply:
-        names, model = _names_from(request), ModelId(request.model)
+        names, model = names_asked(request), ModelId(request.model)
         return Counted(
             request.id, self._shared.warehouse.lookup_blocks(model, names, request.start)
         )
@@ -392,8 +401,10 @@ class Connection:
         answer = ANSWERS.get(type(request))
         if answer is None:
             raise ProtocolError(f"a {type(request).__name__} message out of turn")
+        engines = isinstance(request, OpenModel | NewEpoch)  # they do not wait behind tools
+        limiter = shared.commits if engines else shared.tools
         reply: AnyReply = await trio.to_thread.run_sync(
-            answer, shared.warehouse, request, limiter=shared.tools
+            answer, shared.warehouse, request, limiter=limiter
         )
         return reply
 
@@ -470,7 +481,7 @@ class Connection:
         info = block_info_of(request.info)
         async with self._shared.reads:
             payload = await trio.to_thread.run_sync(
-                self._shared.warehouse.read_block, info, limiter=self._shared.writes
+                self._shared.warehouse.read_block, info, limiter=self._shared.commits
             )
             for at in range(0, len(payload), PIECE_BYTES):
                 data = bytes(payload[at : at + PIECE_BYTES])
@@ -482,18 +493,3 @@ class Connection:
                 self._shared.warehouse.report_block, key_of(request.key), request.generation,
                 limiter=self._shared.tools,
             )  # fmt: skip
-
-
-def _names_from(request: MatchNames | LookupNames) -> Names:
-    """The names of *request*, which asks from a block within them on."""
-    names = names_of(request.names)
-    if request.start > len(names):
-        raise ProtocolError(f"a match of {len(names)} names from block {request.start} on")
-    return names
-
-
-def _peer_of(sock: trio.socket.SocketType) -> tuple[int, int, int]:
-    """The peer's pid, uid and gid, as the kernel vouches for them."""
-    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, gid = struct.unpack("3i", data)
-    return pid, uid, gid

@@ -44,6 +44,7 @@ class Counters:
     matches: int = 0
     matched_blocks: int = 0
     asked_blocks: int = 0
+    shortened_matches: int = 0  # the client may lease no more
     digest_mismatches: int = 0
     puts: int = 0
     published_blocks: int = 0

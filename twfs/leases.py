@@ -61,6 +61,7 @@ class _Lease:
 @dataclass(slots=True)
 class _Owner:
     uid: int
+    bytes_max: int
     tokens: set[bytes] = field(default_factory=set)
     bytes: int = 0
 
@@ -90,10 +91,13 @@ class Leases:
         self._granted = 0
         self._expired = 0
 
-    def add_owner(self, uid: int) -> int:
-        """Return a new owner: one connection, or the process that opened the warehouse."""
+    def add_owner(self, uid: int, bytes_max: int | None = None) -> int:
+        """Return a new owner: one connection, or the process that opened the warehouse.
+
+        It may lease *bytes_max*, or what one client may.
+        """
         number = next(self._numbers)
-        self._owners[number] = _Owner(uid)
+        self._owners[number] = _Owner(uid, self._bytes_max if bytes_max is None else bytes_max)
         return number
 
     @staticmethod
@@ -101,13 +105,20 @@ class Leases:
         """Return a token that nobody can guess."""
         return os.urandom(TOKEN_BYTES)
 
+    def room_bytes(self, owner: int) -> ByteCount:
+        """Bytes that *owner* may lease more; 0 if it holds too many leases."""
+        of = self._owners[owner]
+        if len(of.tokens) >= LEASES_PER_OWNER_MAX:
+            return ByteCount(0)
+        return ByteCount(max(0, of.bytes_max - of.bytes))
+
     def room(self, owner: int, wanted: int) -> None:
         """Raise TooLarge unless *owner* may lease *wanted* bytes more."""
         of = self._owners[owner]
-        if len(of.tokens) >= LEASES_PER_OWNER_MAX or of.bytes + wanted > self._bytes_max:
+        if wanted > self.room_bytes(owner):
             raise TooLarge(
                 f"this client holds {len(of.tokens)} leases over {of.bytes} bytes; at most "
-                f"{LEASES_PER_OWNER_MAX} over {self._bytes_max} are allowed: release some"
+                f"{LEASES_PER_OWNER_MAX} over {of.bytes_max} are allowed: release some"
             )
 
     def grant(

@@ -280,10 +280,11 @@ def remove(
             done.kept.append(key)
             continue
         standing = chains.standing(key.prefix_hash)
-        if view.drop_head(key.model, key.prefix_hash):
+        view.delete_block(key)
+        # Without a block of a window or state group it is still complete, and so still a head.
+        if not chains.complete(key.prefix_hash) and view.drop_head(key.model, key.prefix_hash):
             assert standing is not None, key
             done.heads.dropped.append(standing.slot)
-        view.delete_block(key)
         if not starts_chain(block, model.layout):
             view.drop_child(key.at(block.parent), key.prefix_hash)
             above = chains.may_be_head(block.parent)

@@ -306,8 +306,8 @@ class RemotePut:
 
     def publish(self) -> PutResult:
         """See PutPort.publish."""
+        self._open = False  # whatever the answer: the daemon has ended it, or the connection
         reply = self._link.ask(PublishPut(0, self._put))
-        self._open = False
         if not isinstance(reply, PutDone) or len(reply.outcomes) != self._count:
             raise ProtocolError(f"the daemon answered a put of {self._count} blocks wrongly")
         return result_of(reply)

@@ -3,6 +3,7 @@
 Reads only; short enough for an event loop, and in bounded pieces where there may be many.
 """
 
+from contextlib import suppress
 from typing import Final
 
 import numpy as np
@@ -57,10 +58,10 @@ def heads(core: Core, model: ModelId, after: PrefixHash | None, limit: int) -> l
 
 def chain_slots(core: Core, view: ReadView, model: ModelId, prefix_hash: PrefixHash) -> list[int]:
     """Slots of the standing blocks from the first to *prefix_hash*. Hold the lock."""
-    layout = core.models[model].layout
-    block = view.block(BlockKey(model, prefix_hash, layout.spine, 0))
+    record = core.record(model)
+    block = view.block(BlockKey(model, prefix_hash, record.layout.spine, 0))
     if block is None or core.slots.state[block.slot] != states.LIVE:
-        raise NoSuchBlock(f"no block {prefix_hash.hex()} in model {core.models[model].name}")
+        raise NoSuchBlock(f"no block {prefix_hash.hex()} in model {record.name}")
     return core.slots.ancestors(block.slot)[::-1]
 
 
@@ -119,18 +120,18 @@ def detached(core: Core, model: ModelId) -> list[BlockKey]:
 
 def sessions(core: Core, model: ModelId, after: PrefixHash | None, limit: int) -> list[SessionInfo]:
     """As heads, with figures; own bytes are of blocks under this head alone."""
-    found = []
-    for head in heads(core, model, after, limit):
-        try:
-            found.append(session(core, model, head))
-        except NoSuchBlock:  # evicted since the heads were read
-            continue
+    found: list[SessionInfo] = []
+    while not found and (piece := heads(core, model, after, limit)):
+        after = piece[-1]
+        for head in piece:
+            with suppress(NoSuchBlock):  # evicted since the heads were read
+                found.append(session(core, model, head))
     return found
 
 
 def session(core: Core, model: ModelId, head: PrefixHash) -> SessionInfo:
     """The figures of one head."""
-    record = core.models[model]
+    record = core.record(model)
     layout = record.layout
     with core.lock, core.metadata.read() as view:
         slots = chain_slots(core, view, model, head)
@@ -171,7 +172,10 @@ def _all_units(
 
 
 def set_retention(core: Core, model: ModelId, head: PrefixHash, retention: Retention) -> None:
-    """Give a session's blocks at least this class, and those under it alone exactly this."""
+    """Give a session's blocks at least this class, and those under it alone exactly this.
+
+    NoSuchBlock, NoSuchModel, StaleEpoch.
+    """
     with core.lock, core.metadata.read() as view:
         slots = chain_slots(core, view, model, head)
         alone = {core.slots.key_of(s).prefix_hash for s in slots if core.slots.links[s] <= 1}

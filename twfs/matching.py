@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from twfs import slots as states
 from twfs.core import Core, wall_ms
+from twfs.errors import InvalidInput
 from twfs.layout import GroupKind, Layout
 from twfs.leases import Leases, Located
 from twfs.prefix import Names
@@ -27,7 +28,7 @@ from twfs.records import (
 )
 from twfs.store import Explanation
 from twfs.tables import ReadView
-from twfs.units import ByteCount, ModelId, TokenCount
+from twfs.units import ALIGN, ByteCount, ModelId, TokenCount
 
 BATCH: Final = 512  # gets before looking whether the chain has ended
 
@@ -155,8 +156,11 @@ def find_sparse(core: Core, view: ReadView, model: ModelId, names: Names, part: 
 def gather(core: Core, model: ModelId, names: Names, start: int) -> tuple[int, list[Found]]:
     """Return where the longest match ends and, per group and shard, the records it needs.
 
-    Hold the lock: what it returns is live until the lock is let go.
+    Hold the lock: what it returns is live until the lock is let go. InvalidInput if *start* is not
+    within the names.
     """
+    if not 0 <= start <= len(names):
+        raise InvalidInput(f"a match from block {start} of {len(names)}")
     layout = core.model(model).layout
     found = []
     empty = np.zeros(0, BLOCK_DTYPE)
@@ -221,37 +225,58 @@ def _extents_of(run: Found) -> "npt.NDArray[Any]":
 def match_located(
     core: Core, model: ModelId, names: Names, start: int, owner: int
 ) -> Located | None:
-    """Lease the longest match and say where it lies; None if there is none.
+    """Lease the longest match and say where it lies; None if there is none, or its epoch is over.
 
-    StaleEpoch, NoSuchModel; TooLarge if the owner may lease no more.
+    It ends where *owner* may lease no more. InvalidInput if *start* is behind the names.
     """
     with core.lock:
+        if not core.is_current(model):
+            return None
         core.expire()
         core.counters.matches += 1
         core.counters.asked_blocks += len(names) - start
         stop, needed = gather(core, model, names, start)
         if stop <= start:
             return None
-        core.counters.matched_blocks += stop - start
         rows, extents = rows_of(names, needed)
+        room_bytes = core.leases.room_bytes(owner)
+        if int(extents["units"].sum()) * ALIGN > room_bytes:
+            core.counters.shortened_matches += 1
+            stop = start + _fitting(rows, extents, start, room_bytes)
+            if stop <= start:
+                return None
+            stop, needed = gather(core, model, names.head(stop), start)
+            if stop <= start:
+                return None
+            rows, extents = rows_of(names, needed)
+        lease_bytes = ByteCount(int(extents["units"].sum()) * ALIGN)
         used = np.concatenate([run.records["slot"] for run in needed]).astype(np.int64)
-        lease_bytes = ByteCount(int(extents["units"].sum()) * 4096)
-        core.leases.room(owner, lease_bytes)
         located = Located(
             Leases.new_token(), model, start, stop, rows, extents, core.leases.term_ms
         )
         core.pin(used)
         core.leases.grant(located, used, lease_bytes, owner)
-        _use(core, used, start)
+        core.counters.matched_blocks += stop - start
+        _use(core, used, needed)
         return located
 
 
-def _use(core: Core, used: "npt.NDArray[Any]", start: int) -> None:
-    """Stamp what was matched, and the ancestors that the asker held itself."""
+def _fitting(
+    rows: "npt.NDArray[Any]", extents: "npt.NDArray[Any]", start: int, room_bytes: int
+) -> int:
+    """How many leading blocks, all groups and shards of them, take at most *room_bytes*."""
+    owner = np.repeat(rows["index"].astype(np.int64) - start, rows["extent_count"])
+    needs = np.bincount(owner, weights=extents["units"].astype(np.float64)) * ALIGN
+    return int(np.searchsorted(np.cumsum(needs), room_bytes, side="right"))
+
+
+def _use(core: Core, used: "npt.NDArray[Any]", needed: list[Found]) -> None:
+    """Stamp what was matched, and what is before it: the asker held that itself."""
     now = wall_ms()
     core.slots.use(used, now)
-    if start:
-        core.slots.use(core.slots.ancestors(int(used[0])), now)
+    for run in needed:
+        if run.first and len(run.records):
+            core.slots.use(core.slots.ancestors(int(run.records["slot"][0])), now)
 
 
 def lookup_blocks(core: Core, model: ModelId, names: Names, start: int) -> int:
@@ -281,9 +306,8 @@ def join_located(core: Core, token: bytes, owner: int) -> Located:
 def explain(core: Core, model: ModelId, names: Names) -> Explanation:
     """Say why *names* are a hit as far as they are, and what is wrong behind."""
     with core.lock:
-        record = core.models[model]
         if not core.is_current(model):
-            cause = f"epoch {record.epoch} of {record.name} is over: all its blocks are misses"
+            cause = "this epoch of the model is over: all its blocks are misses"
             return Explanation(0, TokenCount(0), len(names), names.hash_at(0), cause)
         stop, _ = gather(core, model, names, 0)
     tokens = TokenCount(names.positions[stop - 1] if stop else 0)

@@ -125,6 +125,16 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
         return core
 
 
+def close_core(core: Core) -> None:
+    """Finish what is under way and let go of everything."""
+    core.io.shutdown()
+    core.metadata.close()
+    with core.lock:
+        core.slots.close()
+    for device in core.devices:
+        device.close()
+
+
 def _begin(view: WriteView) -> None:
     """At start: no lease is left, so limbo is empty; and who has it open is noted."""
     ledger.empty_limbo(view)

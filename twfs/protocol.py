@@ -16,6 +16,7 @@ import numpy.typing as npt
 from twfs import errors
 from twfs.errors import InvalidInput, ProtocolError, TooLarge, TwfsError
 from twfs.layout import Layout
+from twfs.leases import Located
 from twfs.messages import (
     FRAME_BYTES_MAX,
     LENGTH_BYTES,
@@ -52,6 +53,7 @@ from twfs.units import (
     is_aligned,
 )
 
+ROWS_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024  # what else is in a LocatedBlocks takes less
 _OUTCOMES: Final = list(PutOutcome)
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyRequest)
@@ -262,6 +264,20 @@ def result_of(done: PutDone) -> PutResult:
         raise ProtocolError(f"outcome {max(done.outcomes)} of a put is unknown")
     outcomes = tuple(_OUTCOMES[number] for number in done.outcomes)
     return PutResult(outcomes, ByteCount(done.written_bytes))
+
+
+def located_to_wire(message_id: int, located: Located, term_ms: int) -> LocatedBlocks:
+    """Return *located*, leased for *term_ms*, as it travels; TooLarge if no reply can hold it."""
+    byte_count = located.located.nbytes + located.extents.nbytes
+    if byte_count > ROWS_BYTES_MAX:
+        raise TooLarge(
+            f"the places of {located.blocks} blocks take {byte_count} bytes and a reply "
+            f"{ROWS_BYTES_MAX}: match fewer blocks at once"
+        )
+    return LocatedBlocks(
+        message_id, located.token, located.model, located.start, located.blocks,
+        located.located.tobytes(), located.extents.tobytes(), term_ms,
+    )  # fmt: skip
 
 
 def rows_of(

@@ -18,7 +18,7 @@ from twfs import ledger
 from twfs import slots as states
 from twfs.checksums import layer_sums_of, xxh3_of
 from twfs.core import Core, wall_ms
-from twfs.errors import DeviceError, InvalidInput, TooLarge, WarehouseFull
+from twfs.errors import DeviceError, InvalidInput, TooLarge, WarehouseClosed, WarehouseFull
 from twfs.evicting import keep_low_water, submit_eviction
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names
@@ -82,8 +82,9 @@ class Put:
         self._changed = threading.Condition()  # guards what was written, and the next two
         self._writing = 0
         self._sealed = False  # takes no more bytes
-        self._ended = False  # no reservation is left; under the core's lock, as the next
+        self._ended = False  # no reservation is left; under the core's lock, as all below
         self._submitted = False  # the transaction decides: nothing may be forfeited before
+        self._committed = False
         self.lacking: list[int] = []
 
     def _key(self, index: int) -> BlockKey:
@@ -204,10 +205,10 @@ class Put:
         futures: list[Future[None]] = []
         try:
             headers = aligned_buffer(ALIGN * max(1, len(blocks)))
-            futures += [
-                self._core.io.submit(self._write_run, arena, headers, blocks, run)
-                for run in self._plan(arena, headers, blocks)
-            ]
+            for run in self._plan(arena, headers, blocks):
+                futures.append(  # noqa: PERF401 - so that it has those begun before one fails
+                    self._core.io.submit(self._write_run, arena, headers, blocks, run)
+                )
         finally:
             wait(futures)
             with self._changed:
@@ -307,6 +308,7 @@ class Put:
 
         def after(done: ledger.Published) -> None:
             with self._core.lock:
+                self._committed = True
                 self._core.enter(done, now)
                 self._settle(candidates, done)
 
@@ -318,7 +320,7 @@ class Put:
                 ),
                 after,
             )
-        except BaseException:
+        except WarehouseClosed:
             self._submitted = False
             raise
         # Not here by try/except: an interrupted wait must not forfeit what may yet be published.
@@ -361,7 +363,7 @@ class Put:
 
     def _forfeit_failed(self, ended: "Future[ledger.Published]") -> None:
         """Forfeit all, if the transaction was undone."""
-        if ended.exception() is not None:
+        if ended.exception() is not None and not self._committed:
             self._submitted = False
             self.abandon()
 

@@ -1,13 +1,20 @@
 """What the connections of one daemon share: the warehouse, limits on threads, counters.
 
-Also what a connection knows of an open put. Touched in the event loop alone.
+Also what a connection knows of its peer and of an open put. Touched in the event loop alone.
 """
 
+import socket
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
+
+from twfs.errors import ProtocolError
+from twfs.messages import LookupNames, MatchNames
+from twfs.prefix import Names
+from twfs.protocol import names_of
 
 if TYPE_CHECKING:
     from twfs.putting import Put
@@ -72,3 +79,18 @@ class OpenPut:
         self.closing = True
         if self.writing:
             await self.idle.wait()
+
+
+def names_asked(request: MatchNames | LookupNames) -> Names:
+    """Return the names of *request*, which asks from a block within them on; ProtocolError."""
+    names = names_of(request.names)
+    if request.start > len(names):
+        raise ProtocolError(f"a match of {len(names)} names from block {request.start} on")
+    return names
+
+
+def peer_of(sock: trio.socket.SocketType) -> tuple[int, int]:
+    """Return the peer's pid and uid, as the kernel vouches for them."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", data)
+    return pid, uid

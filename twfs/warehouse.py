@@ -6,8 +6,9 @@ that say so block on devices or commits; all others are short enough for an even
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from twfs import check, evicting, ledger, listing, matching, opening, putting
 from twfs.arena import Arena
 from twfs.core import Core, wall_ms
 from twfs.device import Device
-from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel
+from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel, TwfsError, WarehouseClosed
 from twfs.formatting import DeviceSpec
 from twfs.layout import Layout, check_model_name
 from twfs.leases import Located
@@ -58,7 +59,7 @@ class Warehouse:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._owner = core.leases.add_owner(os.getuid())
+        self._owner = core.leases.add_owner(os.getuid(), core.allocator.total_bytes)
         self._sources = {
             device.index: DeviceSource(device.open_for_reader(), device.path, device.size_bytes)
             for device in core.devices
@@ -67,8 +68,9 @@ class Warehouse:
         self._arena: Arena | None = None
         self._puts = ThreadPoolExecutor(2, "twfs-put")
         self._closing = threading.Event()
+        self._idle = threading.Condition()  # guards the next two, and the arena
         self._closed = False
-        self._close_lock = threading.Lock()
+        self._busy = 0  # calls under way that close has to wait for
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 
@@ -87,7 +89,12 @@ class Warehouse:
         NoSuchWarehouse, WarehouseBusy, WrongDevice, CorruptSuperblock, TruncatedDevice,
         CorruptMetadata, FormatTooNew.
         """
-        return cls(opening.open_core(Path(directory), lease_ms=lease_ms))
+        core = opening.open_core(Path(directory), lease_ms=lease_ms)
+        try:
+            return cls(core)
+        except BaseException:
+            opening.close_core(core)
+            raise
 
     @property
     def uuid(self) -> UUID:
@@ -120,6 +127,20 @@ class Warehouse:
     ) -> None:
         self.close()
 
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Keep the warehouse open during a call that blocks; WarehouseClosed if it is not."""
+        with self._idle:
+            if self._closed:
+                raise WarehouseClosed(f"{self.directory} has been closed: open it again")
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._busy -= 1
+                self._idle.notify_all()
+
     def _tend(self) -> None:
         """Background: end expired leases, persist heat, drop the blocks of old epochs."""
         tends = 0
@@ -131,25 +152,23 @@ class Warehouse:
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
             if over:
-                evicting.sweep_epochs(self._core)
+                with suppress(TwfsError):  # the disk is full, say; the next turn tries again
+                    evicting.sweep_epochs(self._core)
 
     def close(self) -> None:
         """Finish what is under way and let go of everything. Blocks; idempotent."""
-        with self._close_lock:
+        with self._idle:
             if self._closed:
                 return
             self._closed = True
+            self._idle.wait_for(lambda: not self._busy)
         self._closing.set()
         self._tender.join()
         self._puts.shutdown()
         self._readers.close()
-        self._core.io.shutdown()
-        self._core.metadata.close()
-        self._core.slots.close()
+        opening.close_core(self._core)
         for source in self._sources.values():
             os.close(source.fd)
-        for device in self._core.devices:
-            device.close()
         if self._arena is not None:
             self._arena.close()
 
@@ -199,9 +218,7 @@ class Warehouse:
 
     def match(self, model: Model, names: Names, *, start: int = 0) -> Match:
         """See Store.match."""
-        located = None
-        if self._core.is_current(model.id):
-            located = self.match_located(model.id, names, start, self._owner)
+        located = self.match_located(model.id, names, start, self._owner)
         if located is None:
             return Match(
                 self, b"", model, names, start, start, np.zeros(0, LOCATED_DTYPE),
@@ -238,19 +255,20 @@ class Warehouse:
         check_payloads(model.layout, group, payloads)
         if len(payloads) != len(names):
             raise InvalidInput(f"{len(payloads)} payloads for {len(names)} names")
-        put = self.begin_put(
-            model.id, names, group=group, shard=shard, retention=retention, owner=self._owner
-        )
-        try:
-            arena = self._put_arena(model.layout.block_bytes(group))
-        except BaseException:
-            put.abandon()
-            raise
-        return upload(_LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
+        with self._using():
+            put = self.begin_put(
+                model.id, names, group=group, shard=shard, retention=retention, owner=self._owner
+            )
+            try:
+                arena = self._put_arena(model.layout.block_bytes(group))
+            except BaseException:
+                put.abandon()
+                raise
+            return upload(_LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
 
     def _put_arena(self, block_bytes: int) -> Arena:
         """The arena that puts copy into, made for the first."""
-        with self._close_lock:
+        with self._idle:
             if self._arena is None or self._arena.byte_count < align_up(block_bytes):
                 self._arena = Arena.private(max(ARENA_BYTES, align_up(block_bytes)))
             return self._arena
@@ -260,7 +278,7 @@ class Warehouse:
     def held(self, token: bytes) -> bool:
         """See LeaseHolder.held."""
         with self._core.lock:
-            return self._core.leases.held(token, self._owner)
+            return not self._closed and self._core.leases.held(token, self._owner)
 
     def release(self, token: bytes) -> None:
         """See LeaseHolder.release."""
@@ -273,8 +291,13 @@ class Warehouse:
     def report(self, key: BlockKey, generation: int, outcome: ReadOutcome) -> None:
         """See LeaseHolder.report; the block is re-read in the background."""
         del outcome
-        if not self._closing.is_set():
-            self._puts.submit(self.report_block, key, generation)
+        with suppress(RuntimeError):  # closed meanwhile: it is found out again another time
+            self._puts.submit(self._judge_quietly, key, generation)
+
+    def _judge_quietly(self, key: BlockKey, generation: int) -> None:
+        """report_block for the background, where nobody waits for what it raises."""
+        with suppress(TwfsError):
+            self.report_block(key, generation)
 
     # For the server: owners and leases
 
@@ -290,9 +313,9 @@ class Warehouse:
 
     def match_located(self, model: ModelId, names: Names, start: int, owner: int) -> Located | None:
         """The longest match, leased to *owner*; None if there is none, or the epoch is over."""
-        if not self._core.is_current(model):
-            return None
-        return matching.match_located(self._core, model, names, start, owner)
+        with suppress(WarehouseClosed):
+            return matching.match_located(self._core, model, names, start, owner)
+        return None
 
     def join_located(self, token: bytes, owner: int) -> Located:
         """Another owner's lease, held by *owner* too; LeaseEnded."""
@@ -311,11 +334,14 @@ class Warehouse:
 
     def lookup_blocks(self, model: ModelId, names: Names, start: int) -> int:
         """Where a match would end."""
-        return matching.lookup_blocks(self._core, model, names, start)
+        with suppress(WarehouseClosed):
+            return matching.lookup_blocks(self._core, model, names, start)
+        return start
 
     def touch_blocks(self, model: ModelId, names: Names) -> None:
         """Count a use."""
-        matching.touch_blocks(self._core, model, names)
+        with suppress(WarehouseClosed):
+            matching.touch_blocks(self._core, model, names)
 
     def begin_put(
         self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
@@ -323,13 +349,15 @@ class Warehouse:
     ) -> Put:  # fmt: skip
         """Begin a put; see putting.begin_put. Blocks when room must be made."""
         del owner  # quotas by owner's tenant are not there yet; a put ends with its connection
-        return putting.begin_put(
-            self._core, model, names, group=group, shard=shard, retention=retention
-        )
+        with self._using():
+            return putting.begin_put(
+                self._core, model, names, group=group, shard=shard, retention=retention
+            )
 
     def report_block(self, key: BlockKey, generation: int) -> bool:
         """Re-read a block that a reader found bad; True if it is lost now. Blocks."""
-        return evicting.judge(self._core, key, generation)
+        with self._using():
+            return evicting.judge(self._core, key, generation)
 
     # Namespace
 
@@ -363,19 +391,23 @@ class Warehouse:
 
     def read_block(self, info: BlockInfo) -> memoryview:
         """See Namespace.read_block. Blocks."""
-        return listing.read_block(self._core, info)
+        with self._using():
+            return listing.read_block(self._core, info)
 
     def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
         """See Namespace.remove. Blocks."""
-        return evicting.remove_session(self._core, model, head)
+        with self._using():
+            return evicting.remove_session(self._core, model, head)
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention. Blocks."""
-        listing.set_retention(self._core, model, head, retention)
+        with self._using():
+            listing.set_retention(self._core, model, head, retention)
 
     def evict(self, wanted_bytes: ByteCount) -> ByteCount:
         """See Namespace.evict. Blocks."""
-        return evicting.evict(self._core, wanted_bytes)
+        with self._using():
+            return evicting.evict(self._core, wanted_bytes)
 
     def explain(self, model: ModelId, names: Names) -> Explanation:
         """See Namespace.explain."""
@@ -387,7 +419,8 @@ class Warehouse:
 
     def check(self, *, data: bool = False) -> CheckReport:
         """See Namespace.check. Blocks."""
-        return check.run(self._core, data=data)
+        with self._using():
+            return check.run(self._core, data=data)
 
     def changes(self) -> int:
         """See Namespace.changes."""

@@ -85,7 +85,9 @@ def detach(mountpoint: str) -> None:
 
 def set_read_ahead(mountpoint: str) -> None:
     """Let the kernel read ahead in requests of 1 MiB, if we may; slower otherwise, not wrong."""
-    device = mounts().get(os.path.realpath(mountpoint))
+    # Only the parent is resolved: a stat of the mount would wait for this very thread to answer it.
+    parent, name = os.path.split(mountpoint)
+    device = mounts().get(os.path.join(os.path.realpath(parent), name))
     if device is not None:
         with suppress(OSError):
             Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(f"{READ_AHEAD_KB}\n")

@@ -106,7 +106,7 @@ def test_mount_comes_back_mounted_and_unmount_waits_for_the_end(
     assert document("status", mountpoint)["daemon_pid"] == pid
     ended = document("unmount", mountpoint)
     assert ended["pid"] == pid
-    assert not Path(f"/proc/{pid}").exists()
+    assert await_end(pid, timeout_s=0), "it was to be waited for"
     assert find_mount(mountpoint) is None
     assert document("check", warehouse)["ok"]
 

@@ -76,11 +76,11 @@ class Daemon:
         self.start()
 
     def descriptors(self) -> list[str]:
-        """What the process has open, except for what comes and goes by itself."""
+        """What the process has open, sockets without their numbers."""
         found = []
         for link in Path(f"/proc/{self.pid}/fd").iterdir():
             try:
-                found.append(str(link.readlink()))
+                found.append(str(link.readlink()).partition(":[")[0])
             except FileNotFoundError:
                 continue
         return sorted(found)

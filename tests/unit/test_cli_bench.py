@@ -1,5 +1,6 @@
 """Every benchmark runs, compares what it says it compares, and leaves nothing behind."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,22 +18,23 @@ def directory(tmp_path: Path) -> Path:
     return made
 
 
-def mounts() -> str:
-    """The mounts of this machine that are twfs's."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return "\n".join(line for line in lines if "twfs" in line)
+def assert_nothing_left(directory: Path) -> None:
+    """Assert that scratch, mounts and daemons of a benchmark in *directory* are gone."""
+    assert list(directory.iterdir()) == []
+    assert str(directory) not in Path("/proc/self/mountinfo").read_text()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            assert str(directory) not in (process / "cmdline").read_text()
 
 
 def test_reading_is_compared_with_fio_and_the_mount(directory: Path) -> None:
-    before = mounts()
     report = document("bench", "read", "--quick", "--directory", directory)
     assert report["environment"]["kernel"]
     for result in report["results"]:
         assert result["host_GB_s"] > 0
         seconds = result["rounds"]
         assert result["ratio_to_fio"] == pytest.approx(seconds["fio"][0] / seconds["host"][0])
-    assert list(directory.iterdir()) == []
-    assert mounts() == before
+    assert_nothing_left(directory)
 
 
 def test_writing_is_compared_with_fio_and_counted_by_clients(directory: Path) -> None:
@@ -40,30 +42,26 @@ def test_writing_is_compared_with_fio_and_counted_by_clients(directory: Path) ->
     whole = [each for each in report["results"] if "put_GB_s" in each]
     assert all(each["ratio_to_fio"] > 0 for each in whole)
     assert [each["clients"] for each in report["results"] if "clients" in each] == [1, 4]
-    assert list(directory.iterdir()) == []
+    assert_nothing_left(directory)
 
 
 def test_matching_is_timed_in_every_state(directory: Path) -> None:
-    before = mounts()
     report = document("bench", "match", "--quick", "--busy", "--cold", "--directory", directory)
     timed = [(each["state"], each["block_tokens"]) for each in report["results"] if "state" in each]
     assert timed == [(state, step) for state in ("warm", "busy", "cold") for step in (256, 16)]
     assert any(each.get("daemon_rss_bytes", 0) > 0 for each in report["results"])
-    assert list(directory.iterdir()) == []
-    assert mounts() == before
+    assert_nothing_left(directory)
 
 
 @pytest.mark.fuse
 def test_the_mount_is_listed_and_read(directory: Path) -> None:
-    before = mounts()
     report = document("bench", "mount", "--quick", "--directory", directory)
     listed = [each for each in report["results"] if "command" in each]
     assert {(each["directory"], each["time"]) for each in listed} == {
         ("many", "first"), ("many", "second"), ("long", "first"), ("long", "second"),
     }  # fmt: skip
     assert [each["readers"] for each in report["results"] if "readers" in each] == [1, 4]
-    assert list(directory.iterdir()) == []
-    assert mounts() == before
+    assert_nothing_left(directory)
 
 
 def test_people_get_tables(directory: Path) -> None:

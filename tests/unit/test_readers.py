@@ -5,6 +5,7 @@ did. kvikio is the real one, under a stand-in for libcuda.so.1.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -24,6 +25,8 @@ from twfs.checksums import flat_bytes
 from twfs.errors import InvalidInput, ReaderUnavailable
 from twfs.layout import Arrangement, Group, Layout
 from twfs.readers import host
+from twfs.readers.base import Target
+from twfs.readers.staged import StagedReader
 from twfs.store import ReadOutcome
 from twfs.units import ALIGN
 
@@ -357,6 +360,45 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on(scratch: Path) -> None
         assert os.waitpid(child, 0)[1] == 0
         assert match.read_into([bytearray(8192)]).blocks == 1
         readers.close()
+
+
+class OrderedAtOnce:
+    """A stream of the CPU: what is given to it has been done when it returns."""
+
+    waits = 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+@pytest.mark.parametrize("payload_bytes", [14_240, 65_536, (16 << 20) + 24])
+def test_staged_copies_reach_tensors_in_one_piece_and_in_several(
+    scratch: Path, payload_bytes: int
+) -> None:
+    with blocks_on([scratch / "a.img"], payload_bytes) as file:
+        payloads = [random_payload(payload_bytes, seed) for seed in range(2)]
+        for payload in payloads:
+            file.write(payload)
+        file.flip(file.blocks[1][2], 5)
+        reads = file.match(file.readers())._blocks([bytearray(payload_bytes)] * 2, 0, 0, None, None)
+        reader = StagedReader(file.sources, arena_bytes=1 << 20)
+        # No GPU here: tensors of the CPU stand for its memory, and copies to them are synchronous.
+        stream = reader._streams[torch.device("cpu")] = OrderedAtOnce()
+        half = payload_bytes // 2
+        for lengths in ([payload_bytes], [half, payload_bytes - half], [8, 5, payload_bytes - 13]):
+            into = [[torch.zeros(n, dtype=torch.uint8) for n in lengths] for _ in reads]
+            blocks = [
+                dataclasses.replace(
+                    read, targets=tuple(Target(t.data_ptr(), t.numel(), None, t) for t in tensors)
+                )
+                for read, tensors in zip(reads, into, strict=True)
+            ]
+            outcomes = reader.read(blocks, lambda: True)
+            assert outcomes == [HIT, ReadOutcome.BAD_CHECKSUM]
+            assert b"".join(t.numpy().tobytes() for t in into[0]) == payloads[0]
+            assert not any(t.any() for t in into[1])
+        assert stream.waits >= 3
+        reader.close()
 
 
 def test_readers_are_chosen_by_name_and_unknown_or_closed_ones_refused(scratch: Path) -> None:

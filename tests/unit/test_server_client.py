@@ -5,6 +5,7 @@ A real daemon process serves; leases, errors and listings arrive as what they ar
 
 import os
 import signal
+import socket
 import stat
 import threading
 import time
@@ -29,14 +30,17 @@ from twfs.errors import (
     NoSuchBlock,
     NoSuchModel,
     NotAllowed,
+    ProtocolError,
     StaleEpoch,
     TooLarge,
     WarehouseBusy,
     WarehouseFull,
 )
+from twfs.formatting import DeviceSpec
 from twfs.layout import Arrangement, Group, Layout
 from twfs.match import Match
 from twfs.prefix import Names, OwnKey, names_of_keys
+from twfs.records import BlockKey
 from twfs.server import PATH_BYTES_MAX, serve
 from twfs.store import (
     Model,
@@ -253,11 +257,16 @@ def test_tools_see_over_the_socket_what_the_warehouse_sees(scratch: Path) -> Non
                 client.put(model, names_of(model, 3, 900).slice(1, 3), payloads_of(model, 2))
             wide = client.open_model("wide", WIDE)
             client.put(wide, names_of(wide, 2), payloads_of(wide, 2))
-            seen = [info.name for info in client.models()], *_all_of(client)
+            seen = _names(client), *_all_of(client)
             daemon.stop()
         with Warehouse.open(daemon.directory) as warehouse:
-            assert seen == ([info.name for info in warehouse.models()], *_all_of(warehouse))
+            for ours, theirs in zip(seen, (_names(warehouse), *_all_of(warehouse)), strict=True):
+                assert ours == theirs
         daemon.start()
+
+
+def _names(store: Client | Warehouse) -> list[object]:
+    return [info.name for info in store.models()]
 
 
 def _all_of(store: Client | Warehouse) -> tuple[list[object], ...]:
@@ -266,7 +275,12 @@ def _all_of(store: Client | Warehouse) -> tuple[list[object], ...]:
     payloads: list[object] = []
     for info in store.models():
         heads = list(iterate_heads(store, info.id))
-        found += [info, store.heads(info.id, limit=1), heads, store.detached(info.id)]
+        found += [
+            info,
+            store.heads(info.id, limit=1),
+            heads,
+            sorted(map(BlockKey.pack, store.detached(info.id))),
+        ]
         found += [
             replace(session, last_use_ms=Millis(0)) for session in iterate_sessions(store, info.id)
         ]
@@ -345,6 +359,31 @@ def test_connecting_to_nobody_says_so(scratch: Path) -> None:
     (scratch / "file").touch()
     with pytest.raises(NoDaemon):
         connect(scratch / "file")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [(b"", NoDaemon), (b"\4\0\0\0oops", ProtocolError), (b"\xff" * 64, ProtocolError)],
+    ids=["end", "garbage", "oversized"],
+)
+def test_a_daemon_that_answers_with_garbage_is_refused(
+    scratch: Path, answer: bytes, kind: type[Exception]
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(scratch / "socket"))
+        listener.listen()
+
+        def answer_one() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1 << 16)
+                sock.sendall(answer)
+
+        thread = threading.Thread(target=answer_one)
+        thread.start()
+        with pytest.raises(kind):
+            connect(scratch / "socket")
+        thread.join()
 
 
 def test_a_killed_daemon_is_a_miss_and_its_restart_a_hit_again(scratch: Path) -> None:

@@ -31,7 +31,7 @@ from twfs_tools.target import find_mount
 DIFFERENCE_MAX: Final = 1e-3  # of a logit in float32 against a recompute, which adds up otherwise
 TOKENS_MAX: Final = 65_536
 QUICK_TOKENS_MAX: Final = 1024
-LISTED_MAX: Final = 12  # lines shown of each command
+LISTED_MAX: Final = 14  # lines shown of each command
 EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 
 
@@ -70,7 +70,7 @@ def run_demo(
         demo = _Demo(plan, work, plot, as_json=as_json)
         demo.run()
         if kept or directory is not None:
-            demo.console.print(f"the warehouse is kept in {demo.warehouse}")
+            demo.console.print(f"the warehouse is kept in {demo.warehouse}", soft_wrap=True)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ class _Demo:
         with self._daemon():
             self._title("2. A process with a model lives through two agent sessions, and ends")
             self._engine("save")
-        self.console.print("The engine has ended, and the daemon too. Both start anew.")
+        self._say("The engine has ended, and the daemon too. Both start anew.")
         with self._daemon():
             self._title("3. Another process answers the next prompt from the saved KV")
             self._engine("answer")
@@ -126,7 +126,7 @@ class _Demo:
         self._title("6. Time to first token")
         self._show_timings()
         draw(self.plot, self.figures)
-        self.console.print(f"plot: {self.plot}")
+        self._say(f"plot: {self.plot}")
         if self.as_json:
             print_json(self.figures)
 
@@ -134,16 +134,20 @@ class _Demo:
         """Begin a part of the story."""
         self.console.print(f"\n[bold]{text}[/bold]")
 
+    def _say(self, text: str, style: str = "") -> None:
+        """Print a line as it is, however long."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
     def _shown(self, command: list[str], output: str) -> None:
         """Print a command and what it said, and keep both."""
         line = shlex.join(command)
         self.figures["commands"][line] = output
-        self.console.print(f"$ {line}", style="cyan", markup=False, soft_wrap=True)
+        self._say(f"$ {line}", "cyan")
         lines = output.rstrip("\n").splitlines()
         for each in lines[:LISTED_MAX]:
-            self.console.print(f"  {each}", markup=False, soft_wrap=True)
+            self._say(f"  {each}")
         if len(lines) > LISTED_MAX:
-            self.console.print(f"  ... {len(lines) - LISTED_MAX} more lines", style="dim")
+            self._say(f"  ... {len(lines) - LISTED_MAX} more lines", "dim")
 
     def _twfs(self, *arguments: str) -> None:
         """Run a `twfs` command as a process of its own and show it; its error is ours."""
@@ -157,18 +161,25 @@ class _Demo:
     def _daemon(self) -> Iterator[None]:
         """Run the daemon with the mount for the time of the block."""
         command = daemon_command(self.warehouse, self.mountpoint)
-        daemon = start_daemon(command, self.warehouse / "daemon.log")
-        self.console.print(f"daemon {daemon.pid} serves {self.mountpoint} and {self.plan.socket}")
         try:
-            yield
+            daemon = start_daemon(command, self.warehouse / "daemon.log")
+            self._say(f"daemon {daemon.pid} serves {self.mountpoint} and {self.plan.socket}")
+            try:
+                yield
+            finally:
+                stop(daemon)
         finally:
-            stop(daemon)
             if find_mount(self.mountpoint) is not None:  # it was killed, or somebody looks in
                 subprocess.run(["umount", "-l", str(self.mountpoint)], check=False)
 
     def _engine(self, part: str) -> None:
         """Run one engine process and tell what it reports; it has ended when this returns."""
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(THREADS)}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(THREADS),
+            "TMPDIR": str(self.mountpoint.parent),  # torch leaves a directory there
+        }
         command = [sys.executable, "-m", "twfs_tools.demo_agent", part, self.plan.dump()]
         with (
             tempfile.TemporaryFile("w+") as errors,
@@ -195,48 +206,43 @@ class _Demo:
             self.figures[f"{event}s"].append(figures)
         else:
             self.figures[event] = figures
-        self.console.print(_LINES[event].format(**figures, **_readable(figures)), markup=False)
+        self._say(_LINES[event].format(**figures, **_readable(figures)))
 
     def _judge(self) -> None:
-        """Raise EqualityFailed unless everything that must be equal is."""
-        equal, recompute = self.figures["equal"], self.figures["recompute"]
-        difference = recompute["logits_difference_max"]
-        verdicts = {
-            f"the prompt's {self.plan.tokens} saved tokens were all loaded":
-                self.figures["answer"]["held_tokens"] == self.plan.tokens,
-            "loaded KV = saved KV, bit by bit (torch.equal and SHA-256)":
-                equal["kv"] and equal["sha256"] == self.figures["reference"]["sha256"],
-            f"logits on loaded KV = logits on never-saved KV, bit by bit "
-            f"({equal['logits_compared']:,} of them)": equal["logits"],
-            f"logits against a full recompute: largest difference {difference:.1e} "
-            f"(allowed {DIFFERENCE_MAX:.0e})": difference <= DIFFERENCE_MAX,
-            "greedy tokens: the same loaded, never saved, and recomputed":
-                equal["answer"] and recompute["answer"],
-        }  # fmt: skip
-        self.figures["verdicts"] = verdicts
-        for text, good in verdicts.items():
-            self.console.print(f"  [{'green]yes' if good else 'red]NO '}[/] {text}")
-        failed = [text for text, good in verdicts.items() if not good]
+        """Show what had to be equal; EqualityFailed unless all of it is."""
+        verdicts = verdicts_of(self.figures)
+        self.figures["verdicts"] = [
+            {"claim": claim, "holds": holds} for claim, holds in verdicts.items()
+        ]
+        for claim, holds in verdicts.items():
+            self._say(f"  {'yes' if holds else 'NO '}  {claim}", "green" if holds else "red")
+        failed = [claim for claim, holds in verdicts.items() if not holds]
         if failed:
-            raise EqualityFailed(f"the demo's KV cannot be trusted; not so: {'; '.join(failed)}")
+            raise EqualityFailed(
+                f"{len(failed)} of {len(verdicts)} comparisons failed, so this KV cannot be "
+                f"trusted; not so: {'; '.join(failed)}"
+            )
 
     def _look(self) -> None:
         """Run what an operator would type on the mount."""
-        model = self.mountpoint / self.figures["model"]["name"]
-        sessions = sorted(path for path in model.iterdir() if len(path.name) == 32)
-        longest = max(sessions, key=lambda path: len(list(path.iterdir())))
-        shared = longest / "00000.kv"
+        model = self.figures["model"]["name"]
+        sessions = [path for path in (self.mountpoint / model).iterdir() if len(path.name) == 32]
+        sessions.sort(key=lambda path: len(list(path.iterdir())), reverse=True)
+        names = [f"{model}/{path.name}" for path in sessions]
+        shared = [f"{name}/00000.kv" for name in names]
+        self._say(f"$ cd {self.mountpoint}", "cyan")
         for command in (
-            ["ls", "-l", str(model)],
-            ["ls", "-l", str(longest)],
-            ["du", "-sh", *map(str, sessions), str(model)],
-            ["stat", "-c", "%h links, inode %i, %s bytes, %b blocks of 512: %n", str(shared)],
-            ["getfattr", "--absolute-names", "-d", str(shared)],
+            ["ls", "-l", model],
+            ["ls", "-l", names[0]],
+            *(["du", "-sh", name] for name in (*names, model)),
+            ["stat", "-c", "%h links, inode %i, %s bytes, %b blocks of 512: %n", *shared],
+            ["getfattr", "-d", shared[0]],
             ["df", "-h", str(self.mountpoint)],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, cwd=self.mountpoint, capture_output=True, text=True, check=False
+            )
             self._shown(command, done.stdout + done.stderr)
-        self.figures["shared_links"] = shared.stat().st_nlink
 
     def _show_timings(self) -> None:
         """Print the table of cold and warm times."""
@@ -245,11 +251,11 @@ class _Demo:
             each["ratio"] = each["cold_s"] / each["warm_s"]
             table.add_row(
                 f"{each['prompt_tokens']:,}", f"{each['held_tokens']:,}",
-                f"{each['cold_s']:.2f} s", f"{each['warm_s']:.3f} s",
-                f"{each['load_s']:.3f} s", f"{each['ratio']:.0f} x",
+                f"{each['cold_s']:.3f} s", f"{each['warm_s']:.3f} s",
+                f"{each['load_s']:.3f} s", f"{each['ratio']:.1f} x",
             )  # fmt: skip
         self.console.print(table)
-        self.console.print(
+        self._say(
             "Cold computes the whole prompt; warm matches, reads (O_DIRECT, so never from the page "
             f"cache) and computes {COMPUTED} tokens. float32, {THREADS} threads, medians."
         )
@@ -264,12 +270,30 @@ _LINES: Final = {
     "reference": "KV, logits and answer to the next prompt of {prompt_tokens} tokens are kept in "
     "a file outside twfs; SHA-256 of the KV {sha256}",
     "answer": "prompt of {prompt_tokens} tokens: {held_tokens} loaded in {load_s:.3f} s, first "
-    "token after {ttft_s:.3f} s; it says {text!r} (random weights)",
+    "token after {ttft_s:.3f} s; it says {text} (random weights)",
     "equal": "SHA-256 of the loaded KV {sha256}",
     "recompute": "full recompute done: logits differ by at most {logits_difference_max:.1e}",
-    "timing": "{prompt_tokens} tokens: cold {cold_s:.2f} s (median of {cold_rounds}), warm "
+    "timing": "{prompt_tokens} tokens: cold {cold_s:.3f} s (median of {cold_rounds}), warm "
     "{warm_s:.3f} s (median of {warm_rounds})",
 }
+
+
+def verdicts_of(figures: dict[str, Any]) -> dict[str, bool]:
+    """Return what must be so, each as a sentence, and whether the engines' *figures* say so."""
+    equal, recompute = figures["equal"], figures["recompute"]
+    difference = recompute["logits_difference_max"]
+    return {
+        f"the prompt's {figures['tokens']} saved tokens were all loaded":
+            figures["answer"]["held_tokens"] == figures["tokens"],
+        "loaded KV = saved KV, bit by bit (torch.equal and SHA-256)":
+            equal["kv"] and equal["sha256"] == figures["reference"]["sha256"],
+        f"logits on loaded KV = logits on never-saved KV, bit by bit "
+        f"({equal['logits_compared']:,} of them)": equal["logits"],
+        f"logits against a full recompute: largest difference {difference:.1e} "
+        f"(allowed {DIFFERENCE_MAX:.0e})": difference <= DIFFERENCE_MAX,
+        "greedy tokens: the same loaded, never saved, and recomputed":
+            equal["answer"] and recompute["answer"],
+    }  # fmt: skip
 
 
 def _readable(figures: dict[str, Any]) -> dict[str, str]:
@@ -304,7 +328,7 @@ def draw(plot: Path, figures: dict[str, Any]) -> None:
         axes.plot(lengths, times, "o-", label=label, color=colour)
         for at, value in zip(lengths, times, strict=True):
             axes.annotate(
-                f"{value:.2f} s",
+                f"{value:.2g} s",
                 (at, value),
                 textcoords="offset points",
                 xytext=(0, 8),
@@ -319,7 +343,7 @@ def draw(plot: Path, figures: dict[str, Any]) -> None:
     axes.set_ylabel("time to first token (s)")
     parameters = figures["model"]["parameters"] / 1e6
     axes.set_title(
-        f"Time to first token, {parameters:.0f} M parameters, float32, {THREADS} CPU threads"
+        f"Time to first token, {parameters:.3g} M parameters, float32, {THREADS} CPU threads"
     )
     axes.grid(visible=True, alpha=0.3)
     axes.legend()

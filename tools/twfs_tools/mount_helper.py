@@ -22,8 +22,9 @@ OURS_WITH_VALUE: Final = frozenset({"socket", "group", "uid", "gid", "file_mode"
 # What fstab may say to mount(8), systemd and nobody else; nosuid, nodev, noexec hold in any case.
 GENERIC: Final = frozenset({
     "defaults", "rw", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail",
-    "_netdev", "async", "sync", "atime", "noatime", "relatime", "norelatime", "strictatime", "diratime",
-    "nodiratime", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "silent", "loud", "nomand",
+    "_netdev", "async", "sync", "atime", "noatime", "relatime", "norelatime", "strictatime",
+    "diratime", "nodiratime", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "silent", "loud",
+    "nomand",
 })  # fmt: skip
 GENERIC_PREFIXES: Final = ("x-", "X-", "comment=")
 
