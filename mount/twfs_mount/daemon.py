@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -206,5 +206,5 @@ def run(config: DaemonConfig, on_ready: Callable[[], None] = lambda: None) -> No
     *on_ready* is called once socket and mount answer. TwfsError if it cannot begin.
     """
     if config.mountpoint is not None:
-        places.prepare(config.mountpoint)
+        config = replace(config, mountpoint=places.prepare(config.mountpoint))
     trio.run(Daemon(config, on_ready).run)

@@ -39,13 +39,16 @@ def mounts() -> dict[str, str]:
     return found
 
 
-def prepare(mountpoint: str) -> None:
+def prepare(mountpoint: str) -> str:
     """Make *mountpoint* ready to be mounted on: detach what a killed daemon left there.
+
+    Returns its path without symbolic links, to be used from here on: once it is mounted, resolving
+    it would wait for the daemon itself.
 
     MountRefused or NotAllowed says in one sentence why it cannot be mounted on.
     """
     if is_descriptor(mountpoint):
-        return
+        return mountpoint
     if not Path(FUSE_DEVICE).exists():
         raise MountRefused(f"{FUSE_DEVICE} is missing: load the fuse module, or use --no-mount")
     if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
@@ -62,11 +65,13 @@ def prepare(mountpoint: str) -> None:
         found = os.stat(mountpoint)
     if not stat.S_ISDIR(found.st_mode):
         raise MountRefused(f"{mountpoint} is not a directory")
-    if os.path.realpath(mountpoint) in mounts():
+    mountpoint = os.path.realpath(mountpoint)
+    if mountpoint in mounts():
         raise MountRefused(f"something is mounted on {mountpoint}: unmount it first")
     held = sum(1 for _ in Path(mountpoint).iterdir())
     if held:
         raise MountRefused(f"{mountpoint} holds {held} names: mount on an empty directory")
+    return mountpoint
 
 
 def detach(mountpoint: str) -> None:

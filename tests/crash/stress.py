@@ -12,10 +12,12 @@ Clients are also stopped for longer than a lease lasts, the daemon for longer th
 Prints one JSON document: what was done, and `problems`, which are: a wrong byte, bytes beside a
 destination, an exception that an engine does not expect, a bad checksum under a lease, a call of an
 engine's loop that hung, a process that had to be ended by force, an error in the daemon's log or
-figures, a lease, arena or reservation left behind, a finding of the checker. The exit code is 0 if
-there are none; otherwise the directory stays. The long run, before a release:
+figures, a lease, arena or reservation left behind, a finding of the checker, a listing that changes
+with a restart. The exit code is 0 if there are none; otherwise the directory stays. The long run,
+before a release:
 
     python tests/crash/stress.py --seconds 3600 --clients 16 --seed $RANDOM --directory /work/tmp/s
+    python tests/crash/stress.py --seconds 600 --clients 8 --seed $RANDOM --device-mib 20
 
 The operations follow from the seed; how they interleave does not.
 """
@@ -34,20 +36,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from twfs.client import Client, connect
 from twfs.errors import TwfsError
 from twfs.formatting import DeviceSpec
+from twfs.store import Namespace, iterate_sessions
 from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
 from twfs_tools.process import daemon_command, start_daemon
 
 REPOSITORY: Final = Path(__file__).parents[2]
 SOURCES: Final = ("", "tests", "mount", "tools")  # for the processes started here
-DEVICE_BYTES: Final = 128 << 20
+DEVICE_MIB: Final = 128  # of each of two images; what is put is several times as much
 LEASE_MS: Final = 4000  # short, so that leases end while they are held
 END_SECONDS: Final = 10.0  # for every process to end once it is told to
 SETTLE_SECONDS: Final = 10.0  # for the daemon to let go of what dead clients had
@@ -80,6 +83,7 @@ class Options:
     kill_daemon_every: float
     directory: Path | None
     wrong_every: int
+    device_mib: int
 
 
 class Stress:
@@ -100,6 +104,7 @@ class Stress:
         self.daemon_kills = 0
         self.longest_start_s = 0.0
         self.checked: dict[str, int] = {}
+        self.listed: list[str] = []  # what the last daemon said that there is
         self.paused: dict[int, float] = {}  # client's number: until when
         self.totals: Counter[str] = Counter()  # of the daemon's counters, over its lives
         self.daemon: subprocess.Popen[bytes] | None = None
@@ -191,7 +196,7 @@ class Stress:
         Warehouse.create(
             self.directory,
             [
-                DeviceSpec(self.directory / f"device{n}.img", ByteCount(DEVICE_BYTES))
+                DeviceSpec(self.directory / f"device{n}.img", ByteCount(options.device_mib << 20))
                 for n in range(2)
             ],
         )
@@ -277,6 +282,7 @@ class Stress:
             "lease_owners": figures["leases"]["lease_owners"] - 2,  # the daemon's and ours
             "reserved_bytes": space["reserved_bytes"],
             "limbo_bytes": space["limbo_bytes"],
+            "models of old epochs": figures["records"]["models"] - len(client.models()),
             "slots_pending": figures["slots"]["slots_pending"],
             "slots_condemned": figures["slots"]["slots_condemned"],
             "slots_limbo": figures["slots"]["slots_limbo"],
@@ -294,6 +300,7 @@ class Stress:
             with connect(self.directory / "socket", arena_bytes=0) as client:
                 while (left := self.left_behind(client)) and time.monotonic() < deadline:
                     time.sleep(TICK_SECONDS)
+                self.listed = listing(client)
         except (TwfsError, OSError) as error:
             left = {"error": repr(error)}
         if left:
@@ -317,10 +324,14 @@ class Stress:
         try:
             with Warehouse.open(self.directory) as warehouse:
                 report = warehouse.check(data=True)
+                listed = listing(warehouse)
         except TwfsError as error:
             self.problem("the warehouse cannot be opened", error=repr(error))
             return
         self.checked = {"blocks": report.blocks, "payloads": report.payloads}
+        if listed != self.listed:  # memory had drifted away from the tables
+            differing = sorted(set(listed) ^ set(self.listed))
+            self.problem("a restart changes the listing", lines=differing[:20])
         for finding in report.findings:
             self.problem("finding", invariant=finding.invariant, text=finding.text)
 
@@ -378,6 +389,18 @@ class Stress:
         }
 
 
+def listing(store: Namespace) -> list[str]:
+    """Everything that *store* lists, in its order: models, sessions, blocks, space."""
+    lines = [str(replace(store.space(), limbo_bytes=ByteCount(0)))]
+    for model in store.models():
+        lines.append(str(model))
+        lines += map(str, store.detached(model.id))
+        for session in iterate_sessions(store, model.id):
+            lines.append(str(session))
+            lines += map(str, store.chain_of(model.id, session.head))
+    return lines
+
+
 def options_of(arguments: list[str] | None) -> Options:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Stress one warehouse with many engines.")
@@ -390,6 +413,10 @@ def options_of(arguments: list[str] | None) -> Options:
     parser.add_argument(
         "--wrong-every", type=int, default=0, metavar="PUTS",
         help="let every so many-th put store a wrong block: the run must fail",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device-mib", type=int, default=DEVICE_MIB,
+        help="of each of two images; with 20 everything is under lease now and then",
     )  # fmt: skip
     return Options(**vars(parser.parse_args(arguments)))
 

@@ -5,8 +5,9 @@ holds against the tables, counted by brute force. Payloads are made from names, 
 reads a block knows what its bytes must be.
 """
 
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -91,6 +92,41 @@ def settle(warehouse: Warehouse) -> None:
     """Wait for what is queued: evictions in the background, and limbo that is to be freed."""
     for _ in range(2):  # the end of a lease may queue another transaction
         warehouse._core.metadata.submit(lambda _: None).result()
+
+
+@contextmanager
+def commits_held(warehouse: Warehouse) -> Iterator[None]:
+    """Keep the writer thread inside a transaction: what is queued meanwhile waits."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def job(_: object) -> None:
+        entered.set()
+        gate.wait()
+
+    future = warehouse._core.metadata.submit(job)
+    entered.wait()
+    try:
+        yield
+    finally:
+        gate.set()
+        future.result()
+
+
+@contextmanager
+def waiting_for_commit(warehouse: Warehouse, *works: Callable[[], object]) -> Iterator[None]:
+    """Begin *works*, each in a thread and once the one before has queued its transaction.
+
+    None is committed before the end of this context; then all have ended.
+    """
+    threads = [threading.Thread(target=work) for work in works]
+    with commits_held(warehouse):
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            while warehouse._core.metadata._queue.qsize() < number:
+                thread.join(timeout=0.001)
+        yield
+    for thread in threads:
+        thread.join()
 
 
 def assert_sound(warehouse: Warehouse) -> None:

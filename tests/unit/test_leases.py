@@ -129,4 +129,4 @@ def test_an_owner_is_bounded_in_bytes_and_leases(clock: Clock) -> None:
     for _ in range(LEASES_PER_OWNER_MAX):
         grant(many, owner, [], 0)
     with pytest.raises(TooLarge):
-        many.room(owner, 0)
+        many.room(owner, 1)

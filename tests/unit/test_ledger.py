@@ -309,3 +309,17 @@ def test_removing_a_hybrid_session_takes_all_its_groups(scratch: Path) -> None:
         put_whole(warehouse, model, names)
         warehouse.remove(model.id, names.hash_at(4))
         assert warehouse.models()[0].blocks == 0
+
+
+def test_a_head_that_loses_a_window_block_is_still_a_head(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", HYBRID)
+        names = chain_of(model, 3)
+        put_whole(warehouse, model, names)
+        warehouse.evict(ByteCount(1))  # the window group was put first, its tail goes first
+        assert [
+            (info.key.group, info.index) for info in warehouse.chain_of(model.id, names.hash_at(2))
+        ] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (1, 2), (2, 2)]
+        assert warehouse.heads(model.id) == [names.hash_at(2)]
+        warehouse.evict(ByteCount(3 * 8192))  # up to its standing block
+        assert warehouse.heads(model.id) == [names.hash_at(1)]

@@ -58,7 +58,7 @@ def test_blocks_cut_into_several_extents_are_whole(scratch: Path) -> None:
         put(warehouse, model, names)
         for index in range(6):
             key, block = block_at(warehouse, model, names, index)
-            assert 5 < len(block.extents) <= EXTENTS_MAX
+            assert 3 <= len(block.extents) <= EXTENTS_MAX
             _, payload = read_payload(warehouse.devices, key, block)
             assert bytes(payload) == payload_of(BIG, names.hash_at(index)).tobytes()
         assert read_all(warehouse, model, names) == 6

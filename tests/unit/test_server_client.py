@@ -38,6 +38,7 @@ from twfs.errors import (
 )
 from twfs.formatting import DeviceSpec
 from twfs.layout import Arrangement, Group, Layout
+from twfs.link import RemotePut
 from twfs.match import Match
 from twfs.prefix import Names, OwnKey, names_of_keys
 from twfs.records import BlockKey
@@ -226,6 +227,26 @@ def test_a_new_epoch_makes_the_old_one_a_miss_and_its_puts_refused(
     with pytest.raises(StaleEpoch):
         client.put(model, names, payloads)
     assert client.put(newer, names_of(newer, 2), payloads).held == 2
+
+
+def test_a_put_that_a_new_epoch_overtakes_is_refused_once_and_breaks_no_rule(
+    client: Client, model: Model
+) -> None:
+    before = client.statistics()["server"]["errors"]
+    link = client._connector.link()
+    port = RemotePut(
+        link, client._executor(), model.id, names_of(model, 1),
+        group=0, shard=0, retention=Retention.STANDARD,
+    )  # fmt: skip
+    client.new_epoch(model)
+    with pytest.raises(StaleEpoch):
+        port.publish()
+    port.abandon()
+    after = client.statistics()["server"]["errors"]
+    assert {name: after[name] - before.get(name, 0) for name in after if after[name]} == {
+        **dict.fromkeys(before, 0), "StaleEpoch": 1,
+    }  # fmt: skip
+    assert client.space().reserved_bytes == 0
 
 
 def test_a_full_warehouse_is_said_so(scratch: Path) -> None:

@@ -87,7 +87,8 @@ def build_model(plan: Plan) -> Any:
         initializer_range=0.05,  # larger than usual: with 0.02 an untrained model repeats itself
         tie_word_embeddings=False,  # tied and random, it would only echo its last token
     )
-    return LlamaForCausalLM(config).to(torch.float32).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(torch.float32).eval()
 
 
 def system_prompt(plan: Plan) -> list[int]:

@@ -13,13 +13,7 @@ import typer
 from twfs.client import Client
 from twfs.errors import DeviceError
 from twfs.store import Model
-from twfs_tools.bench.report import (
-    DirectoryOption,
-    QuickFlag,
-    finish,
-    median,
-    percentile,
-)
+from twfs_tools.bench.report import DirectoryOption, QuickFlag, finish, median, percentile
 from twfs_tools.bench.scratch import (
     TOKEN_LIMIT,
     Scratch,

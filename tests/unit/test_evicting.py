@@ -1,0 +1,275 @@
+"""Eviction takes tails, the least recently used first, and what no match reaches before those."""
+
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.warehouses import (
+    HYBRID,
+    MHA,
+    SHARDED,
+    assert_sound,
+    block_at,
+    chain_of,
+    flip_payload,
+    open_warehouse,
+    own_names,
+    put,
+    put_whole,
+    read_all,
+    settle,
+    waiting_for_commit,
+)
+from twfs import evicting, ledger
+from twfs.errors import DeviceError, NoSuchBlock, NotEmpty
+from twfs.metadata import BACKLOG_MAX
+from twfs.store import PutOutcome
+from twfs.units import ByteCount, PrefixHash
+
+BLOCK = 8192  # bytes on the device of one block of the small layouts
+
+
+def test_a_chain_loses_its_tail_and_never_its_middle(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, 10)
+        put(warehouse, model, names)
+        for left in range(9, -1, -1):
+            assert warehouse.evict(ByteCount(1)) == BLOCK
+            assert read_all(warehouse, model, names) == left
+            assert_sound(warehouse)
+
+
+def test_the_least_recently_used_session_goes_first(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        sessions = [chain_of(model, 6, seed, fork=2) for seed in (1, 2, 3)]
+        for names in sessions:
+            put(warehouse, model, names)
+        for age, names in enumerate((sessions[1], sessions[2], sessions[0])):
+            slots = [block_at(warehouse, model, names, i)[1].slot for i in range(6)]
+            core.slots.stamp[slots] = 1000 + age
+        warehouse.evict(ByteCount(4 * BLOCK))
+        assert [warehouse.lookup(model, names) for names in sessions] == [6, 2, 6]
+        warehouse.evict(ByteCount(5 * BLOCK))
+        assert [warehouse.lookup(model, names) for names in sessions] == [5, 2, 2]
+        assert warehouse.evict(ByteCount(1 << 30)) == 5 * BLOCK
+        assert warehouse.evict(ByteCount(1 << 30)) == 0
+        assert warehouse.space().free_bytes == warehouse.space().total_bytes
+
+
+def test_detached_blocks_and_those_below_a_hole_go_first(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        whole, holed, torn = (chain_of(model, 5, seed) for seed in (1, 2, 3))
+        put(warehouse, model, whole)
+        put(warehouse, model, holed)
+        put(warehouse, model, torn.slice(3, 5))
+        key, block = block_at(warehouse, model, holed, 2)
+        evicting.spoil(warehouse._core, key, block.generation)
+        warehouse.touch(model, holed)
+        assert warehouse.evict(ByteCount(4 * BLOCK)) == 4 * BLOCK
+        assert warehouse.detached(model.id) == []
+        assert warehouse.models()[0].blocks == 5 + 3
+        assert warehouse.lookup(model, whole) == 5
+
+
+def test_shards_of_one_block_go_and_the_rest_follows(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", SHARDED)
+        names = chain_of(model, 6)
+        put_whole(warehouse, model, names)
+        for _ in range(12):
+            assert warehouse.evict(ByteCount(1)) > 0
+            assert_sound(warehouse)
+            held = read_all(warehouse, model, names)
+            assert warehouse.heads(model.id) == ([names.hash_at(held - 1)] if held else [])
+        assert warehouse.models()[0].blocks == 0
+
+
+def test_victims_of_two_models_by_turns_are_few_transactions(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_warehouse(scratch) as warehouse:
+        models = [warehouse.open_model(name, MHA) for name in ("a", "b")]
+        for turn in range(40):
+            put(warehouse, models[turn % 2], chain_of(models[turn % 2], 1, turn))
+        assert BACKLOG_MAX > 2  # as many jobs under the lock would wait for themselves
+        futures = evicting.submit_eviction(warehouse._core, 40 * BLOCK)
+        assert len(futures) == 2
+        assert evicting.freed_bytes(futures) == 40 * BLOCK
+
+
+def test_a_removal_that_fails_lets_its_blocks_live(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, 3)
+        put(warehouse, model, names)
+
+        def failing(*_: Any, **__: Any) -> None:
+            raise DeviceError("the metadata could not be written")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "remove", failing)
+            with pytest.raises(DeviceError):
+                warehouse.evict(ByteCount(BLOCK))
+        assert read_all(warehouse, model, names) == 3
+        assert warehouse.evict(ByteCount(BLOCK)) == BLOCK
+
+
+def test_only_heads_can_be_removed(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, 3)
+        put(warehouse, model, names)
+        with pytest.raises(NotEmpty):
+            warehouse.remove(model.id, names.hash_at(1))
+        with pytest.raises(NoSuchBlock):
+            warehouse.remove(model.id, PrefixHash(bytes(16)))
+        assert warehouse.remove(model.id, names.hash_at(2)) == 3 * BLOCK
+        with pytest.raises(NoSuchBlock):
+            warehouse.remove(model.id, names.hash_at(2))
+
+
+def test_removing_twice_at_once_removes_once(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", SHARDED)
+        names = chain_of(model, 3)
+        put_whole(warehouse, model, names)
+        refused: list[str] = []
+        remove = partial(warehouse.remove, model.id, names.hash_at(2))
+        with waiting_for_commit(warehouse, remove):
+            try:
+                remove()
+            except NoSuchBlock as error:
+                refused.append(str(error))
+            assert evicting.submit_eviction(warehouse._core, 1 << 30) == []
+        assert len(refused) == 1
+        assert warehouse.space().free_bytes == warehouse.space().total_bytes
+
+
+def test_a_session_that_grows_while_it_is_removed_keeps_what_it_grew_from(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, 4)
+        put(warehouse, model, names.head(2))
+        grow = partial(put, warehouse, model, names)
+        remove = partial(warehouse.remove, model.id, names.hash_at(1))
+        with waiting_for_commit(warehouse, grow, remove):
+            pass
+        assert read_all(warehouse, model, names) == 4
+        assert warehouse.heads(model.id) == [names.hash_at(3)]
+
+
+def test_removing_leaves_other_sessions_alone_even_when_they_are_incomplete(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", HYBRID)
+        trunk, branch = chain_of(model, 5), chain_of(model, 6, 1, fork=3)
+        put_whole(warehouse, model, trunk)
+        put(warehouse, model, branch, group=1)
+        warehouse.remove(model.id, trunk.hash_at(4))
+        assert warehouse.heads(model.id) == [branch.hash_at(5)]
+        assert [i.key.group for i in warehouse.chain_of(model.id, branch.hash_at(5))] == [
+            0, 1, 2, 0, 1, 2, 0, 1, 2, 1, 1, 1,
+        ]  # fmt: skip
+
+
+def test_the_low_water_mark_is_kept_free_in_the_background(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        for seed in range(45):
+            put(warehouse, model, chain_of(model, 50, seed))
+        settle(warehouse)
+        assert core.allocator.free_bytes >= evicting.low_water_bytes(core)
+        assert core.evicting == 0
+        assert warehouse.statistics()["counters"]["evicted_blocks"] > 0
+
+
+def test_a_lost_block_is_a_hole_and_its_children_stay(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        names = chain_of(model, 4)
+        put(warehouse, model, names)
+        key, block = block_at(warehouse, model, names, 2)
+        assert not evicting.spoil(core, key, block.generation + 1)
+        flip_payload(warehouse, block)
+        assert evicting.judge(core, key, block.generation)
+        assert not evicting.judge(core, key, block.generation)
+        assert warehouse.lookup(model, names) == 2
+        assert warehouse.models()[0].blocks == 4
+        assert warehouse.heads(model.id) == [names.hash_at(3)]
+        assert_sound(warehouse)
+        warehouse.remove(model.id, names.hash_at(3))
+        assert warehouse.space().limbo_bytes == BLOCK  # never used again
+        assert warehouse.space().free_bytes == warehouse.space().total_bytes - BLOCK
+
+
+def test_a_hole_filled_while_it_is_made_has_its_true_size(scratch: Path) -> None:
+    """Memory follows each commit in order: the hole first, then what fills it."""
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        names = chain_of(model, 2)
+        put(warehouse, model, names)
+        key, block = block_at(warehouse, model, names, 1)
+        futures: list[Future[Any]] = []
+        real = core.metadata.submit
+
+        def then_fill(*args: Any, **options: Any) -> "Future[Any]":
+            core.metadata.submit = real  # type: ignore[method-assign]
+            future = real(*args, **options)
+            future.result()
+            assert put(warehouse, model, names).outcomes[1] is PutOutcome.PUBLISHED
+            return future
+
+        core.metadata.submit = then_fill  # type: ignore[method-assign]
+        assert evicting.spoil(core, key, block.generation)
+        assert futures == []
+        assert read_all(warehouse, model, names) == 2
+
+
+def test_a_leased_hole_can_be_filled_and_removed(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        names = chain_of(model, 2)
+        put(warehouse, model, names)
+        match = warehouse.match(model, names)
+        key, block = block_at(warehouse, model, names, 1)
+        evicting.spoil(core, key, block.generation)
+        put(warehouse, model, names)
+        warehouse.remove(model.id, names.hash_at(1))
+        assert warehouse.space().limbo_bytes == 3 * BLOCK
+        match.release()
+        settle(warehouse)
+        assert warehouse.space().limbo_bytes == BLOCK
+
+
+def test_old_epochs_are_swept_but_for_what_is_leased(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        leased, loose = chain_of(model, 4), chain_of(model, 7, 3, fork=2)
+        put(warehouse, model, leased)
+        put(warehouse, model, loose)
+        match = warehouse.match(model, leased.head(3))
+        warehouse.new_epoch(model)
+        assert evicting.sweep_epochs(core) <= 6 * BLOCK
+        assert model.id in core.models
+        assert warehouse.space().limbo_bytes == 0
+        assert core.slots.statistics()["slots_live"] == 3
+        match.release()
+        evicting.sweep_epochs(core)
+        assert model.id not in core.models
+        assert warehouse.space().free_bytes == warehouse.space().total_bytes
+
+
+def test_own_keys_without_positions_are_evicted_too(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        put(warehouse, model, own_names(model, ("a", None, 0), ("b", "a", 0), ("c", "zz", 0)))
+        assert warehouse.evict(ByteCount(1)) == BLOCK
+        assert warehouse.detached(model.id) == []
+        assert warehouse.evict(ByteCount(1 << 20)) == 2 * BLOCK
