@@ -249,10 +249,18 @@ class Client(RemoteNamespace):
             reply = link.channel.call(JoinLease(0, token), self._match_timeout_s)
         except NoDaemon as error:
             raise LeaseEnded(f"the lease is over: {error}") from error
-        if isinstance(reply, Failed):
-            raise error_of(reply)
+        if isinstance(reply, Failed):  # over, or more than this client may hold: a miss either way
+            raise LeaseEnded(reply.text) from error_of(reply)
         if not isinstance(reply, LocatedBlocks):
             raise LeaseEnded("the daemon did not answer in time whether the lease holds")
+        try:
+            return self._joined(link, reply, before_s)
+        except (NoDaemon, ProtocolError, LeaseEnded) as error:
+            link.channel.tell(ReleaseLease(0, token), self._match_timeout_s)
+            raise LeaseEnded(f"the lease cannot be joined: {error}") from error
+
+    def _joined(self, link: Link, reply: LocatedBlocks, before_s: float) -> Match:
+        """Return the match of a lease that was joined; NoDaemon, ProtocolError, LeaseEnded."""
         model = self._model_numbered(ModelId(reply.model))
         located, extents = rows_of(reply, link.devices.sizes, reply.blocks)
         names = Located(
@@ -384,9 +392,8 @@ class Client(RemoteNamespace):
             if lease is None:
                 return
             lease.matches -= 1
-            if lease.matches:
-                return
-            del self._leases[token]
+            if not lease.matches:
+                del self._leases[token]
         if link is not None and link.number == lease.link and not self._connector.forked:
             link.channel.tell(ReleaseLease(0, token), self._match_timeout_s)
 

@@ -52,7 +52,7 @@ class _Lease:
     located: Located
     slots: "npt.NDArray[Any]"
     uid: int
-    owners: set[int]
+    owners: dict[int, int]  # how often each has taken it: matches and joins not yet released
     deadline_ms: int
     last_deadline_ms: int
     bytes: ByteCount
@@ -129,7 +129,7 @@ class Leases:
         deadline = now + self.term_ms
         of = self._owners[owner]
         self._leases[located.token] = _Lease(
-            located, slots, of.uid, {owner}, deadline, now + AGE_TERMS_MAX * self.term_ms,
+            located, slots, of.uid, {owner: 1}, deadline, now + AGE_TERMS_MAX * self.term_ms,
             lease_bytes,
         )  # fmt: skip
         of.tokens.add(located.token)
@@ -138,16 +138,21 @@ class Leases:
         self._granted += 1
 
     def join(self, token: bytes, owner: int) -> Located:
-        """Let *owner* hold the lease too; LeaseEnded if it is over or another uid's."""
+        """Let *owner* hold the lease too, or once more; LeaseEnded if it is over or another uid's.
+
+        Each join has a release of its own: a client's join and its release of another match of the
+        same lease may cross, and a join that it gave up may be answered late.
+        """
         lease = self._leases.get(token)
         of = self._owners[owner]
         if lease is None or lease.uid != of.uid or lease.deadline_ms <= boottime_ms():
             raise LeaseEnded("the lease is over, or belongs to another user")
         if owner not in lease.owners:
             self.room(owner, lease.bytes)
-            lease.owners.add(owner)
+            lease.owners[owner] = 0
             of.tokens.add(token)
             of.bytes += lease.bytes
+        lease.owners[owner] += 1
         return lease.located
 
     def held(self, token: bytes, owner: int) -> bool:
@@ -166,11 +171,20 @@ class Leases:
         return lease.deadline_ms - now
 
     def release(self, token: bytes, owner: int) -> Ended | None:
-        """End *owner*'s part; returns the lease if it was the last one's. Unknown tokens: None."""
+        """Take back one match or join of *owner*; returns the lease if it was the last of all.
+
+        Unknown tokens: None.
+        """
         lease = self._leases.get(token)
         if lease is None or owner not in lease.owners:
             return None
-        lease.owners.remove(owner)
+        lease.owners[owner] -= 1
+        return None if lease.owners[owner] else self._leave(lease, owner)
+
+    def _leave(self, lease: _Lease, owner: int) -> Ended | None:
+        """End *owner*'s part, however often it took it; returns the lease if no other is left."""
+        token = lease.located.token
+        del lease.owners[owner]
         of = self._owners[owner]
         of.tokens.discard(token)
         of.bytes -= lease.bytes
@@ -184,7 +198,7 @@ class Leases:
         of = self._owners.get(owner)
         if of is None:
             return []
-        ended = [self.release(token, owner) for token in list(of.tokens)]
+        ended = [self._leave(self._leases[token], owner) for token in list(of.tokens)]
         del self._owners[owner]
         return [lease for lease in ended if lease is not None]
 
@@ -199,7 +213,7 @@ class Leases:
                 continue
             self._expired += 1
             for owner in list(lease.owners):
-                last = self.release(token, owner)
+                last = self._leave(lease, owner)
                 if last is not None:
                     ended.append(last)
         return ended

@@ -52,8 +52,8 @@ from twfs.records import BlockKey
 from twfs.store import BlockInfo, ModelInfo, Namespace, iterate_heads
 from twfs.units import Ino, Millis, ModelId, PrefixHash
 
-CHAINS_BLOCKS_MAX: Final = 1 << 16  # blocks of all chains kept: about 100 MiB
-TEXTS_BYTES_MAX: Final = 32 << 20  # chain.json kept for the stat, open, read that follow each other
+CHAINS_BLOCKS_MAX: Final = 1 << 17  # blocks of all chains kept: about 250 MiB
+TEXTS_BYTES_MAX: Final = 64 << 20  # chain.json kept for the stat, open, read that follow each other
 HIDDEN_MAX: Final = 1 << 20  # names unlinked in directories that are still there
 LONG_CHAIN: Final = 512  # blocks; reading a longer chain takes milliseconds: not in the event loop
 

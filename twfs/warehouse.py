@@ -21,7 +21,15 @@ from twfs import check, evicting, ledger, listing, matching, opening, putting
 from twfs.arena import Arena
 from twfs.core import Core, wall_ms
 from twfs.device import Device
-from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel, TwfsError, WarehouseClosed
+from twfs.errors import (
+    BadPayload,
+    DeviceError,
+    InvalidInput,
+    LayoutMismatch,
+    NoSuchModel,
+    TwfsError,
+    WarehouseClosed,
+)
 from twfs.formatting import DeviceSpec
 from twfs.layout import Layout, check_model_name
 from twfs.leases import Located
@@ -390,9 +398,13 @@ class Warehouse:
         return listing.block_info(self._core, key)
 
     def read_block(self, info: BlockInfo) -> memoryview:
-        """See Namespace.read_block. Blocks."""
+        """See Namespace.read_block; a block that is lost becomes a hole. Blocks."""
         with self._using():
-            return listing.read_block(self._core, info)
+            try:
+                return listing.read_block(self._core, info)
+            except (BadPayload, DeviceError):
+                evicting.spoil(self._core, info.key, info.block.generation)
+                raise
 
     def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
         """See Namespace.remove. Blocks."""

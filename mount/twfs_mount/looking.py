@@ -22,7 +22,7 @@ import trio
 import trio.lowlevel
 from pyfuse3 import FUSEError  # noqa: TID251
 
-from twfs.errors import BlockGone, NoSuchBlock, ReadOnly, TwfsError
+from twfs.errors import BadPayload, BlockGone, NoSuchBlock, ReadOnly, TwfsError
 from twfs.importing import Importer, Pending, PendingFile
 from twfs.nodes import (
     DIRECTORIES,
@@ -251,8 +251,9 @@ class ReadOperations(pyfuse3.Operations):
         """One extended attribute."""
         text = name.decode(errors="replace")
         if not text.startswith("user."):
-            # `ls -l` asks for system.* and security.* of every file until it hears this once.
-            raise FUSEError(errno.EOPNOTSUPP if text.startswith("system.") else errno.ENODATA)
+            # `ls -l` asks for security.selinux, and with colours for more, of every file, until it
+            # hears this once; ENODATA would cost a request per file.
+            raise FUSEError(errno.EOPNOTSUPP)
         value = self._tree.described(self._known.node(inode)).get(text)
         if value is None:
             raise FUSEError(errno.ENODATA)
@@ -342,11 +343,16 @@ class ReadOperations(pyfuse3.Operations):
         return cast("bytes", payload[off : off + size])
 
     def _refresh(self, handle: OpenBlock, *, anyway: bool = False) -> None:
-        """Look whether the block is the one that was opened; BlockGone (ESTALE) if not."""
+        """Look whether the block is the one that was opened; BlockGone (ESTALE) if not.
+
+        BadPayload (EIO) if it is, but its bytes were found damaged.
+        """
         changes = self._namespace.changes()
         if anyway or handle.checked_at != changes:
             handle.info = self._tree.block(handle.file)
             handle.checked_at = changes
+        if handle.info.block.hole:
+            raise BadPayload(f"the bytes of {handle.file.key.prefix_hash.hex()} were lost")
 
     async def _read_block(self, info: BlockInfo) -> memoryview:
         read = self._namespace.read_block

@@ -394,7 +394,7 @@ def listing(store: Namespace) -> list[str]:
     lines = [str(replace(store.space(), limbo_bytes=ByteCount(0)))]
     for model in store.models():
         lines.append(str(model))
-        lines += map(str, store.detached(model.id))
+        lines += sorted(map(str, store.detached(model.id)))
         for session in iterate_sessions(store, model.id):
             lines.append(str(session))
             lines += map(str, store.chain_of(model.id, session.head))

@@ -28,8 +28,9 @@ def stress(directory: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 @pytest.mark.slow
 def test_kills_under_load_never_make_a_wrong_byte_or_a_stuck_process(scratch: Path) -> None:
     code, report = stress(
-        scratch, "--seconds", "12", "--kill-client-every", "1", "--kill-daemon-every", "4"
-    )
+        scratch, "--seconds", "12", "--kill-client-every", "1", "--kill-daemon-every", "4",
+        "--device-mib", "20",
+    )  # fmt: skip
     assert report["problems"] == []
     assert report["ok"]
     assert code == 0
@@ -37,6 +38,7 @@ def test_kills_under_load_never_make_a_wrong_byte_or_a_stuck_process(scratch: Pa
     assert report["daemon_kills"] >= 1
     assert report["counts"]["hits verified"] > 0
     assert report["counts"]["put.published"] > 0
+    assert report["daemon"]["evicted_blocks"] > 0
     assert report["misses"]["no daemon"] > 0
 
 

@@ -82,10 +82,17 @@ def open_warehouse(
     warehouse = Warehouse.open(directory, **options)
     try:
         yield warehouse
+        stop_tending(warehouse)
         settle(warehouse)
         assert_sound(warehouse)
     finally:
         warehouse.close()
+
+
+def stop_tending(warehouse: Warehouse) -> None:
+    """End what the warehouse does in the background by itself."""
+    warehouse._closing.set()
+    warehouse._tender.join()
 
 
 def settle(warehouse: Warehouse) -> None:
@@ -158,8 +165,8 @@ def links_of(core: Core) -> Counter[BlockKey]:
     return found
 
 
-def assert_memory_agrees(core: Core) -> None:
-    """Fail unless slots and allocator are what the tables say, with nothing under way."""
+def assert_memory_agrees(core: Core, reserved: Sequence[Block] = ()) -> None:
+    """Fail unless slots and allocator are what the tables say, but for *reserved* blocks."""
     records, links = records_of(core), links_of(core)
     children: Counter[BlockKey] = Counter()
     slots = core.slots
@@ -184,13 +191,14 @@ def assert_memory_agrees(core: Core) -> None:
             ), key  # fmt: skip
         for key, block in records.items():
             assert int(slots.children[block.slot]) == children[key], key
-        assert core.reserved_bytes == 0
+        assert core.reserved_bytes == sum(block.device_bytes for block in reserved)
         count = slots.statistics()
         assert count["slots_live"] == len(records)
-        assert count["slots_pending"] == count["slots_condemned"] == 0
+        assert (count["slots_pending"], count["slots_condemned"]) == (len(reserved), 0)
         assert count["slots_limbo"] == len(core.limbo)
         with core.metadata.read() as view:
-            assert list(view.runs("free")) == list(core.allocator.runs())
+            free = [*core.allocator.runs(), *(e for block in reserved for e in block.extents)]
+            assert list(view.runs("free")) == ledger.merged(free)
             in_limbo = sorted(view.leased_limbo(), key=str)
         assert in_limbo == sorted((e for held in core.limbo.values() for e in held), key=str)
 
@@ -224,7 +232,10 @@ def own_names(model: Model, *keys: tuple[str, str | None, int]) -> Names:
     """Names of an engine's own keys: (key, parent, end position) each."""
     return names_of_keys(
         model.root(),
-        [OwnKey(key.encode(), parent and parent.encode(), end) for key, parent, end in keys],
+        [
+            OwnKey(key.encode(), None if parent is None else parent.encode(), end)
+            for key, parent, end in keys
+        ],
     )
 
 

@@ -67,6 +67,24 @@ def test_a_joined_lease_outlives_the_one_that_matched(clock: Clock) -> None:
     assert leases.end_owner(rank) == []
 
 
+def test_an_owner_holds_a_lease_until_it_has_released_it_as_often_as_taken(clock: Clock) -> None:
+    leases = Leases(1000, ByteCount(100))
+    owner = leases.add_owner(0)
+    token = grant(leases, owner, [1])
+    leases.join(token, owner)
+    assert leases.statistics()["leased_bytes"] == 10
+    assert leases.release(token, owner) is None
+    assert leases.held(token, owner)
+    assert leases.release(token, owner) is not None
+    assert not leases.held(token, owner)
+    assert leases.room_bytes(owner) == 100
+    token = grant(leases, owner, [2])
+    leases.join(token, owner)
+    clock.now += 1000
+    assert slots_of(leases.expire()) == [[2]]
+    assert leases.room_bytes(owner) == 100
+
+
 def test_only_the_same_user_joins_and_only_in_time(clock: Clock) -> None:
     leases = Leases(1000, ByteCount(100))
     owner, stranger, friend = leases.add_owner(1), leases.add_owner(2), leases.add_owner(1)

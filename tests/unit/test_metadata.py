@@ -150,7 +150,8 @@ def test_urgent_jobs_pass_a_full_backlog_also_from_the_writer_thread(metadata: M
         urgent=True,
     )
     gate.set()
-    for future in (first, *futures, urgent):
+    first.result()
+    for future in (*futures, urgent):
         future.result()
     chained[0].result()
     waiting.join()

@@ -477,6 +477,48 @@ def test_a_stopped_daemon_is_a_miss_and_the_late_lease_is_given_back(scratch: Pa
             assert hasty.statistics()["client"]["connected"]
 
 
+def test_a_join_given_up_takes_no_lease_away_from_another_match(scratch: Path) -> None:
+    with running_daemon(scratch / "w") as daemon, daemon.client() as patient:
+        model = patient.open_model("m", LAYOUT)
+        names = names_of(model, 4)
+        patient.put(model, names, payloads_of(model, 4))
+        with connect(daemon.socket, arena_bytes=0, match_timeout_s=1.0) as hasty:
+            match = hasty.match(model, names)
+            assert match.held
+            os.kill(daemon.pid, signal.SIGSTOP)
+            with pytest.raises(LeaseEnded, match="in time"):
+                hasty.join(match.token)
+            os.kill(daemon.pid, signal.SIGCONT)
+            while hasty.statistics()["client"].get("late_leases") != 1:
+                time.sleep(0.01)
+            assert match.held
+            assert patient.statistics()["leases"]["leases"] == 1
+            match.release()
+            while patient.statistics()["leases"]["leases"]:
+                time.sleep(0.01)
+
+
+def test_a_join_and_a_release_that_cross_leave_the_joined_match_its_lease(
+    client: Client, model: Model
+) -> None:
+    names, payloads = names_of(model, 4), payloads_of(model, 4)
+    client.put(model, names, payloads)
+    match = client.match(model, names)
+    take = client._match_of
+
+    def take_late(*arguments: object, **named: object) -> Match:
+        match.release()  # sent behind the join, and counted here before it
+        return take(*arguments, **named)  # type: ignore[arg-type]
+
+    client._match_of = take_late  # type: ignore[method-assign]
+    with client.join(match.token) as joined:
+        assert joined.held
+        assert client.statistics()["leases"]["leases"] == 1
+        assert same(read_all(joined, 4), payloads)
+    del client._match_of
+    assert client.statistics()["leases"]["leases"] == 0
+
+
 def test_a_model_of_another_warehouse_on_the_same_socket_is_a_miss(scratch: Path) -> None:
     with running_daemon(scratch / "w") as daemon:
         client = daemon.client()

@@ -32,7 +32,7 @@ from twfs.errors import (
 )
 from twfs.layout import Group, Layout
 from twfs.store import PutOutcome, ReadOutcome, Retention
-from twfs.units import ModelId
+from twfs.units import ByteCount, ModelId
 from twfs.warehouse import Warehouse
 
 
@@ -93,7 +93,7 @@ def test_threads_that_put_branches_read_and_evict_leave_no_finding(scratch: Path
 
         def evictor() -> None:
             for _ in range(20):
-                warehouse.evict(20_000)
+                warehouse.evict(ByteCount(20_000))
 
         put(warehouse, model, chain_of(model, 3))
         in_threads([writer(1), writer(2), writer(3), writer(1), reader, evictor])
@@ -169,7 +169,7 @@ def test_close_makes_matches_misses_and_is_idempotent(scratch: Path) -> None:
     warehouse.touch(model, names)
     for refused in (
         lambda: warehouse.put(model, names, payloads_of(MHA, names)),
-        lambda: warehouse.evict(1),
+        lambda: warehouse.evict(ByteCount(1)),
         warehouse.check,
         warehouse.space,
         lambda: warehouse.open_model("other", MHA),

@@ -1,0 +1,406 @@
+"""Every invariant of FORMAT.md, broken alone, is found by the checker, and nothing else is.
+
+The warehouse is broken by hand, through its tables or on its device, and never mended: the checker
+changes nothing. Of the same state it says the same when it is asked again.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.warehouses import (
+    HYBRID,
+    LAYOUTS,
+    MHA,
+    SHARDED,
+    block_at,
+    chain_of,
+    flip_device,
+    flip_payload,
+    make_warehouse,
+    open_warehouse,
+    own_names,
+    put,
+    put_whole,
+)
+from twfs import check
+from twfs.checksums import checksums_of
+from twfs.prefix import Names
+from twfs.records import Block, BlockKey, Extent, Header, Superblock
+from twfs.store import Model
+from twfs.tables import PLACE_KEY, WriteView
+from twfs.units import (
+    ALIGN,
+    ByteCount,
+    ByteOffset,
+    DeviceIndex,
+    Digest,
+    Generation,
+    Ino,
+    ModelId,
+    PrefixHash,
+    Slot,
+    TokenCount,
+)
+from twfs.warehouse import Warehouse
+
+
+class Broken:
+    """A warehouse with a chain of four blocks and a branch, to be broken."""
+
+    def __init__(self, warehouse: Warehouse) -> None:
+        self.warehouse = warehouse
+        self.model: Model = warehouse.open_model("m", MHA)
+        self.names: Names = chain_of(self.model, 4)
+        put(warehouse, self.model, self.names)
+        put(warehouse, self.model, chain_of(self.model, 3, 1, fork=2))
+
+    def at(self, index: int) -> tuple[BlockKey, Block]:
+        return block_at(self.warehouse, self.model, self.names, index)
+
+    def change(self, job: Callable[[WriteView], object]) -> None:
+        """Change the tables."""
+        self.warehouse._core.metadata.submit(job).result()
+
+    def rewrite(self, index: int, *, header: bool = True, **fields: object) -> None:
+        """Change fields of a record, and with *header* of its header too."""
+        key, block = self.at(index)
+        block = replace(block, **fields)  # type: ignore[arg-type]
+        self.change(lambda view: view.put_block(key, block))
+        if header and block.extents:
+            self.write_header(key, block)
+
+    def write_header(self, key: BlockKey, block: Block) -> None:
+        """Write the header that belongs to a record."""
+        device = self.warehouse.devices[0]
+        packed = Header(
+            self.warehouse.uuid, device.uuid, MHA.fingerprint, "m", 0, key.group, key.shard,
+            key.prefix_hash, block,
+        ).pack()  # fmt: skip
+        self.write(block.extents[0].offset, packed)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write to the device."""
+        descriptor = os.open(self.warehouse.devices[0].path, os.O_WRONLY)
+        os.pwrite(descriptor, data, offset)
+        os.close(descriptor)
+
+
+@pytest.fixture
+def broken(scratch: Path) -> Broken:
+    """A sound warehouse; it is closed when its directory goes."""
+    make_warehouse(scratch)
+    return Broken(Warehouse.open(scratch))
+
+
+def found(broken: Broken) -> set[int]:
+    """Invariants that the checker finds broken; then the warehouse is closed."""
+    with broken.warehouse as warehouse:
+        report = warehouse.check(data=True)
+        again = warehouse.check(data=True)
+        assert sorted(report.findings, key=str) == sorted(again.findings, key=str)
+        assert all(finding.text for finding in report.findings)
+        return {finding.invariant for finding in report.findings}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_nothing_is_found_where_nothing_is_broken(scratch: Path, kind: str) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", LAYOUTS[kind])
+        put_whole(warehouse, model, chain_of(model, 5))
+        put(warehouse, model, chain_of(model, 9, 3).slice(6, 9), group=LAYOUTS[kind].spine)
+        put(warehouse, model, own_names(model, ("a", None, 0), ("c", "b", 7)),
+            group=LAYOUTS[kind].spine)  # fmt: skip
+        report = warehouse.check(data=True)
+        assert report.findings == ()
+        assert report.blocks == report.payloads == len(list(blocks_of(warehouse)))
+        assert warehouse.check().payloads == 0
+
+
+def blocks_of(warehouse: Warehouse) -> list[bytes]:
+    with warehouse._core.metadata.read() as view:
+        return [key for key, _ in view.all_blocks()]
+
+
+@pytest.mark.parametrize("offset", [0, -ALIGN])
+def test_i1_a_superblock_copy_that_is_broken(broken: Broken, offset: int) -> None:
+    size = broken.warehouse.devices[0].size_bytes
+    broken.write(offset % size + 20, b"\xff")
+    assert found(broken) == {1}
+
+
+def test_i1_a_superblock_copy_of_another_device(broken: Broken) -> None:
+    device = broken.warehouse.devices[0]
+    other = replace(device.superblock, index=DeviceIndex(5))
+    broken.write(0, Superblock.pack(other))
+    assert found(broken) == {1}
+
+
+def test_i2_a_record_that_cannot_be_read(broken: Broken) -> None:
+    broken.change(lambda view: view._put("blocks", b"\xff" * 23, b"short"))
+    broken.change(lambda view: view._put("limbo", bytes(9), bytes(16)))
+    broken.change(lambda view: view._put("heads", b"\xff", b""))
+    assert found(broken) == {2}
+
+
+def test_i3_space_that_belongs_to_nothing(broken: Broken) -> None:
+    _, block = broken.at(0)
+    run = Extent(DeviceIndex(0), ByteOffset((1 << 20) + (1 << 23)), ByteCount(ALIGN))
+    broken.change(lambda view: view.take_free(run))
+    assert block.extents[0].offset < run.offset
+    assert found(broken) == {3}
+
+
+def test_i3_space_that_belongs_to_two(broken: Broken) -> None:
+    """A free run over a block, one that touches no other run."""
+    extent = broken.at(1)[1].extents[0]
+    broken.change(
+        lambda view: view._put(
+            "free", PLACE_KEY.pack(0, extent.offset), int(ALIGN).to_bytes(8, "little")
+        )
+    )
+    assert found(broken) == {3}
+
+
+def test_i4_a_block_that_is_longer_than_its_payload(broken: Broken) -> None:
+    """The last one of all takes the next free unit too."""
+    with broken.warehouse._core.metadata.read() as view:
+        free = next(iter(view.runs("free")))
+    names = chain_of(broken.model, 3, 1, fork=2)
+    key, block = block_at(broken.warehouse, broken.model, names, 2)
+    extent = block.extents[0]
+    assert extent.offset + extent.length == free.offset
+    longer = replace(block, extents=(replace(extent, length=ByteCount(extent.length + ALIGN)),))
+
+    def job(view: WriteView) -> None:
+        view.take_free(Extent(free.device, free.offset, ByteCount(ALIGN)))
+        view.put_block(key, longer)
+
+    broken.change(job)
+    broken.write_header(key, longer)
+    assert found(broken) == {4}
+
+
+def test_i5_a_header_that_is_damaged(broken: Broken) -> None:
+    """The payload cannot be proved without it, so that is found as well."""
+    flip_device(broken.warehouse, broken.at(1)[1], 100)
+    assert found(broken) == {5, 12}
+
+
+@pytest.mark.parametrize("what", ["warehouse", "device", "fingerprint", "model_name", "epoch"])
+def test_i5_a_header_of_something_else(broken: Broken, what: str) -> None:
+    key, block = broken.at(1)
+    warehouse, device = broken.warehouse, broken.warehouse.devices[0]
+    header = Header(
+        warehouse.uuid, device.uuid, MHA.fingerprint, "m", 0, 0, 0, key.prefix_hash, block
+    )
+    other = {
+        "warehouse": device.uuid, "device": warehouse.uuid, "fingerprint": bytes(32),
+        "model_name": "n", "epoch": 3,
+    }  # fmt: skip
+    changed = replace(header, **{what: other[what]})  # type: ignore[arg-type]
+    broken.write(block.extents[0].offset, changed.pack())
+    assert found(broken) == {5}
+
+
+@pytest.mark.parametrize("field", ["generation", "ino"])
+def test_i6_a_number_that_two_blocks_have(broken: Broken, field: str) -> None:
+    broken.rewrite(1, **{field: getattr(broken.at(2)[1], field)})
+    assert found(broken) == {6}
+
+
+@pytest.mark.parametrize(("field", "of"), [("generation", Generation), ("ino", Ino)])
+def test_i6_a_number_that_was_never_given(
+    broken: Broken, field: str, of: Callable[[int], object]
+) -> None:
+    number: Any = of(1 << 40)
+    broken.rewrite(1, **{field: number})
+    assert found(broken) == {6}
+
+
+def test_i7_a_slot_that_two_blocks_have(broken: Broken) -> None:
+    broken.rewrite(1, slot=Slot(broken.at(2)[1].slot))
+    assert found(broken) == {7}
+
+
+def test_i8_a_child_that_is_not_noted(broken: Broken) -> None:
+    """A child of a block that has another one: the heads are true either way."""
+    key, block = broken.at(2)
+    broken.change(lambda view: view.drop_child(key.at(block.parent), key.prefix_hash))
+    assert found(broken) == {8}
+
+
+def test_i8_a_child_that_is_none(broken: Broken) -> None:
+    key, _ = broken.at(0)
+    broken.change(lambda view: view.add_child(key, PrefixHash(b"?" * 16)))
+    assert found(broken) == {8}
+
+
+def test_i9_a_head_that_is_not_noted(broken: Broken) -> None:
+    broken.change(lambda view: view.drop_head(broken.model.id, broken.names.hash_at(3)))
+    assert found(broken) == {9}
+
+
+def test_i9_a_head_that_is_none(broken: Broken) -> None:
+    broken.change(lambda view: view.add_head(broken.model.id, broken.names.hash_at(1)))
+    assert found(broken) == {9}
+
+
+def test_i10_a_block_of_no_model(broken: Broken) -> None:
+    key, block = own_block(broken)
+    broken.change(lambda view: view.put_block(replace(key, model=ModelId(77)), block))
+    assert found(broken) == {10}
+
+
+@pytest.mark.parametrize("place", [{"group": 3}, {"shard": 2}])
+def test_i10_a_group_or_shard_that_the_layout_has_not(
+    broken: Broken, place: dict[str, int]
+) -> None:
+    key, block = own_block(broken)
+    moved = replace(key, **place)  # type: ignore[arg-type]
+    broken.change(lambda view: view.put_block(moved, block))
+    broken.write_header(moved, block)
+    assert found(broken) == {10}
+
+
+def test_i10_a_payload_of_another_length(broken: Broken) -> None:
+    _, block = broken.at(1)
+    shorter = MHA.block_bytes() - 8
+    path = broken.warehouse.devices[0].path
+    with path.open("rb") as file:
+        file.seek(block.extents[0].offset + ALIGN)
+        payload = file.read(shorter)
+    broken.rewrite(1, payload_bytes=ByteCount(shorter), checksums=checksums_of(payload))
+    assert found(broken) == {10}
+
+
+def own_block(broken: Broken) -> tuple[BlockKey, Block]:
+    """Take a first block with an own key out of the tables; its space stays its own."""
+    names = own_names(broken.model, ("alone", None, 0))
+    put(broken.warehouse, broken.model, names)
+    key, block = block_at(broken.warehouse, broken.model, names, 0)
+
+    def job(view: WriteView) -> None:
+        view.delete_block(key)
+        view.drop_head(key.model, key.prefix_hash)
+
+    broken.change(job)
+    return key, block
+
+
+def test_i11_a_block_that_does_not_end_behind_its_parent(broken: Broken) -> None:
+    broken.rewrite(2, position=TokenCount(32))
+    assert found(broken) == {11}
+
+
+def test_i12_a_payload_that_has_changed(broken: Broken) -> None:
+    flip_payload(broken.warehouse, broken.at(1)[1], 1000)
+    assert broken.warehouse.check().findings == ()  # it takes the reading of payloads
+    assert found(broken) == {12}
+
+
+def test_i13_a_hole_with_extents(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No record can say so: it would not be read. The checker is asked about one that could."""
+    key, block = broken.at(1)
+    with broken.warehouse._core.metadata.read() as view:
+        taken = check.take_snapshot(view)
+    assert list(check.holes_are_empty(broken.warehouse._core, taken)) == []
+    taken.blocks[key] = replace(block, hole=True)
+    taken.blocks[broken.at(2)[0]] = replace(broken.at(2)[1], extents=())
+    assert len(list(check.holes_are_empty(broken.warehouse._core, taken))) == 2
+    assert found(broken) == set()
+
+
+def test_i14_a_class_that_is_none(broken: Broken) -> None:
+    broken.rewrite(1, retention=4)
+    assert found(broken) == {14}
+
+
+def test_i15_free_runs_that_touch(broken: Broken) -> None:
+    def job(view: WriteView) -> None:
+        run = next(iter(view.runs("free")))
+        view._put_run(run.device, run.offset, ALIGN)
+        view._put_run(run.device, run.offset + ALIGN, run.length - ALIGN)
+
+    broken.change(job)
+    assert found(broken) == {15}
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_i16_a_detached_block_whose_parent_is_there(broken: Broken, index: int) -> None:
+    broken.rewrite(index, detached=True)
+    assert found(broken) == {16}
+
+
+def test_i16_a_block_without_its_parent(broken: Broken) -> None:
+    names = chain_of(broken.model, 9, 5).slice(7, 9)
+    put(broken.warehouse, broken.model, names)
+    for index in (0, 1):
+        key, block = block_at(broken.warehouse, broken.model, names, index)
+        attached = replace(block, detached=False)
+
+        def job(view: WriteView, key: BlockKey = key, attached: Block = attached) -> None:
+            view.put_block(key, attached)
+
+        broken.change(job)
+    broken.change(lambda view: view.add_head(broken.model.id, names.hash_at(1)))
+    assert found(broken) == {16}
+
+
+def test_i16_a_detached_block_of_a_group_without_chains(scratch: Path) -> None:
+    make_warehouse(scratch)
+    with Warehouse.open(scratch) as warehouse:
+        model = warehouse.open_model("m", HYBRID)
+        names = chain_of(model, 2)
+        put_whole(warehouse, model, names)
+        key, block = block_at(warehouse, model, names, 1, group=2)
+        flagged = replace(block, detached=True)
+        warehouse._core.metadata.submit(lambda view: view.put_block(key, flagged)).result()
+        assert {finding.invariant for finding in warehouse.check(data=True).findings} == {16}
+
+
+def test_every_invariant_has_a_test_here() -> None:
+    text = Path(__file__).read_text()
+    for number in check.INVARIANTS:
+        assert f"def test_i{number}_" in text
+
+
+def test_blocks_that_change_during_the_check_are_no_findings(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evicted after the snapshot, and their places written over by others."""
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", SHARDED)
+        put_whole(warehouse, model, chain_of(model, 20))
+        real = check.take_snapshot
+
+        def then_change(view: object) -> object:
+            taken = real(view)  # type: ignore[arg-type]
+            warehouse.evict(ByteCount(1 << 30))
+            put_whole(warehouse, model, chain_of(model, 20, 7))
+            return taken
+
+        with monkeypatch.context() as patch:
+            patch.setattr(check, "take_snapshot", then_change)
+            assert warehouse.check(data=True).findings == ()
+
+
+def test_findings_are_bounded(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "FINDINGS_MAX", 3)
+
+    def job(view: WriteView) -> None:
+        for number in range(10):
+            view.add_head(ModelId(1), PrefixHash(bytes([number]) * 16))
+
+    broken.change(job)
+    with broken.warehouse as warehouse:
+        assert len(warehouse.check().findings) == 3
+
+
+def test_digest_of_a_record_is_compared_with_its_header(broken: Broken) -> None:
+    broken.rewrite(1, header=False, digest=Digest(bytes(32)))
+    assert found(broken) == {5, 12}
