@@ -24,14 +24,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("arena", "device", "extents", "ledger", "metadata", "protocol"),
     ("flushing", "payload"),
     ("readers", "readers.base"),
-    ("readers.probe", "readers.host"),
+    ("readers.probe", "readers.host", "readers.landing"),
     ("readers.cufile", "readers.staged"),
     ("readers.select",),
     ("match", "upload"),
-    ("heat", "stats"),
     ("core",),
-    ("evicting", "listing", "matching", "opening", "retention"),
+    ("evicting", "listing", "matching", "opening"),
     ("check", "putting"),
+    ("localput",),
     ("warehouse",),
     ("shared",),
     ("answers",),
@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tree",),
     ("__init__",),
     ("engines",),
-    ("engines.transformers", "engines.vllm", "engines.sglang", "engines.lmcache"),
+    ("engines.transformers",),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 

@@ -7,7 +7,7 @@ that say so block on devices or commits; all others are short enough for an even
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,13 +33,13 @@ from twfs.errors import (
 from twfs.formatting import DeviceSpec
 from twfs.layout import Layout, check_model_name
 from twfs.leases import Located
+from twfs.localput import LocalPort
 from twfs.match import Match
 from twfs.prefix import Names
 from twfs.putting import Put
 from twfs.readers.select import DeviceSource, Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.store import (
-    ArenaBlock,
     BlockInfo,
     CheckReport,
     Explanation,
@@ -272,7 +272,7 @@ class Warehouse:
             except BaseException:
                 put.abandon()
                 raise
-            return upload(_LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
+            return upload(LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
 
     def _put_arena(self, block_bytes: int) -> Arena:
         """The arena that puts copy into, made for the first."""
@@ -469,33 +469,3 @@ class Warehouse:
         figures["readers"] = self._readers.statistics()
         figures["arena"] = None if self._arena is None else self._arena.statistics()
         return figures
-
-
-class _LocalPort:
-    """A PutPort over a put of this process."""
-
-    def __init__(self, put: Put, arena: Arena, executor: ThreadPoolExecutor) -> None:
-        self._put = put
-        self._arena = arena
-        self._executor = executor
-        self._writing: list[Future[None]] = []
-
-    @property
-    def lacking(self) -> Sequence[int]:
-        return self._put.lacking
-
-    def write(self, blocks: Sequence[ArenaBlock]) -> "Future[None]":
-        future = self._executor.submit(self._put.write_blocks, self._arena.view, blocks)
-        self._writing.append(future)
-        return future
-
-    def publish(self) -> PutResult:
-        return self._put.publish()
-
-    def abandon(self) -> None:
-        for future in self._writing:
-            future.cancel()
-        for future in self._writing:
-            if not future.cancelled():
-                future.exception()  # wait: its writes go to extents that are to be forfeited
-        self._put.abandon()
