@@ -103,6 +103,20 @@ def layer_sums_of(payload: Buffer, layers: int) -> tuple[int, ...]:
     )
 
 
+def host_sums_of(payload: Buffer, layers: int) -> tuple[bytes, tuple[int, ...]]:
+    """Return xxh3_of and layer_sums_of *payload*, reading each layer from memory only once."""
+    data = flat_bytes(payload)
+    if not layers or data.size % layers:
+        return xxh3_of(data), layer_sums_of(data, layers)
+    step = data.size // layers
+    whole, sums = xxhash.xxh3_128(), []
+    for at in range(0, data.size, step):
+        layer = data[at : at + step].data
+        whole.update(layer)
+        sums.append(xxhash.xxh3_64_intdigest(layer))
+    return whole.digest(), tuple(sums)
+
+
 def checksums_of(data: Buffer) -> Checksums:
     """Return both checksums of *data* in host memory."""
     return Checksums(xxh3_of(data), *lanes_of(data))

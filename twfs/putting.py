@@ -16,7 +16,7 @@ import numpy as np
 
 from twfs import ledger
 from twfs import slots as states
-from twfs.checksums import layer_sums_of, xxh3_of
+from twfs.checksums import host_sums_of
 from twfs.core import Core, wall_ms
 from twfs.errors import DeviceError, InvalidInput, TooLarge, WarehouseClosed, WarehouseFull
 from twfs.evicting import keep_low_water, submit_eviction
@@ -274,12 +274,13 @@ class Put:
             if first.device == run.device and run.offset <= first.offset < run.end:
                 view = arena[block.arena_offset : block.arena_offset + block.payload_bytes]
                 sums = Checksums(block.xxh3, block.lane_plain, block.lane_weighted)
-                if xxh3_of(view) != block.xxh3:
+                xxh3, layer_sums = host_sums_of(view, self._layers)
+                if xxh3 != block.xxh3:
                     bad.add(block.index)
                 record = _with_sums(reserved, sums)
                 whole[block.index] = record
                 headers[number * ALIGN : (number + 1) * ALIGN] = self._header(
-                    block.index, record, layer_sums_of(view, self._layers) if self._layers else ()
+                    block.index, record, layer_sums
                 )
         try:
             self._core.devices[run.device].write_from(run.buffers, run.offset)

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import xxhash
 
 from twfs.arena import Arena, Piece
-from twfs.checksums import flat_bytes, flat_tensor, lanes_of, loaded_torch, on_device, xxh3_of
+from twfs.checksums import flat_bytes, flat_tensor, lanes_of, loaded_torch, on_device
 from twfs.errors import InvalidInput, TooLarge
 from twfs.layout import Layout
 from twfs.messages import WINDOW_BLOCKS_MAX
 from twfs.store import ArenaBlock, PutResult
-from twfs.units import ByteCount, align_up
+from twfs.units import ALIGN, ByteCount, align_up
 
 if TYPE_CHECKING:
     from twfs.store import Buffer, Pieces, PutPort
@@ -32,6 +33,7 @@ WRITING_MAX: Final = 4  # windows handed over and not yet answered
 PIECES_MAX: Final = 4096  # of one payload: K and V of each of 256 layers, page by page
 MASK_64: Final = (1 << 64) - 1
 LANE_BYTES: Final = 4
+SUMMED_BYTES: Final = 1 << 20  # copied and summed in one go: fits the L2 of one core
 
 
 def check_payloads(layout: Layout, group: int, payloads: "Sequence[Pieces]") -> None:
@@ -198,42 +200,75 @@ class _Upload:
             into = np.frombuffer(piece.view, np.uint8)
             for at, index in zip(range(0, piece.byte_count, step), window, strict=True):
                 into[at + length : at + step] = 0
-                payload = into[at : at + length]
-                plain, weighted = _copy(pieces_of(self._payloads[index]), payload)
+                xxh3, plain, weighted = _copy(
+                    pieces_of(self._payloads[index]), into[at : at + length]
+                )
                 where = piece.offset + at
-                blocks.append(ArenaBlock(index, where, length, xxh3_of(payload), plain, weighted))
+                blocks.append(ArenaBlock(index, where, length, xxh3, plain, weighted))
         except BaseException:
             piece.release()
             raise
         return _Filled(piece, blocks)
 
 
-def _copy(pieces: "Sequence[Buffer]", into: Any) -> tuple[int, int]:
-    """Copy *pieces* one behind the other into the array *into*; return the lane sums.
+class _Sums:
+    """Sums a payload as it is copied, while its bytes are still in the processor's L2."""
 
-    The sums of pieces on a GPU are taken there, from the source, so that a copy that went wrong
-    is found out by whoever reads.
+    def __init__(self, into: Any, *, lanes: bool) -> None:
+        self._into = into
+        self._lanes = lanes  # False: they come from the source
+        self._xxh3 = xxhash.xxh3_128()
+        self._done = 0
+        self.plain = 0
+        self.weighted = 0
+
+    def advance(self, copied: int, *, end: bool = False) -> None:
+        """Sum what was *copied* so far, in runs that are worth a call."""
+        stop = copied if end else copied // ALIGN * ALIGN
+        if stop == self._done or (not end and stop - self._done < SUMMED_BYTES):
+            return
+        run = self._into[self._done : stop]
+        self._xxh3.update(run.data)
+        if self._lanes:
+            self.add(lanes_of(run), self._done)
+        self._done = stop
+
+    def add(self, lanes: tuple[int, int], at: int) -> None:
+        """Add the lane sums of the bytes from *at* on, whose first lane has weight at/4 + 1."""
+        self.plain += lanes[0]
+        self.weighted += lanes[1] + lanes[0] * (at // LANE_BYTES)
+
+    def result(self) -> tuple[bytes, int, int]:
+        """The xxh3 and both lane sums of the whole payload."""
+        return self._xxh3.digest(), self.plain & MASK_64, self.weighted & MASK_64
+
+
+def _copy(pieces: "Sequence[Buffer]", into: Any) -> tuple[bytes, int, int]:
+    """Copy *pieces* one behind the other into the array *into*; return xxh3 and lane sums.
+
+    The lane sums of pieces on a GPU are taken there, from the source, so that a copy that went
+    wrong is found out by whoever reads.
     """
-    at = plain = weighted = 0
-    on_source = all(on_device(piece) for piece in pieces)
-    for piece in pieces:
-        if not on_device(piece):
+    places = np.cumsum([0] + [_byte_count(piece) for piece in pieces]).tolist()
+    if places[-1] != into.size:
+        raise InvalidInput(f"a payload of {into.size} bytes had {places[-1]} when it was copied")
+    on_source = all(
+        on_device(piece) and at % LANE_BYTES == 0 for piece, at in zip(pieces, places, strict=False)
+    )
+    sums = _Sums(into, lanes=not on_source)
+    for piece, at in zip(pieces, places, strict=False):
+        if on_device(piece):
+            source = flat_tensor(piece)
+            lanes = _copy_from_device(source, into[at : at + source.numel()], sums=on_source)
+            sums.add(lanes, at)
+        else:
             source = flat_bytes(piece)
-            into[at : at + source.size] = source  # numpy lets go of the GIL meanwhile
-            at += source.size
-            continue
-        source = flat_tensor(piece)
-        byte_count = int(source.numel())
-        on_source = on_source and at % LANE_BYTES == 0
-        lanes = _copy_from_device(source, into[at : at + byte_count], sums=on_source)
-        plain += lanes[0]
-        weighted += lanes[1] + lanes[0] * (at // LANE_BYTES)  # its first lane has weight at/4 + 1
-        at += byte_count
-    if at != into.size:
-        raise InvalidInput(f"a payload of {into.size} bytes had {at} when it was copied")
-    if not on_source:
-        return lanes_of(into)
-    return plain & MASK_64, weighted & MASK_64
+            for start in range(0, source.size, SUMMED_BYTES):
+                stop = min(start + SUMMED_BYTES, source.size)
+                into[at + start : at + stop] = source[start:stop]  # lets go of the GIL
+                sums.advance(at + stop)
+    sums.advance(into.size, end=True)
+    return sums.result()
 
 
 def _copy_from_device(source: Any, into: Any, *, sums: bool) -> tuple[int, int]:

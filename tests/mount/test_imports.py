@@ -1,7 +1,6 @@
 """A copied session can be copied back by any tool; one that is not whole or not true is refused."""
 
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -9,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from support.mounting import Mount, expected, names_in, refusal, refused, shell, store
-from support.warehouses import HYBRID, MHA, SHARDED, chain_of, payloads_of
-from twfs.errors import WarehouseFull
+from support.mounting import Mount, expected, mounted, names_in, refusal, refused, shell, store
+from support.warehouses import BIG, HYBRID, MHA, SHARDED, make_warehouse
 from twfs.layout import Layout
-from twfs.store import Retention
 
 pytestmark = pytest.mark.fuse
 
@@ -210,17 +207,11 @@ def test_directory_that_is_no_prefix_hash_is_refused(mount: Mount, name: str) ->
         (mount.path / "tiny" / name).mkdir()
 
 
-def test_full_warehouse_refuses_with_enospc(mount: Mount, scratch: Path) -> None:
-    copy = exported(mount, scratch, "tiny", MHA, 50)
-    fill(mount, "tiny")
-    assert "No space left" in refusal("cp", "-r", copy, mount.path / "tiny")
-    assert not (mount.path / "tiny" / copy.name / "00049.kv").exists()
-
-
-def fill(mount: Mount, name: str) -> None:
-    """Fill the warehouse with what may never be evicted."""
-    with mount.client() as client, pytest.raises(WarehouseFull):
-        model = client.open_model(name)
-        for seed in itertools.count(100):
-            names = chain_of(model, 500, seed)
-            client.put(model, names, payloads_of(MHA, names), retention=Retention.PINNED)
+def test_session_larger_than_the_warehouse_is_refused_with_enospc(scratch: Path) -> None:
+    make_warehouse(scratch / "large", (160 << 20,))
+    with mounted(scratch / "large", scratch / "mnt") as mount:
+        copy = exported(mount, scratch, "big", BIG, 200)
+    with mounted(scratch / "small", scratch / "mnt") as mount:
+        store(mount, "big", BIG, 1, seed=3)
+        assert "No space left" in refusal("cp", "-r", copy, mount.path / "big")
+        assert not (mount.path / "big" / copy.name).exists()

@@ -11,6 +11,7 @@ from support.mounting import Mount, expected, names_in, refusal, refused, shell,
 from support.warehouses import HYBRID, MHA, SHARDED, payloads_of
 from twfs.describing import PREFIX
 from twfs.store import Retention
+from twfs.units import ByteCount
 
 pytestmark = pytest.mark.fuse
 
@@ -177,7 +178,11 @@ def test_grown_session_keeps_its_old_name_for_who_stands_in_it(mount: Mount) -> 
         listed = names_in(mount.path / "tiny")
         assert mount.session("tiny", long).name in listed
         assert old.name not in listed
-        assert sorted(os.listdir(here)) == ["00000.kv", "00001.kv", "chain.json"]
+        assert sorted(found.name for found in os.scandir(here)) == [
+            "00000.kv",
+            "00001.kv",
+            "chain.json",
+        ]
         assert len(names_in(old)) == 3
         assert file.read() == expected(MHA, short, 1)
         assert shell("sh", "-c", "ls | wc -l; cat 00000.kv | wc -c", cwd=old).split() == [
@@ -193,7 +198,7 @@ def test_evicted_tail_leaves_the_shorter_prefix(mount: Mount) -> None:
     whole = mount.session("tiny", names)
     assert len(names_in(whole)) == 4
     with mount.client() as client:
-        client.evict(whole.joinpath("00002.kv").stat().st_blocks * 512)
+        client.evict(ByteCount(whole.joinpath("00002.kv").stat().st_blocks * 512))
     until(lambda: not whole.exists(), "the old name goes")
     listed = [name for name in names_in(mount.path / "tiny") if name != "detached"]
     assert len(listed) == 1

@@ -10,6 +10,7 @@ import pytest
 
 from support.mounting import Mount, expected, mounted, refused, shell, store, until
 from support.warehouses import BIG, MHA, block_at, chain_of, flip_payload
+from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
 
 pytestmark = pytest.mark.fuse
@@ -88,7 +89,7 @@ def test_read_of_an_evicted_block_is_estale(mount: Mount) -> None:
     try:
         assert os.pread(file, 4096, 0) == expected(BIG, names, 1)[:4096]
         with mount.client() as client:
-            assert client.evict(1) > 0
+            assert client.evict(ByteCount(1)) > 0
         with refused(errno.ESTALE):
             os.pread(file, 4096, 4096)
     finally:
@@ -101,7 +102,7 @@ def test_bytes_that_the_kernel_kept_go_with_the_block(mount: Mount) -> None:
     try:
         assert os.pread(file, 100, 0) == expected(MHA, names, 0)[:100]
         with mount.client() as client:
-            assert client.evict(1) > 0
+            assert client.evict(ByteCount(1)) > 0
 
         def stale() -> bool:
             try:
@@ -119,7 +120,7 @@ def test_block_that_was_stored_again_is_another_file(mount: Mount) -> None:
     path = mount.session("tiny", names) / "00000.kv"
     before = path.stat().st_ino
     with mount.client() as client:
-        client.evict(1)
+        client.evict(ByteCount(1))
     store(mount, "tiny", MHA, 1)
     until(lambda: path.stat().st_ino != before, "the new life is shown")
     assert path.read_bytes() == expected(MHA, names, 0)

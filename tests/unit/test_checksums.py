@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from twfs.checksums import (
     checksums_of,
     flat_bytes,
+    host_sums_of,
     lanes_of,
     lanes_of_rows,
     lanes_on_device,
@@ -136,3 +137,9 @@ def test_what_is_not_contiguous_memory_is_refused() -> None:
             lanes_of(data)
     with pytest.raises(InvalidInput, match="read-only"):
         flat_bytes(b"bytes are read-only", writable=True)
+
+
+@pytest.mark.parametrize(("byte_count", "layers"), [(8 << 20, 32), (4096, 1), (4097, 0), (1000, 8)])
+def test_host_sums_are_those_taken_one_by_one(byte_count: int, layers: int) -> None:
+    data = np.random.default_rng(byte_count).integers(0, 256, byte_count, np.uint8)
+    assert host_sums_of(data, layers) == (xxh3_of(data), layer_sums_of(data, layers))
