@@ -23,6 +23,7 @@ MASK_64: Final = (1 << 64) - 1
 LOW_32: Final = (1 << 32) - 1
 ROW_WORDS: Final = ALIGN // 8  # a row is 4 KiB: 512 words of two lanes each
 ROW_LANES: Final = ALIGN // 4
+HASHED_BYTES: Final = 512 << 10  # hashed twice in a row: the second time out of L2
 RUN_ROWS: Final = 64  # 256 KiB: a run and its upper halves stay in the L2 of one core
 _COLUMN_WEIGHTS: Final = 2 * np.arange(ROW_WORDS, dtype=np.uint64) + np.uint64(1)
 
@@ -110,10 +111,13 @@ def host_sums_of(payload: Buffer, layers: int) -> tuple[bytes, tuple[int, ...]]:
         return xxh3_of(data), layer_sums_of(data, layers)
     step = data.size // layers
     whole, sums = xxhash.xxh3_128(), []
-    for at in range(0, data.size, step):
-        layer = data[at : at + step].data
-        whole.update(layer)
-        sums.append(xxhash.xxh3_64_intdigest(layer))
+    for begin in range(0, data.size, step):
+        layer = xxhash.xxh3_64()
+        for at in range(begin, begin + step, HASHED_BYTES):
+            run = data[at : min(at + HASHED_BYTES, begin + step)].data
+            whole.update(run)
+            layer.update(run)
+        sums.append(layer.intdigest())
     return whole.digest(), tuple(sums)
 
 

@@ -54,6 +54,7 @@ from twfs.units import Ino, Millis, ModelId, PrefixHash
 
 CHAINS_BLOCKS_MAX: Final = 1 << 17  # blocks of all chains kept: about 250 MiB
 TEXTS_BYTES_MAX: Final = 64 << 20  # chain.json kept for the stat, open, read that follow each other
+MODELS_SECONDS: Final = 1.0  # how late a new epoch may be seen
 HIDDEN_MAX: Final = 1 << 20  # names unlinked in directories that are still there
 LONG_CHAIN: Final = 512  # blocks; reading a longer chain takes milliseconds: not in the event loop
 
@@ -87,6 +88,7 @@ class Tree:
         self._mount_statistics = mount_statistics
         self._models: dict[ModelId, ModelInfo] = {}
         self._models_at: int | None = None
+        self._models_seen_s = 0.0
         self._chains: OrderedDict[tuple[ModelId, PrefixHash], Chain] = OrderedDict()
         self._hidden: OrderedDict[Ino, set[str]] = OrderedDict()
         self._hidden_count = 0
@@ -110,11 +112,15 @@ class Tree:
         if changes != self._models_at:
             self._models = {info.id: info for info in self._namespace.models()}
             self._models_at = changes
+        self._models_seen_s = time.monotonic()
         return self._models
 
     def model(self, model: ModelId) -> ModelInfo:
-        """One model; BlockGone if it is at another epoch now."""
-        info = self.models().get(model)
+        """One model, as of a second ago; BlockGone if it is at another epoch now."""
+        # The store counts all its blocks to answer this: not for every request while puts go on.
+        recent = time.monotonic() - self._models_seen_s < MODELS_SECONDS
+        info = self._models.get(model) if recent else None
+        info = info or self.models().get(model)
         if info is None:
             raise BlockGone(f"model {model} has opened a new epoch")
         return info
@@ -316,9 +322,10 @@ class Tree:
 
     def _row(self, name: str, node: Node) -> Row | None:
         try:
-            return Row(name, node, self.attributes(node))
+            found = self.attributes(node)
         except (NoSuchBlock, BlockGone):
             return None  # evicted since the directory was opened
+        return Row(name, node, found) if found.ino == node.ino else None  # published just now
 
     def _row_by(self, directory: Node, name: str) -> Row | None:
         try:
@@ -341,9 +348,9 @@ class Tree:
 
     def _session_rows(self, session: SessionDirectory, chain: Chain) -> Rows:
         layout = self.model(session.model).layout
-        hidden = self._hidden.get(session.ino, set())
 
         def make(place: int | None) -> Row | None:
+            hidden = self._hidden.get(session.ino, ())
             if place is None:
                 if CHAIN_NAME in hidden:
                     return None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from twfs.store import Buffer, Pieces, PutPort
 
 WINDOW_BYTES_MAX: Final = 64 << 20  # of one window: several I/Os of 16 MiB at once
-WINDOWS_PER_ARENA: Final = 4  # a window takes at most this part, so that filling overlaps writing
+WINDOWS_PER_ARENA: Final = 8  # a window takes at most this part, so that filling overlaps writing
 FILLING_MAX: Final = 2  # windows being filled at once, one per worker thread
 WRITING_MAX: Final = 4  # windows handed over and not yet answered
 PIECES_MAX: Final = 4096  # of one payload: K and V of each of 256 layers, page by page

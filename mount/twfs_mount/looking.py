@@ -162,6 +162,14 @@ class ReadOperations(pyfuse3.Operations):
         node = self._tree.resolve(node)
         return self._told(node, self._tree.attributes(node))
 
+    def _tell(self, node: Node) -> pyfuse3.EntryAttributes:
+        """Answer a lookup with *node*, or with what it has become, and count the lookup."""
+        found = self._tree.attributes(node)
+        while found.ino != (node := self._tree.resolve(node)).ino:  # published by a thread just now
+            found = self._tree.attributes(node)
+        self._known.tell(node)
+        return self._told(node, found)
+
     def _told(self, node: Node, found: Attributes) -> pyfuse3.EntryAttributes:
         show = self._show
         told = pyfuse3.EntryAttributes()
@@ -209,9 +217,7 @@ class ReadOperations(pyfuse3.Operations):
         node = self._tree.lookup(parent, text)
         if isinstance(node, ChainText):
             await self._ready(node)
-        told = self._attributes(node)
-        self._known.tell(node)
-        return told
+        return self._tell(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """The kernel gives lookups back."""

@@ -95,9 +95,7 @@ class Operations(ReadOperations):
             head = PrefixHash(bytes.fromhex(text))
             model = self._tree.model(parent.model)
             pending = await self._blocking(self._importer.open, model, head)
-            told = self._attributes(pending)
-            self._known.tell(pending)
-            return told
+            return self._tell(pending)
         raise FUSEError(errno.EEXIST)
 
     @answered
@@ -110,10 +108,8 @@ class Operations(ReadOperations):
         if not isinstance(self._tree.resolve(parent), Pending) or not isinstance(parent, Pending):
             raise FUSEError(errno.EPERM)
         file = await self._blocking(self._importer.create, parent, text_of(name))
-        told = self._attributes(file)
         number = self._handles.add(OpenPending(file))
-        self._known.tell(file)
-        return pyfuse3.FileInfo(fh=number, direct_io=True), told
+        return pyfuse3.FileInfo(fh=number, direct_io=True), self._tell(file)
 
     @answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -152,18 +152,31 @@ def test_hangup_is_no_reason_to_end(mount: Mount) -> None:
     assert mount.process.poll() is None
 
 
-def test_stop_finishes_the_import_that_is_under_way(scratch: Path) -> None:
+def test_imported_session_is_there_after_a_restart(scratch: Path) -> None:
     directory, path = scratch / "warehouse", scratch / "mnt"
     with mounted(directory, path) as mount:
         _, names = store(mount, "tiny", MHA, 200)
         session = mount.session("tiny", names)
         shell("cp", "-r", session, scratch)
         shell("rm", "-r", session)
-        copier = subprocess.Popen(["cp", "-r", scratch / session.name, path / "tiny"])
-        assert copier.wait() == 0
+        shell("cp", "-r", scratch / session.name, path / "tiny")
         assert mount.stop() == 0
     with mounted(directory, path) as mount:
         assert len(names_in(mount.session("tiny", names))) == 201
+
+
+def test_import_that_a_crash_cut_short_leaves_nothing(scratch: Path) -> None:
+    directory, path = scratch / "warehouse", scratch / "mnt"
+    with mounted(directory, path) as mount:
+        _, names = store(mount, "tiny", MHA, 2)
+        pending = path / "tiny" / ("12" * 16)
+        pending.mkdir()
+        (pending / "00000.kv").write_bytes(bytes(2048))
+        before = sorted(found.name for found in directory.iterdir())
+        mount.kill()
+    assert not any(name.startswith("import-") for name in before)
+    with mounted(directory, path) as mount:
+        assert names_in(path / "tiny") == sorted(["detached", mount.session("tiny", names).name])
 
 
 def user_for_the_daemon() -> str | None:
