@@ -61,7 +61,7 @@ from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retent
 from twfs.units import ByteCount, ModelId
 from twfs.upload import check_payloads, upload
 
-ARENA_BYTES: Final = 64 << 20  # four windows of 16 MiB: one fills while others are written
+ARENA_BYTES: Final = 128 << 20  # eight windows of 16 MiB: some fill while others are written
 HELLO_SECONDS_MAX: Final = 5.0  # for the first connection, which no engine's loop waits for
 BLOCK_SECONDS: Final = 20e-6  # that a match may take longer per block asked for
 WRITERS_MAX: Final = 8  # windows of all puts that wait for their answer at once

@@ -28,8 +28,7 @@ def models(core: Core) -> list[ModelInfo]:
         slots = core.slots
         here = len(slots)
         live = slots.state[:here] == states.LIVE
-        keys = slots.key[:here].view(np.uint8).reshape(here, states.KEY_BYTES)[:, :4]
-        owner = np.ascontiguousarray(keys).view(">u4").ravel()
+        owner = slots.models()
         heads: dict[ModelId, int] = {}
         with core.metadata.read() as view:
             for model, _ in view.all_heads():

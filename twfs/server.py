@@ -35,7 +35,7 @@ async def serve(
     warehouse: "Warehouse",
     socket_path: Path,
     *,
-    arena_bytes: int = 256 << 20,
+    arena_bytes: int = 2 << 30,
     mode: int = 0o660,
     group: str | None = None,
     task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,

@@ -154,6 +154,12 @@ class Slots:
             self.links[at] += step
             at = int(self.parent[at])
 
+    def models(self) -> IntArray:
+        """The model number of the block in each slot."""
+        here = self._count
+        keys = self.key[:here].view(np.uint8).reshape(here, KEY_BYTES)[:, :4]
+        return np.ascontiguousarray(keys).view(">u4").ravel()
+
     def leaves(self) -> IntArray:
         """Slots that may be evicted now: live, without child, without lease."""
         count = self._count

@@ -6,6 +6,7 @@ The rules of looking.py hold here too.
 # ruff: noqa: ARG002  (the signatures are pyfuse3's)
 
 import errno
+import stat
 
 import pyfuse3  # noqa: TID251
 from pyfuse3 import FUSEError  # noqa: TID251
@@ -98,18 +99,30 @@ class Operations(ReadOperations):
             return self._tell(pending)
         raise FUSEError(errno.EEXIST)
 
-    @answered
-    async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
-    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        """Make a file in a pending import."""
+    async def _create(self, parent_inode: int, name: bytes) -> PendingFile:
         self._check_writable()
         parent = self._known.node(parent_inode)
         if not isinstance(self._tree.resolve(parent), Pending) or not isinstance(parent, Pending):
             raise FUSEError(errno.EPERM)
-        file = await self._blocking(self._importer.create, parent, text_of(name))
+        return await self._blocking(self._importer.create, parent, text_of(name))
+
+    @answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """Make a file in a pending import, and open it."""
+        file = await self._create(parent_inode, name)
         number = self._handles.add(OpenPending(file))
         return pyfuse3.FileInfo(fh=number, direct_io=True), self._tell(file)
+
+    @answered
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Make a file in a pending import: `tar --xattrs` does so before it opens it."""
+        if not stat.S_ISREG(mode):
+            raise FUSEError(errno.EPERM)
+        return self._tell(await self._create(parent_inode, name))
 
     @answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -152,13 +165,6 @@ class Operations(ReadOperations):
         if flags & pyfuse3.RENAME_NOREPLACE and new in parent.files:
             raise FUSEError(errno.EEXIST)
         await self._blocking(self._importer.rename, parent, text_of(name_old), new)
-
-    @answered
-    async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        """Only blocks live here."""
-        raise FUSEError(errno.EPERM)
 
     @answered
     async def symlink(

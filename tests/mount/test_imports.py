@@ -18,6 +18,8 @@ TOOLS = {
     "cp -r": "cp -r {copy} {model}/",
     "cp -a": "cp -a {copy} {model}/",
     "tar": "tar -C {parent} -cf - {name} | tar -C {model} -xf -",
+    "tar --xattrs": "tar -C {parent} --xattrs -cf - {name} | tar -C {model} --xattrs -xpf -",
+    "rsync -X": "rsync -aX {copy} {model}/",
     "tar as user": "tar -C {parent} -cf - {name} | tar -C {model} --no-same-owner -xpf -",
     "rsync": "rsync -a {copy} {model}/",
     "rsync --inplace": "rsync -a --inplace {copy} {model}/",
@@ -32,7 +34,7 @@ def exported(mount: Mount, scratch: Path, model: str, layout: Layout, blocks: in
     """A copy of a session that is not in the store any more."""
     _, names = store(mount, model, layout, blocks)
     session = mount.session(model, names)
-    shell("cp", "-r", session, scratch)
+    shell("cp", "-a", session, scratch)  # with its extended attributes, for tools that bring them
     shell("rm", "-r", session)
     return scratch / session.name
 
