@@ -10,15 +10,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from twfs.layout import Layout
 from twfs.prefix import Chain, Names, Root, root_of
 from twfs.records import Block, BlockKey
 from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
-
-if TYPE_CHECKING:
-    from twfs.match import Match
 
 # A torch tensor (CPU, pinned, CUDA), numpy array, or anything with the buffer protocol; contiguous.
 Buffer = Any
@@ -194,6 +192,49 @@ class CheckReport:
     seconds: float
 
 
+class LeasedMatch(Protocol):
+    """The longest part of a chain that a store holds, under a lease; `match.Match` is one."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks held, counted from the first of the prompt."""
+
+    @property
+    def tokens(self) -> TokenCount:
+        """Tokens up to the end of the last held block."""
+
+    @property
+    def token(self) -> bytes:
+        """What another process of this user joins the lease by; empty if nothing is held."""
+
+    def read_into(
+        self, destinations: Sequence[Pieces], *, group: int = 0, shard: int = 0,
+        first: int | None = None, layers: range | None = None, reader: str | None = None,
+    ) -> ReadReport:  # fmt: skip
+        """Read one block into each destination; see Match.read_into."""
+
+    def read_async(
+        self, destinations: Sequence[Pieces], *, group: int = 0, shard: int = 0,
+        first: int | None = None, layers: range | None = None, reader: str | None = None,
+    ) -> "Future[ReadReport]":  # fmt: skip
+        """As read_into, on another thread."""
+
+    def renew(self) -> bool:
+        """Ask for a full lease term again."""
+
+    def release(self) -> None:
+        """Wait for reads under way and end the lease."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class Store(Protocol):
     """What engines use."""
 
@@ -207,14 +248,14 @@ class Store(Protocol):
     def new_epoch(self, model: Model) -> Model:
         """Make all blocks of *model* unreachable (weights updated, cache reset); return it anew."""
 
-    def match(self, model: Model, names: Names, *, start: int = 0) -> "Match":
+    def match(self, model: Model, names: Names, *, start: int = 0) -> "LeasedMatch":
         """Return the longest part of *names* held from block *start* on, under a lease.
 
         Blocks before *start* are taken as held by the caller. Nothing held, an old epoch or no
         daemon: a Match of 0 blocks.
         """
 
-    def join(self, token: bytes) -> "Match":
+    def join(self, token: bytes) -> "LeasedMatch":
         """Return the Match of another process's lease, held here too; LeaseEnded if it is over."""
 
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:

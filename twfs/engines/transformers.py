@@ -22,8 +22,7 @@ from twfs.upload import PIECES_MAX
 if TYPE_CHECKING:
     import torch
 
-    from twfs.match import Match
-    from twfs.store import Store
+    from twfs.store import LeasedMatch, Store
 
 # Where a model came from and which library wrote its config say nothing about its KV.
 CONFIG_IGNORED: Final = frozenset({"_name_or_path", "transformers_version", "architectures"})
@@ -164,7 +163,7 @@ class PrefixStore:
         self._counts["hit_tokens"] += held
         return cache, held
 
-    def _read(self, match: "Match", cache: Any) -> int:
+    def _read(self, match: LeasedMatch, cache: Any) -> int:
         """Read what *match* holds into one buffer and copy it into *cache*; return its blocks."""
         import torch  # noqa: PLC0415 - the model that was given has imported it
 
