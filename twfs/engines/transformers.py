@@ -15,14 +15,12 @@ from twfs.checksums import lanes_of
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
 from twfs.prefix import Chain, Names, tokens_to_bytes
-from twfs.store import PutOutcome, PutResult, Retention
+from twfs.store import LeasedMatch, PutOutcome, PutResult, Retention, Store
 from twfs.units import ByteCount, align_up
 from twfs.upload import PIECES_MAX
 
 if TYPE_CHECKING:
     import torch
-
-    from twfs.store import LeasedMatch, Store
 
 # Where a model came from and which library wrote its config say nothing about its KV.
 CONFIG_IGNORED: Final = frozenset({"_name_or_path", "transformers_version", "architectures"})
@@ -82,7 +80,7 @@ class PrefixStore:
 
     def __init__(
         self,
-        store: "Store",
+        store: Store,
         model_name: str,
         hf_model: Any,
         *,
