@@ -269,7 +269,7 @@ def payloads_match(core: Core, taken: _Snapshot) -> Iterator[str]:
         if block.hole:
             return None
         try:
-            read_payload(core.devices, key, block)
+            read_payload(core.devices, key, block, lanes=True)
         except (BadPayload, DeviceError) as error:
             return str(error) if _unchanged(core, key, block) else None
         return None

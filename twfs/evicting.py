@@ -248,7 +248,7 @@ def judge(core: Core, key: BlockKey, generation: int) -> bool:
     if block is None or block.generation != generation or block.hole:
         return False
     try:
-        read_payload(core.devices, key, block)
+        read_payload(core.devices, key, block, lanes=True)
     except (BadPayload, DeviceError):
         return spoil(core, key, generation)
     return False

@@ -5,7 +5,7 @@ Engines do not come this way: they read many blocks at once through readers/. Bl
 
 import mmap
 
-from twfs.checksums import checksums_of
+from twfs.checksums import lanes_of, xxh3_of
 from twfs.device import Device
 from twfs.errors import BadPayload, DeviceError
 from twfs.records import Block, BlockKey, Header
@@ -21,10 +21,11 @@ def aligned_buffer(byte_count: int) -> memoryview:
 
 
 def read_payload(
-    devices: "tuple[Device, ...]", key: BlockKey, block: Block
+    devices: "tuple[Device, ...]", key: BlockKey, block: Block, *, lanes: bool = False
 ) -> tuple[Header, memoryview]:
-    """Return the header and the payload of *block*, both verified.
+    """Return the header and the payload of *block*, both verified; with *lanes* by both sums.
 
+    The lane sums are for GPUs: they cost ten times what xxh3 does, and prove nothing more here.
     DeviceError if they cannot be read, BadPayload if they are not what the record says.
     """
     buffer = aligned_buffer(ALIGN + align_up(block.payload_bytes))
@@ -46,7 +47,10 @@ def read_payload(
     if complaint:
         raise BadPayload(f"block {key.prefix_hash.hex()}: {complaint}")
     payload = buffer[ALIGN : ALIGN + block.payload_bytes]
-    if checksums_of(payload) != block.checksums:
+    sums = block.checksums
+    if xxh3_of(payload) != sums.xxh3 or (
+        lanes and lanes_of(payload) != (sums.lane_plain, sums.lane_weighted)
+    ):
         raise BadPayload(
             f"block {key.prefix_hash.hex()}: its {block.payload_bytes} bytes at "
             f"{block.extents[0]} do not have their checksums"
