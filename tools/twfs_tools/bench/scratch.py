@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from twfs.arena import Arena
 from twfs.client import Client, connect
 from twfs.device import DeviceSpec
 from twfs.errors import DeviceError, InvalidInput, NoSpaceForImage
@@ -27,6 +28,7 @@ from twfs_tools.output import size, working
 from twfs_tools.process import daemon_command, start_daemon, stop, unmount
 from twfs_tools.target import find_mount
 
+FILLED_BYTES: Final = 16 << 20  # of random bytes made at once
 SLACK_BYTES: Final = 256 << 20  # superblocks, the low-water mark that is kept free, rounding
 CLIENT_TIMEOUT_S: Final = 30.0  # a benchmark waits: a miss by timeout would be no measurement
 TOKEN_LIMIT: Final = 128_000  # a vocabulary
@@ -127,8 +129,13 @@ def random_names(model: Model, blocks: int, seed: int | None = None, shared: int
 
 
 def random_payloads(blocks: int, block_bytes: int) -> list[memoryview]:
-    """Return *blocks* incompressible payloads."""
-    data = memoryview(np.random.default_rng().bytes(blocks * block_bytes))
+    """Return *blocks* incompressible payloads in huge pages, as an engine's and fio's are."""
+    data = Arena.private(blocks * block_bytes).view
+    whole = np.frombuffer(data, np.uint8)
+    random = np.random.default_rng()
+    for at in range(0, len(whole), FILLED_BYTES):
+        part = whole[at : at + FILLED_BYTES]
+        part[:] = np.frombuffer(random.bytes(len(part)), np.uint8)
     return [data[at * block_bytes : (at + 1) * block_bytes] for at in range(blocks)]
 
 
