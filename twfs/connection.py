@@ -205,6 +205,7 @@ class Connection:
         self._arena = await trio.to_thread.run_sync(make, limiter=shared.commits)
         shared.arena_bytes += self._arena.byte_count - byte_count  # huge pages round up
         self._arena_bytes = self._arena.byte_count
+        shared.arenas[self._arena.pages] += 1
 
     async def _next_body(self) -> bytes | None:
         """Receive up to the next whole frame; None when the peer has left."""

@@ -39,6 +39,7 @@ class Shared:
     sent_bytes: int = 0
     requests: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+    arenas: Counter[str] = field(default_factory=Counter)  # made so far, by the kind of pages
     commits: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(COMMITS_MAX))
     writes: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(WRITES_MAX))
     tools: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(TOOLS_MAX))
@@ -51,6 +52,7 @@ class Shared:
             "clients_dropped": self.dropped,
             "arena_bytes": self.arena_bytes,
             "arena_bytes_max": self.arena_bytes_max,
+            "arenas_made": dict(self.arenas),
             "received_bytes": self.received_bytes,
             "sent_bytes": self.sent_bytes,
             "requests": dict(self.requests),

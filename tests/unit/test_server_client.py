@@ -21,6 +21,7 @@ import pytest
 import trio
 
 from support.daemon import PATIENT_S, Daemon, running_daemon
+from twfs.arena import HUGETLB, SMALL, TRANSPARENT
 from twfs.client import Client, connect
 from twfs.errors import (
     InvalidInput,
@@ -658,3 +659,14 @@ def test_a_daemon_that_ends_cleanly_removes_its_socket_and_keeps_what_it_promise
         with daemon.client() as other:
             for number, blocks in held.items():
                 assert other.lookup(model, names_of(model, 40, 1000 * number)) >= blocks
+
+
+def test_status_says_which_pages_arenas_have(tmp_path: Path) -> None:
+    with running_daemon(tmp_path / "w") as daemon:
+        client = daemon.client()
+        try:
+            made = client.statistics()["server"]["arenas_made"]
+        finally:
+            client.close()
+    assert sum(made.values()) == 1
+    assert set(made) <= {HUGETLB, TRANSPARENT, SMALL}
