@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -57,7 +57,7 @@ from twfs.protocol import error_of, layout_to_json, model_of, model_to_wire, nam
 from twfs.readers.select import Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.remote import RemoteNamespace
-from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retention
+from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retention, Served
 from twfs.units import ByteCount, ModelId
 from twfs.upload import check_payloads, upload
 
@@ -384,7 +384,7 @@ class Client(RemoteNamespace):
             and _boottime_s() < lease.deadline_s
         )
 
-    def release(self, token: bytes) -> None:
+    def release(self, token: bytes, served: Sequence[Served] = ()) -> None:
         """See LeaseHolder.release."""
         link = self._connector.now
         with self._lock:
@@ -395,7 +395,9 @@ class Client(RemoteNamespace):
             if not lease.matches:
                 del self._leases[token]
         if link is not None and link.number == lease.link and not self._connector.forked:
-            link.channel.tell(ReleaseLease(0, token), self._match_timeout_s)
+            link.channel.tell(
+                ReleaseLease(0, token, tuple(map(astuple, served))), self._match_timeout_s
+            )
 
     def renew(self, token: bytes) -> bool:
         """See LeaseHolder.renew."""

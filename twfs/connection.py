@@ -63,7 +63,7 @@ from twfs.protocol import (
     result_to_wire,
 )
 from twfs.shared import OpenPut, Shared, names_asked, peer_of
-from twfs.store import ArenaBlock
+from twfs.store import ArenaBlock, Served
 from twfs.units import ModelId, align_up
 
 if TYPE_CHECKING:
@@ -357,7 +357,8 @@ class Connection:
         return Counted(request.id, term_ms)
 
     def _release(self, request: ReleaseLease) -> None:
-        self._shared.warehouse.release_lease(request.token, self._owned())
+        served = [Served(name).plus(*much) for name, *much in request.served]
+        self._shared.warehouse.release_lease(request.token, self._owned(), served)
 
     def _owned(self) -> int:
         """The number under which this connection holds leases."""

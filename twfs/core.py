@@ -7,6 +7,7 @@ after its commit: until then a published block is a miss, and a removed one is c
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from twfs.leases import Ended, Leases
 from twfs.metadata import Metadata
 from twfs.records import BlockKey, Extent
 from twfs.slots import Slots
+from twfs.store import Served
 from twfs.tables import ModelRecord, WriteView
 from twfs.units import ALIGN, DeviceIndex, Generation, Ino, Millis, ModelId
 
@@ -78,6 +80,7 @@ class Core:
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     counters: Counters = field(default_factory=Counters)
+    served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     io: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(IO_THREADS, "twfs-io")
     )
@@ -270,6 +273,12 @@ class Core:
                 self.metadata.submit(
                     lambda view: ledger.free_limbo(view, extents), free, urgent=True
                 )
+
+    def count_served(self, served: Sequence[Served]) -> None:
+        """Add what a holder of a lease says that its readers delivered. Hold the lock."""
+        for part in served:
+            before = self.served.get(part.reader, Served(part.reader))
+            self.served[part.reader] = before.plus(part.blocks, part.payload_bytes)
 
     def expire(self) -> None:
         """End the leases whose time is over. Hold the lock."""

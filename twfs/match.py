@@ -21,7 +21,7 @@ from twfs.prefix import Names
 from twfs.readers.base import BlockRead, LayerRange, Target, target_of
 from twfs.readers.select import Readers
 from twfs.records import BlockKey, Checksums, Extent
-from twfs.store import LeaseHolder, Model, Pieces, ReadOutcome, ReadReport
+from twfs.store import LeaseHolder, Model, Pieces, ReadOutcome, ReadReport, Served
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -92,6 +92,7 @@ class Match:
         self._reads = 0
         self._hits = 0
         self._misses: dict[str, int] = {}
+        self._served: dict[str, Served] = {}
 
     @property
     def tokens(self) -> TokenCount:
@@ -191,6 +192,8 @@ class Match:
                 key = BlockKey(self.model.id, block.prefix_hash, block.group, block.shard)
                 self._holder.report(key, block.generation, outcome)
         with self._changed:
+            before = self._served.get(name, Served(name))
+            self._served[name] = before.plus(outcomes.count(ReadOutcome.HIT), delivered)
             for outcome in outcomes:
                 if outcome is ReadOutcome.HIT:
                     self._hits += 1
@@ -315,7 +318,9 @@ class Match:
                 return
             self._ended = True
         if self.token:
-            self._holder.release(self.token)
+            self._holder.release(
+                self.token, [served for served in self._served.values() if served.blocks]
+            )
 
     def statistics(self) -> dict[str, Any]:
         """Reads, hits and misses by cause of this match."""

@@ -8,7 +8,15 @@ from typing import Annotated, Final
 from msgspec import Meta, Struct
 
 from twfs.records import BLOCK_KEY
-from twfs.store import CheckReport, Explanation, ReadOutcome, Retention, SessionInfo, Space
+from twfs.store import (
+    CheckReport,
+    Explanation,
+    ReaderName,
+    ReadOutcome,
+    Retention,
+    SessionInfo,
+    Space,
+)
 from twfs.units import BLOCK_BYTES_MAX, DIGEST_BYTES, HASH_BYTES, KEY_BYTES_MAX, NAME_BYTES_MAX
 
 PROTOCOL_VERSION: Final = 1
@@ -30,6 +38,7 @@ _Hash = Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 _Key = Annotated[bytes, Meta(min_length=BLOCK_KEY.size, max_length=BLOCK_KEY.size)]
 _Token = Annotated[bytes, Meta(min_length=1, max_length=TOKEN_BYTES_MAX)]
 _Name = Annotated[str, Meta(max_length=NAME_BYTES_MAX)]
+_Served = tuple[ReaderName, _U32, _U64]  # blocks, payload bytes
 _LayoutJson = Annotated[bytes, Meta(max_length=LAYOUT_BYTES_MAX)]
 _Listed = Annotated[int, Meta(ge=1, le=LISTED_MAX)]
 
@@ -168,6 +177,7 @@ class ReleaseLease(Request, frozen=True):
     """LeaseHolder.release; one-way."""
 
     token: _Token
+    served: Annotated[tuple[_Served, ...], Meta(max_length=len(ReaderName))] = ()
 
 
 class ReportBlock(Request, frozen=True):

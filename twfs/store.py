@@ -8,7 +8,7 @@ for a put that cannot be kept (WarehouseFull, StaleEpoch).
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -83,6 +83,14 @@ class PutResult:
         )
 
 
+class ReaderName(StrEnum):
+    """The ways by which bytes come from the devices into an engine's memory."""
+
+    HOST = "host"
+    STAGED = "staged"
+    CUFILE = "cufile"
+
+
 class ReadOutcome(StrEnum):
     """What became of one block of a read; everything but HIT is a miss, with its cause."""
 
@@ -99,7 +107,7 @@ class ReadReport:
     """What a read did: one outcome per block asked for, in chain order."""
 
     outcomes: tuple[ReadOutcome, ...]
-    reader: str  # "host", "staged" or "cufile"
+    reader: ReaderName
     payload_bytes: ByteCount  # delivered
 
     @property
@@ -108,6 +116,21 @@ class ReadReport:
         return next(
             (i for i, outcome in enumerate(self.outcomes) if outcome is not ReadOutcome.HIT),
             len(self.outcomes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What one reader delivered, verified."""
+
+    reader: ReaderName
+    blocks: int = 0
+    payload_bytes: ByteCount = field(default=ByteCount(0))
+
+    def plus(self, blocks: int, payload_bytes: int) -> "Served":
+        """The same with so much more."""
+        return Served(
+            self.reader, self.blocks + blocks, ByteCount(self.payload_bytes + payload_bytes)
         )
 
 
@@ -343,8 +366,8 @@ class LeaseHolder(Protocol):
     def held(self, token: bytes) -> bool:
         """Tell whether the lease is held now: connection not ended, deadline not passed."""
 
-    def release(self, token: bytes) -> None:
-        """End this holder's part of the lease; never raises."""
+    def release(self, token: bytes, served: Sequence[Served] = ()) -> None:
+        """End this holder's part of the lease, and say what was read under it; never raises."""
 
     def renew(self, token: bytes) -> bool:
         """Ask for a full term again; False if it is over or at its age limit."""

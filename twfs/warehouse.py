@@ -49,6 +49,7 @@ from twfs.store import (
     PutResult,
     ReadOutcome,
     Retention,
+    Served,
     SessionInfo,
     Space,
 )
@@ -288,9 +289,9 @@ class Warehouse:
         with self._core.lock:
             return not self._closed and self._core.leases.held(token, self._owner)
 
-    def release(self, token: bytes) -> None:
+    def release(self, token: bytes, served: Sequence[Served] = ()) -> None:
         """See LeaseHolder.release."""
-        self.release_lease(token, self._owner)
+        self.release_lease(token, self._owner, served)
 
     def renew(self, token: bytes) -> bool:
         """See LeaseHolder.renew."""
@@ -329,9 +330,10 @@ class Warehouse:
         """Another owner's lease, held by *owner* too; LeaseEnded."""
         return matching.join_located(self._core, token, owner)
 
-    def release_lease(self, token: bytes, owner: int) -> None:
-        """End *owner*'s part of a lease."""
+    def release_lease(self, token: bytes, owner: int, served: Sequence[Served] = ()) -> None:
+        """End *owner*'s part of a lease, and count what it read under it."""
         with self._core.lock:
+            self._core.count_served(served)
             ended = self._core.leases.release(token, owner)
             self._core.end_leases([] if ended is None else [ended])
 
@@ -446,6 +448,7 @@ class Warehouse:
                 "warehouse": str(core.uuid),
                 "directory": str(core.directory),
                 "counters": asdict(core.counters),
+                "served": {name: asdict(served) for name, served in core.served.items()},
                 "slots": core.slots.statistics(),
                 "leases": core.leases.statistics(),
                 "allocator": asdict(core.allocator.statistics()),

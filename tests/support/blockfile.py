@@ -16,7 +16,7 @@ from twfs.match import Match
 from twfs.prefix import Names
 from twfs.readers.select import DeviceSource, Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, Block, BlockKey, Extent, Header
-from twfs.store import Model, ReadOutcome
+from twfs.store import Model, ReadOutcome, Served
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -49,7 +49,7 @@ class Holder:
         self.questions -= 1
         return self.questions >= 0 and not self.released
 
-    def release(self, token: bytes) -> None:  # noqa: ARG002
+    def release(self, token: bytes, served: Sequence[Served] = ()) -> None:  # noqa: ARG002
         self.released += 1
 
     def renew(self, token: bytes) -> bool:  # noqa: ARG002

@@ -670,3 +670,20 @@ def test_status_says_which_pages_arenas_have(tmp_path: Path) -> None:
             client.close()
     assert sum(made.values()) == 1
     assert set(made) <= {HUGETLB, TRANSPARENT, SMALL}
+
+
+def test_status_says_which_reader_served_the_engines(client: Client, model: Model) -> None:
+    def served() -> dict[str, int]:
+        figures = client.statistics()["served"].get("host", {"blocks": 0, "payload_bytes": 0})
+        return {name: figures[name] for name in ("blocks", "payload_bytes")}
+
+    names, size = names_of(model, 4), model.layout.block_bytes()
+    client.put(model, names, payloads_of(model, 4))
+    before = served()
+    with client.match(model, names) as match:
+        read_all(match, 4)
+        read_all(match, 4)
+    assert served() == {
+        "blocks": before["blocks"] + 8,
+        "payload_bytes": before["payload_bytes"] + 8 * size,
+    }

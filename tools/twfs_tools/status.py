@@ -37,6 +37,8 @@ def status(
     served = f"daemon {pid}" if pid is not None else "no daemon (opened by this command)"
     say(f"{warehouse}: {served}, {len(models)} models, {_space(space)}")
     say(_hits(statistics))
+    for name, served in statistics.get("served", {}).items():
+        say(f"read by {name}: {served['blocks']:,} blocks, {size(served['payload_bytes'])}")
     for device in statistics.get("devices", []):
         for note in device.get("notes", []):
             say(f"note: {device.get('path')}: {note}")

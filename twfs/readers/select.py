@@ -14,12 +14,12 @@ from twfs.readers.cufile import CufileReader
 from twfs.readers.host import HostReader
 from twfs.readers.probe import direct_obstacle, probe_direct
 from twfs.readers.staged import StagedReader
-from twfs.store import ReadOutcome
+from twfs.store import ReaderName, ReadOutcome
 from twfs.units import DeviceIndex
 
-__all__ = ["READER_NAMES", "DeviceSource", "Readers"]
+__all__ = ["DeviceSource", "Readers"]
 
-READER_NAMES: Final = ("host", "staged", "cufile")
+
 ARENA_BYTES: Final = 64 << 20  # four of the largest I/Os: enough to keep a drive busy
 ASYNC_READS_MAX: Final = 4  # reads under way at once for read_async: each has threads of its own
 ASYNC_QUEUED_MAX: Final = 1024  # two long prompts of 480 blocks, submitted block by block
@@ -67,7 +67,7 @@ class Readers:
         *,
         reader: str | None = None,
         after: Sequence[Any] = (),
-    ) -> tuple[str, list[ReadOutcome]]:
+    ) -> tuple[ReaderName, list[ReadOutcome]]:
         """Read *blocks* through *reader*, or the best one; return its name and the outcomes.
 
         See Reader.read. InvalidInput on an unknown name, or for destinations that are not all in
@@ -90,25 +90,28 @@ class Readers:
         if self._closed:
             raise InvalidInput("the readers are closed: connect anew")
 
-    def name_for(self, blocks: Sequence[BlockRead], reader: str | None) -> str:
+    def name_for(self, blocks: Sequence[BlockRead], reader: str | None) -> ReaderName:
         """Return the name of the reader for *blocks*: *reader* if given."""
         devices = {target.device for block in blocks for target in block.targets}
         if len(devices) > 1:
             names = ", ".join(sorted("host memory" if d is None else str(d) for d in devices))
             raise InvalidInput(f"one read goes to one memory, not to {names}: read in two calls")
-        if reader is not None and reader not in READER_NAMES:
-            raise InvalidInput(f"there is no reader {reader!r}: use {', '.join(READER_NAMES)}")
+        try:
+            wanted = None if reader is None else ReaderName(reader)
+        except ValueError as error:
+            known = ", ".join(ReaderName)
+            raise InvalidInput(f"there is no reader {reader!r}: use {known}") from error
         on_gpu = devices not in (set(), {None})
         partial = any(block.layers is not None for block in blocks)
-        if reader == "host" and on_gpu:
+        if wanted is ReaderName.HOST and on_gpu:
             raise InvalidInput("the host reader cannot write to a GPU: use staged or cufile")
-        if reader == "cufile" and partial:
+        if wanted is ReaderName.CUFILE and partial:
             raise InvalidInput("layers are verified in host memory: read them with host or staged")
-        if reader is not None:
-            return reader
+        if wanted is not None:
+            return wanted
         if not on_gpu:
-            return "host"
-        return "cufile" if not partial and self._is_direct() else "staged"
+            return ReaderName.HOST
+        return ReaderName.CUFILE if not partial and self._is_direct() else ReaderName.STAGED
 
     def _is_direct(self) -> bool:
         """Tell whether cuFile is known to reach GPU memory directly; ask in the background first.
@@ -132,9 +135,9 @@ class Readers:
         with self._lock:
             self._direct, self._why_not_direct = why_not is None, why_not or ""
 
-    def _reader(self, name: str) -> Reader:
+    def _reader(self, name: ReaderName) -> Reader:
         """Return the reader *name*, made now if need be."""
-        if name == "cufile" and not self._is_direct():
+        if name is ReaderName.CUFILE and not self._is_direct():
             probe = self._probe
             assert probe is not None
             probe.join()  # asked for by name: worth the wait to know which of its ways it goes
@@ -144,11 +147,11 @@ class Readers:
                 made = self._made[name] = self._make(name)
             return made
 
-    def _make(self, name: str) -> Reader:
+    def _make(self, name: ReaderName) -> Reader:
         """Make the reader *name*."""
-        if name == "host":
+        if name is ReaderName.HOST:
             return HostReader(self._sources, threads=self._threads, arena_bytes=self._arena_bytes)
-        if name == "staged":
+        if name is ReaderName.STAGED:
             return StagedReader(self._sources, threads=self._threads, arena_bytes=self._arena_bytes)
         return CufileReader(
             self._sources, staging_bytes=self._arena_bytes, direct=bool(self._direct)
