@@ -85,7 +85,7 @@ def take_snapshot(view: ReadView) -> _Snapshot:
 
 def superblocks_agree(core: Core, _: _Snapshot) -> Iterator[str]:
     """I1: both copies of every superblock are whole and name this warehouse and device."""
-    for device in core.devices:
+    for device in core.devices.values():
         for which, found in zip(("first", "last"), device.superblocks(), strict=True):
             if not isinstance(found, Superblock):
                 yield f"device {device.index}: the {which} superblock copy: {found}"
@@ -110,7 +110,7 @@ def extents_tile(core: Core, taken: _Snapshot) -> Iterator[str]:
     owned += [(e.device, e.offset, e.length, "free run") for e in taken.free]
     owned += [(e.device, e.offset, e.length, "limbo") for e in taken.limbo]
     owned.sort(key=lambda each: each[:2])
-    for device in core.devices:
+    for device in core.devices.values():
         start, length = device.data_area
         at, before = int(start), "the start of the data area"
         for _, offset, size, what in (each for each in owned if each[0] == device.index):
@@ -125,7 +125,7 @@ def extents_tile(core: Core, taken: _Snapshot) -> Iterator[str]:
 
 def extents_fit(core: Core, taken: _Snapshot) -> Iterator[str]:
     """I4: a block's extents hold exactly header and padded payload, inside data areas."""
-    areas = {device.index: device.data_area for device in core.devices}
+    areas = {device.index: device.data_area for device in core.devices.values()}
     for key, block in taken.blocks.items():
         if block.hole:
             continue
@@ -153,7 +153,7 @@ def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
 
     def look(pair: tuple[BlockKey, Block]) -> str | None:
         key, block = pair
-        if not block.extents or block.extents[0].device >= len(core.devices):
+        if not block.extents or block.extents[0].device not in core.devices:
             return None
         buffer = aligned_buffer(ALIGN)
         first = block.extents[0]

@@ -154,7 +154,7 @@ class Connection:
                 f"the client speaks version {hello.version} of the protocol and the daemon "
                 f"{PROTOCOL_VERSION}: install the same twfs on both sides"
             )
-        devices = shared.warehouse.devices
+        devices = shared.warehouse.devices.values()
         if len(devices) >= DESCRIPTORS_MAX:
             raise TooLarge(f"{len(devices)} devices: a client can be handed {DESCRIPTORS_MAX - 1}")
         await self._make_arena(hello)

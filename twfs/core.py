@@ -71,7 +71,7 @@ class Core:
     directory: Path
     uuid: UUID
     metadata: Metadata
-    devices: tuple[Device, ...]
+    devices: dict[int, Device]  # replaced whole, never changed: readers take no lock
     allocator: Allocator
     slots: Slots
     leases: Leases

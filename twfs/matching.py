@@ -338,7 +338,7 @@ def _cause(core: Core, model: ModelId, names: Names, index: int) -> str:
                 if core.slots.state[int(row["slot"])] != states.LIVE:
                     return f"{where} is just being evicted"
                 extent = Extent.unpack_from(raw, BLOCK_FIXED.size)
-                if extent.device >= len(core.devices):
+                if extent.device not in core.devices:
                     return f"{where} lies on device {extent.device}, which is not there"
     return (
         f"a window or state group lacks what a match of {index + 1} blocks needs: "

@@ -96,13 +96,13 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
         metadata = Metadata.open(directory / META_DIRECTORY)
         undo.callback(metadata.close)
         warehouse = metadata.warehouse()
-        devices = []
+        devices: dict[int, Device] = {}
         for known in metadata.devices():
             device = Device.open(
                 directory / known.path, warehouse=warehouse, device=known.uuid, index=known.index
             )  # fmt: skip
             undo.callback(device.close)
-            devices.append(device)
+            devices[device.index] = device
         slots = Slots(directory / HEAT_FILE)
         undo.callback(slots.close)
         with metadata.read() as view:
@@ -110,17 +110,17 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
         metadata.submit(_begin).result()
         with metadata.read() as view:
             allocator = Allocator(
-                {device.index: device.data_area for device in devices}, view.runs("free")
+                {each.index: each.data_area for each in devices.values()}, view.runs("free")
             )
             records = view.models()
         core = Core(
-            directory, warehouse, metadata, tuple(devices), allocator, slots,
+            directory, warehouse, metadata, devices, allocator, slots,
             Leases(lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS)),
         )  # fmt: skip
         core.models = {record.id: record for record in records}
         for record in sorted(records, key=lambda record: record.epoch):
             core.current[record.name] = record.id
-        core.flushers = {device.index: Flusher(device) for device in devices}
+        core.flushers = {each.index: Flusher(each) for each in devices.values()}
         undo.pop_all()
         return core
 
@@ -131,7 +131,7 @@ def close_core(core: Core) -> None:
     core.metadata.close()
     with core.lock:
         core.slots.close()
-    for device in core.devices:
+    for device in core.devices.values():
         device.close()
 
 

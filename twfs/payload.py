@@ -4,6 +4,7 @@ Engines do not come this way: they read many blocks at once through readers/. Bl
 """
 
 import mmap
+from collections.abc import Mapping
 
 from twfs.checksums import lanes_of, xxh3_of
 from twfs.device import Device
@@ -21,7 +22,7 @@ def aligned_buffer(byte_count: int) -> memoryview:
 
 
 def read_payload(
-    devices: "tuple[Device, ...]", key: BlockKey, block: Block, *, lanes: bool = False
+    devices: "Mapping[int, Device]", key: BlockKey, block: Block, *, lanes: bool = False
 ) -> tuple[Header, memoryview]:
     """Return the header and the payload of *block*, both verified; with *lanes* by both sums.
 
@@ -31,7 +32,7 @@ def read_payload(
     buffer = aligned_buffer(ALIGN + align_up(block.payload_bytes))
     at = 0
     for extent in block.extents:
-        if extent.device >= len(devices):
+        if extent.device not in devices:
             raise DeviceError(f"block {key.prefix_hash.hex()} lies on device {extent.device}, gone")
         for done in range(0, extent.length, IO_BYTES_MAX):
             size = min(extent.length - done, IO_BYTES_MAX)

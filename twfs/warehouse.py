@@ -6,7 +6,7 @@ that say so block on devices or commits; all others are short enough for an even
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -71,7 +71,7 @@ class Warehouse:
         self._owner = core.leases.add_owner(os.getuid(), core.allocator.total_bytes)
         self._sources = {
             device.index: DeviceSource(device.open_for_reader(), device.path, device.size_bytes)
-            for device in core.devices
+            for device in core.devices.values()
         }
         self._readers = Readers(self._sources)
         self._arena: Arena | None = None
@@ -116,14 +116,14 @@ class Warehouse:
         return self._core.directory
 
     @property
-    def devices(self) -> tuple[Device, ...]:
+    def devices(self) -> Mapping[int, Device]:
         """Its devices, by index."""
         return self._core.devices
 
     @property
     def notes(self) -> list[str]:
         """What was found at open that an operator should know."""
-        return [note for device in self._core.devices for note in device.notes]
+        return [note for device in self._core.devices.values() for note in device.notes]
 
     def __enter__(self) -> Self:
         return self
@@ -467,7 +467,7 @@ class Warehouse:
                 **asdict(device.statistics()),
                 **core.flushers[device.index].statistics(),
             }
-            for device in core.devices
+            for device in core.devices.values()
         ]
         figures["readers"] = self._readers.statistics()
         figures["arena"] = None if self._arena is None else self._arena.statistics()

@@ -59,7 +59,7 @@ def test_a_new_warehouse_is_empty_and_whole(scratch: Path) -> None:
         space = warehouse.space()
         assert space.total_bytes == space.free_bytes == 3 * DEVICE_BYTES - 2 * ((1 << 20) + ALIGN)
         assert warehouse.models() == []
-        assert [device.index for device in warehouse.devices] == [0, 1]
+        assert [device.index for device in warehouse.devices.values()] == [0, 1]
         assert warehouse.notes == []
 
 

@@ -124,7 +124,7 @@ def test_a_device_that_ended_is_a_device_error(scratch: Path) -> None:
         put(warehouse, model, names)
         key, block = block_at(warehouse, model, names, 0)
         with pytest.raises(DeviceError, match="gone"):
-            read_payload((), key, block)
+            read_payload({}, key, block)
         os.truncate(warehouse.devices[0].path, 1 << 20)
         with pytest.raises(DeviceError):
             read_payload(warehouse.devices, key, block)
