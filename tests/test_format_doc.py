@@ -16,11 +16,12 @@ from twfs.checksums import lanes_of, xxh3_of
 from twfs.layout import Group, Layout
 from twfs.prefix import Chain, Names, OwnKey, Root, names_of_keys, root_of
 from twfs.records import BLOCK_DTYPE, EXTENT, LAYER_SUMS_MAX, SUM
+from twfs.secret import MAC_BYTES
 from twfs.tables import TABLES
 from twfs.units import ALIGN, EXTENTS_MAX, NAME_BYTES_MAX
 
 DOCUMENT = Path(next(iter(twfs.__path__)), "FORMAT.md").read_text()
-RECORDS = ("SUPERBLOCK", "EXTENT", "HEADER", "BLOCK_KEY", "BLOCK_FIXED")
+RECORDS = ("SUPERBLOCK", "ROSTER", "EXTENT", "HEADER", "BLOCK_KEY", "BLOCK_FIXED")
 SEALED = ("SUPERBLOCK", "HEADER")  # padded to 4 KiB, with a sum in the last 8 bytes
 INVARIANT = re.compile(r"^\| I(\d+) \| (.+) \|$", re.MULTILINE)
 
@@ -57,11 +58,15 @@ def test_what_follows_the_structs_is_as_long_as_the_limits_say() -> None:
         (code, field) for offset, _, code, field in rows_of("HEADER")
         if offset >= records.HEADER.size
     ]  # fmt: skip
-    assert [field for _, field in tail] == ["name", "extents", "layer_sums", "reserved", "sum"]
+    assert [field for _, field in tail] == [
+        "name", "extents", "layer_sums", "reserved", "mac", "sum",
+    ]  # fmt: skip
     sizes = {field: struct.calcsize("<" + code) for code, field in tail}
     assert sizes["name"] == NAME_BYTES_MAX
     assert sizes["extents"] == EXTENTS_MAX * EXTENT.size
     assert sizes["layer_sums"] == LAYER_SUMS_MAX * SUM.size
+    assert sizes["mac"] == MAC_BYTES
+    assert {field: at for at, _, _, field in rows_of("HEADER")}["mac"] == records.MAC_OFFSET
     for name in SEALED:
         assert rows_of(name)[-1] == (ALIGN - SUM.size, SUM.size, SUM.format[1:], "sum")
 

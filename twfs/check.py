@@ -20,7 +20,7 @@ from twfs.core import Core
 from twfs.errors import BadPayload, CorruptMetadata, DeviceError
 from twfs.layout import GroupKind, Layout
 from twfs.payload import aligned_buffer, header_complaint, read_payload
-from twfs.records import Block, BlockKey, Extent, Header, Superblock
+from twfs.records import Block, BlockKey, Extent, Header, Superblock, sealed_with
 from twfs.store import CheckReport, Finding
 from twfs.tables import ModelRecord, ReadView
 from twfs.units import ALIGN, EXTENTS_MAX, ModelId, PrefixHash, align_up
@@ -161,6 +161,8 @@ def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
             core.devices[first.device].read_into([buffer], first.offset)
             header = Header.unpack(buffer)
             complaint = header_complaint(header, key, block) or misplaced(header, key, block)
+            if not complaint and not sealed_with(core.secret, buffer):
+                complaint = "its header is not sealed with this warehouse's secret"
         except (ValueError, DeviceError) as error:
             complaint = str(error)
         if complaint is None or not _unchanged(core, key, block):

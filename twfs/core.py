@@ -7,12 +7,12 @@ after its commit: until then a published block is a miss, and a removed one is c
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 import numpy as np
@@ -23,12 +23,15 @@ from twfs.errors import NoSuchModel, StaleEpoch, WarehouseClosed
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
-from twfs.metadata import Metadata
+from twfs.metadata import After, Job, Metadata
 from twfs.records import BlockKey, Extent
+from twfs.roster import Roster, write_roster
 from twfs.slots import Slots
 from twfs.store import Served
-from twfs.tables import ModelRecord, WriteView
+from twfs.tables import LENGTH, ModelRecord, WriteView
 from twfs.units import ALIGN, DeviceIndex, Generation, Ino, Millis, ModelId
+
+T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
 IO_THREADS: Final = 4  # writes in flight; more gain nothing on one drive (facts: 2 to 4)
@@ -75,6 +78,8 @@ class Core:
     allocator: Allocator
     slots: Slots
     leases: Leases
+    secret: bytes
+    roster: Roster  # as it is on the devices
     lock: threading.RLock = field(default_factory=threading.RLock)
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
@@ -92,6 +97,7 @@ class Core:
     _next_ino: int = 0
     _numbers_end: int = 0
     _numbers: threading.Lock = field(default_factory=threading.Lock)
+    _enrolling: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, model_id: ModelId) -> ModelRecord:
         """The record of a model in any epoch; StaleEpoch if that is over and gone, NoSuchModel."""
@@ -136,15 +142,41 @@ class Core:
 
     def _extend_numbers(self, count: int) -> None:
         """Make a new range durable."""
-
-        def job(view: WriteView) -> tuple[int, int]:
+        with self.metadata.read() as view:  # only here they change, and under the lock of numbers
             generation, ino = view.counter("generation"), view.counter("ino")
+
+        def job(view: WriteView) -> None:
             view.set_counter("generation", generation + count)
             view.set_counter("ino", ino + count)
-            return generation, ino
 
-        self._next_generation, self._next_ino = self.metadata.submit(job).result()
-        self._numbers_end = self._next_generation + count
+        self.enrol(
+            lambda roster: replace(roster, generation_end=generation + count, ino_end=ino + count),
+            job,
+        )
+        self._next_generation, self._next_ino = generation, ino
+        self._numbers_end = generation + count
+
+    def enrol(
+        self, change: Callable[[Roster], Roster], job: Job[T], after: After[T] | None = None
+    ) -> T:
+        """Make *change* durable in the roster of the devices, and then *job* in the metadata.
+
+        One at a time; blocks. If the second is lost in a crash, the next start does it again from
+        the roster, or undoes the first. DeviceError, TooLarge, WarehouseClosed, what *job* raises.
+        """
+        with self._enrolling:
+            with self.metadata.read():  # WarehouseClosed, before a closed device says less
+                pass
+            roster = replace(change(self.roster), sequence=self.roster.sequence + 1)
+            write_roster(self.devices.values(), roster, self.secret, self.uuid)
+
+            def noted(view: WriteView) -> T:
+                view.set_meta("roster", LENGTH.pack(roster.sequence))
+                return job(view)
+
+            result = self.metadata.submit(noted, after).result()
+            self.roster = roster
+            return result
 
     def enter(self, published: ledger.Published, now_ms: Millis) -> None:
         """Let memory follow a publish that is durable."""

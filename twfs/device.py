@@ -21,6 +21,7 @@ from twfs.errors import (
     CorruptSuperblock,
     DeviceError,
     FormatTooNew,
+    FormatTooOld,
     InvalidInput,
     ReadOnly,
     TruncatedDevice,
@@ -36,7 +37,7 @@ from twfs.formatting import (
     superblock_at,
     usable_bytes,
 )
-from twfs.records import FORMAT_VERSION, Superblock
+from twfs.records import FORMAT_VERSION, ROSTER_BYTES, ROSTER_STARTS, Superblock
 from twfs.units import (
     ALIGN,
     IO_BYTES_MAX,
@@ -158,6 +159,18 @@ class Device:
         views, total = self._checked(buffers, offset, start, start + length)
         with self._using("write") as descriptor:
             self._transfer(os.pwritev, "write", descriptor, views, offset)
+        self._count(writes=1, written_bytes=total)
+
+    def read_roster(self, buffer: memoryview, place: int) -> None:
+        """Fill *buffer* (ROSTER_BYTES) with what lies in one of the two places for a roster."""
+        self.read_into([buffer[:ROSTER_BYTES]], ROSTER_STARTS[place])
+
+    def write_roster(self, buffer: memoryview, place: int) -> None:
+        """Write *buffer* (aligned, at most ROSTER_BYTES) to one of the two places; not flushed."""
+        start = ROSTER_STARTS[place]
+        views, total = self._checked([buffer], start, start, start + ROSTER_BYTES)
+        with self._using("write") as descriptor:
+            self._transfer(os.pwritev, "write", descriptor, views, start)
         self._count(writes=1, written_bytes=total)
 
     def _checked(
@@ -340,6 +353,11 @@ def _read_superblock(path: Path, descriptor: int, notes: list[str]) -> Superbloc
         raise CorruptSuperblock(
             f"{path} has no whole superblock (first: {first}; last: {last}): it is no device of "
             "twfs, or must be restored"
+        )
+    if superblock.version < FORMAT_VERSION:
+        raise FormatTooOld(
+            f"{path} has format version {superblock.version}, and this twfs reads {FORMAT_VERSION} "
+            "only: create the warehouse anew"
         )
     if superblock.version > FORMAT_VERSION:
         raise FormatTooNew(

@@ -89,6 +89,13 @@ class FormatTooNew(TwfsError):
     exit_code = 12
 
 
+class FormatTooOld(TwfsError):
+    """Device or metadata were written by a twfs before this one, and are not read any more."""
+
+    errno = _errno.EPROTONOSUPPORT
+    exit_code = 33
+
+
 class NoSpaceForImage(TwfsError):
     """The filesystem has no room for the image file or for the metadata."""
 

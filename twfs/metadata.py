@@ -28,12 +28,14 @@ from twfs.errors import (
     CorruptMetadata,
     DeviceError,
     FormatTooNew,
+    FormatTooOld,
     NoSpaceForImage,
     NoSuchWarehouse,
     WarehouseBusy,
     WarehouseClosed,
 )
 from twfs.records import FORMAT_VERSION, Extent
+from twfs.secret import SECRET_BYTES
 from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
 from twfs.units import (
     ALIGN,
@@ -86,8 +88,9 @@ class Metadata:
 
     @classmethod
     def create(
-        cls, directory: Path, warehouse: UUID, devices: list[DeviceRecord], free: list[Extent]
-    ) -> None:
+        cls, directory: Path, warehouse: UUID, devices: list[DeviceRecord], free: list[Extent],
+        secret: bytes,
+    ) -> None:  # fmt: skip
         """Make the metadata of an empty warehouse; *free* is all that its devices can hold."""
         directory.mkdir(parents=True, exist_ok=True)
         metadata = cls._open(directory, creating=True)
@@ -95,6 +98,8 @@ class Metadata:
         def fill(view: WriteView) -> None:
             view.set_meta("format_version", LENGTH.pack(FORMAT_VERSION))
             view.set_meta("warehouse", warehouse.bytes)
+            view.set_meta("secret", secret)
+            view.set_meta("roster", LENGTH.pack(0))
             view.set_meta("devices", _pack_devices(devices))
             for extent in free:
                 view.add_free(extent)
@@ -127,6 +132,11 @@ class Metadata:
                 raise FormatTooNew(
                     f"{path} has format version {version}, this twfs knows {FORMAT_VERSION}: "
                     "install a newer twfs"
+                )
+            if 0 < version < FORMAT_VERSION:
+                raise FormatTooOld(
+                    f"{path} has format version {version}, this twfs reads {FORMAT_VERSION} only: "
+                    "create the warehouse anew"
                 )
             if version == 0:
                 raise CorruptMetadata(f"{path} names no format version: it is not of twfs")
@@ -205,6 +215,16 @@ class Metadata:
         """The UUID of the warehouse that this metadata is of."""
         with self.read() as view:
             return UUID(bytes=view.meta("warehouse") or bytes(16))
+
+    def secret(self) -> bytes:
+        """The warehouse's secret; CorruptMetadata if there is none of its length."""
+        with self.read() as view:
+            secret = view.meta("secret") or b""
+        if len(secret) != SECRET_BYTES:
+            raise CorruptMetadata(
+                f"{self.directory} holds a secret of {len(secret)} bytes: run `twfs rebuild`"
+            )
+        return secret
 
     def devices(self) -> list[DeviceRecord]:
         """The devices, by index."""

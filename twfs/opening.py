@@ -13,16 +13,24 @@ from typing import Final
 
 import numpy as np
 
-from twfs import ledger
+from twfs import enrolling, ledger
 from twfs.core import Core
 from twfs.device import Device
-from twfs.errors import CorruptMetadata, FormatTooNew, InvalidInput, WarehouseExists
+from twfs.errors import (
+    CorruptMetadata,
+    FormatTooNew,
+    FormatTooOld,
+    InvalidInput,
+    NotAllowed,
+    WarehouseExists,
+)
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.formatting import DeviceSpec, format_device
 from twfs.leases import Leases
 from twfs.metadata import Metadata
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
+from twfs.secret import SECRET_FILE, keep_secret, make_secret
 from twfs.slots import KEY_BYTES, Slots
 from twfs.tables import DeviceRecord, ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, DeviceIndex
@@ -51,7 +59,7 @@ def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> No
             raise WarehouseExists(
                 f"{directory} holds a warehouse already: use it, or --force to lose all its blocks"
             )
-        with suppress(CorruptMetadata, FormatTooNew):  # it may be beyond repair
+        with suppress(CorruptMetadata, FormatTooNew, FormatTooOld):  # it may be beyond repair
             Metadata.open(meta).close()  # but nobody else may have it open
     made_directory = not directory.exists()
     try:
@@ -87,7 +95,10 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         shutil.rmtree(meta)
     (directory / HEAT_FILE).unlink(missing_ok=True)
     undo.callback(shutil.rmtree, meta, ignore_errors=True)
-    Metadata.create(meta, warehouse, records, free)
+    secret = make_secret()
+    Metadata.create(meta, warehouse, records, free, secret)
+    undo.callback((directory / SECRET_FILE).unlink, missing_ok=True)
+    keep_secret(directory, secret)
 
 
 def open_core(directory: Path, *, lease_ms: int) -> Core:
@@ -107,6 +118,8 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
         undo.callback(slots.close)
         with metadata.read() as view:
             load_slots(view, slots)
+        secret = metadata.secret()
+        roster = enrolling.settle(metadata, devices.values(), secret, warehouse)
         metadata.submit(_begin).result()
         with metadata.read() as view:
             allocator = Allocator(
@@ -115,8 +128,10 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
             records = view.models()
         core = Core(
             directory, warehouse, metadata, devices, allocator, slots,
-            Leases(lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS)),
+            Leases(lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS)), secret, roster,
         )  # fmt: skip
+        with suppress(NotAllowed):  # it lies in the metadata too
+            keep_secret(directory, secret)
         core.models = {record.id: record for record in records}
         for record in sorted(records, key=lambda record: record.epoch):
             core.current[record.name] = record.id

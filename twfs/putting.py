@@ -297,7 +297,7 @@ class Put:
             self._core.uuid, device.uuid, self._model.layout.fingerprint, self._model.name,
             self._model.epoch, self._group, self._shard, self._names.hash_at(index), block,
             layer_sums,
-        ).pack()  # fmt: skip
+        ).pack(self._core.secret)  # fmt: skip
 
     def publish(self) -> PutResult:
         """Flush, publish what was written, forfeit the rest; blocks until it is durable."""

@@ -13,6 +13,7 @@ from uuid import UUID
 import numpy as np
 import xxhash
 
+from twfs.secret import MAC_BYTES, mac_of
 from twfs.units import (
     ALIGN,
     DIGEST_BYTES,
@@ -34,14 +35,19 @@ from twfs.units import (
     is_aligned,
 )
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 SUPERBLOCK_MAGIC: Final = b"TWFSDEV\x01"
 HEADER_MAGIC: Final = b"TWFSBLK\x01"
+ROSTER_MAGIC: Final = b"TWFSROS\x01"
 DATA_START: Final = ByteOffset(1 << 20)
 LAYER_SUMS_MAX: Final = 256
+ROSTER_STARTS: Final = (ByteOffset(4096), ByteOffset(512 << 10))  # its two places
+ROSTER_BYTES: Final = 508 << 10  # of each place
+MAC_OFFSET: Final = ALIGN - 8 - MAC_BYTES  # in a header, before its sum
 
 SUPERBLOCK: Final = struct.Struct("<8sII16s16sHHIQQQ")
 SUM: Final = struct.Struct("<Q")
+ROSTER: Final = struct.Struct("<8sII16sQQ")
 EXTENT: Final = struct.Struct("<QIHH")
 HEADER: Final = struct.Struct("<8sIHH16s16sQQ32sQHHIIBBHQQQ16sQQ16s16s32sBB64sHH")
 BLOCK_FIXED: Final = struct.Struct("<QQQQQQ16s16s32sIIHBBBBH")
@@ -269,8 +275,11 @@ class Header:
     block: Block
     layer_sums: tuple[int, ...] = ()  # xxh3-64 of each layer's run of bytes, if layers are runs
 
-    def pack(self) -> bytes:
-        """Return the 4096 bytes of the header; it names its own offset (the first extent's)."""
+    def pack(self, secret: bytes) -> bytes:
+        """Return the 4096 bytes of the header, sealed with *secret*.
+
+        It names its own offset (the first extent's).
+        """
         block, name = self.block, self.model_name.encode()
         sums = block.checksums
         assert len(name) <= NAME_BYTES_MAX
@@ -286,12 +295,13 @@ class Header:
             len(self.layer_sums), 0,
         )  # fmt: skip
         extents = b"".join(extent.pack() for extent in block.extents)
-        return _seal(
+        whole = (
             body
             + name.ljust(NAME_BYTES_MAX, b"\0")
             + extents.ljust(EXTENTS_MAX * EXTENT.size, b"\0")
             + struct.pack(f"<{len(self.layer_sums)}Q", *self.layer_sums)
-        )
+        ).ljust(MAC_OFFSET, b"\0")
+        return _seal(whole + mac_of(secret, whole))
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> "Header":
@@ -326,10 +336,12 @@ class Header:
         )  # fmt: skip
 
 
-assert (
-    HEADER.size + NAME_BYTES_MAX + EXTENTS_MAX * EXTENT.size + 8 * LAYER_SUMS_MAX + SUM.size
-    <= ALIGN
-)
+def sealed_with(secret: bytes, data: bytes | memoryview) -> bool:
+    """Tell whether the 4096 bytes of a header were packed with *secret*."""
+    return mac_of(secret, data[:MAC_OFFSET]) == bytes(data[MAC_OFFSET : MAC_OFFSET + MAC_BYTES])
+
+
+assert HEADER.size + NAME_BYTES_MAX + EXTENTS_MAX * EXTENT.size + 8 * LAYER_SUMS_MAX <= MAC_OFFSET
 assert HASH_BYTES == 16
 assert DIGEST_BYTES == 32
 

@@ -17,9 +17,9 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import check, evicting, ledger, listing, matching, opening, putting
+from twfs import check, enrolling, evicting, listing, matching, opening, putting
 from twfs.arena import Arena
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import (
     BadPayload,
@@ -53,7 +53,6 @@ from twfs.store import (
     SessionInfo,
     Space,
 )
-from twfs.tables import ModelRecord
 from twfs.units import ByteCount, ModelId, PrefixHash, align_up
 from twfs.upload import check_payloads, upload
 
@@ -195,7 +194,7 @@ class Warehouse:
         if record is None:
             if layout is None:
                 raise NoSuchModel(f"no model {name}: open it with a layout to make it")
-            record = self._enter_model(name, layout, anew=False)
+            record = enrolling.enter_model(self._core, name, layout, anew=False)
         if layout is not None and record.layout.fingerprint != layout.fingerprint:
             raise LayoutMismatch(
                 f"model {name} has another layout (its own / given): "
@@ -207,21 +206,8 @@ class Warehouse:
         """Make all blocks of *model* unreachable; waits for a commit."""
         with self._core.lock:
             record = self._core.model(model.id)
-        record = self._enter_model(record.name, record.layout, anew=True)
+        record = enrolling.enter_model(self._core, record.name, record.layout, anew=True)
         return Model(record.id, record.name, record.epoch, record.layout)
-
-    def _enter_model(self, name: str, layout: Layout, *, anew: bool) -> ModelRecord:
-        core = self._core
-
-        def after(record: ModelRecord) -> None:
-            with core.lock:
-                core.models[record.id] = record
-                core.current[record.name] = record.id
-                core.changes += 1
-
-        return core.metadata.submit(
-            lambda view: ledger.next_model(view, name, layout, wall_ms(), anew=anew), after
-        ).result()
 
     # Store
 

@@ -102,7 +102,7 @@ class BlockFile:
             WAREHOUSE, DEVICE, self.layout.fingerprint, "model", 0, group, shard,
             hash_of(index), block, layer_sums_of(payload, self.layout.summed_layers(group)),
         )  # fmt: skip
-        whole = header.pack() + padded
+        whole = header.pack(bytes(32)) + padded
         for extent in extents:
             os.pwrite(self._fds[extent.device], whole[at : at + extent.length], extent.offset)
             at += extent.length

@@ -80,7 +80,7 @@ class Broken:
         packed = Header(
             self.warehouse.uuid, device.uuid, MHA.fingerprint, "m", 0, key.group, key.shard,
             key.prefix_hash, block,
-        ).pack()  # fmt: skip
+        ).pack(self.warehouse._core.secret)  # fmt: skip
         self.write(block.extents[0].offset, packed)
 
     def write(self, offset: int, data: bytes) -> None:
@@ -203,7 +203,7 @@ def test_i5_a_header_of_something_else(broken: Broken, what: str) -> None:
         "model_name": "n", "epoch": 3,
     }  # fmt: skip
     changed = replace(header, **{what: other[what]})  # type: ignore[arg-type]
-    broken.write(block.extents[0].offset, changed.pack())
+    broken.write(block.extents[0].offset, changed.pack(warehouse._core.secret))
     assert found(broken) == {5}
 
 

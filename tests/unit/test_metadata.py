@@ -38,7 +38,7 @@ def extent(unit: int, units: int, device: int = 0) -> Extent:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """The directory of a fresh environment."""
-    Metadata.create(tmp_path / "meta", uuid.UUID(int=7), DEVICES, [ALL])
+    Metadata.create(tmp_path / "meta", uuid.UUID(int=7), DEVICES, [ALL], bytes(32))
     return tmp_path / "meta"
 
 

@@ -22,6 +22,7 @@ from twfs.records import (
     FORMAT_VERSION,
     LAYER_SUMS_MAX,
     LOCATED_DTYPE,
+    MAC_OFFSET,
     SUM,
     Block,
     BlockKey,
@@ -30,7 +31,9 @@ from twfs.records import (
     Header,
     Superblock,
     located,
+    sealed_with,
 )
+from twfs.secret import MAC_BYTES
 from twfs.units import (
     ALIGN,
     EXTENTS_MAX,
@@ -89,6 +92,7 @@ BLOCK = Block(
     (Extent(DeviceIndex(0), ByteOffset(1 << 20), ByteCount(3 * ALIGN)),),
     Millis(5), b"key",
 )  # fmt: skip
+SECRET = bytes(range(32))
 HEADER = Header(
     UUID(int=1), UUID(int=2), bytes(range(32)), "a-model", 4, 1, 2, PrefixHash(b"h" * 16), BLOCK,
     (10, 11),
@@ -122,7 +126,7 @@ def test_hole_comes_back_without_extents(block: Block) -> None:
 
 @given(HEADERS)
 def test_header_comes_back_without_what_only_lmdb_knows(header: Header) -> None:
-    packed = header.pack()
+    packed = header.pack(SECRET)
     assert len(packed) == ALIGN
     block = replace(header.block, slot=Slot(0), detached=False)
     assert Header.unpack(packed) == replace(header, block=block)
@@ -145,33 +149,46 @@ def test_largest_header_fits() -> None:
         layer_sums=tuple(range(LAYER_SUMS_MAX)),
         block=replace(BLOCK, slot=Slot(0), key=b"k" * KEY_BYTES_MAX, extents=BLOCK.extents * 8),
     )
-    assert Header.unpack(largest.pack()) == largest
+    assert Header.unpack(largest.pack(SECRET)) == largest
     for over in (
         replace(HEADER, model_name="m" * (NAME_BYTES_MAX + 1)),
         replace(HEADER, layer_sums=(0,) * (LAYER_SUMS_MAX + 1)),
         replace(HEADER, block=replace(BLOCK, key=bytes(KEY_BYTES_MAX + 1))),
     ):
         with pytest.raises(AssertionError):
-            over.pack()
+            over.pack(SECRET)
 
 
 def test_key_with_zero_bytes_at_its_end_keeps_them() -> None:
     block = replace(BLOCK, key=b"k\0\0")
-    assert Header.unpack(replace(HEADER, block=block).pack()).block.key == b"k\0\0"
+    assert Header.unpack(replace(HEADER, block=block).pack(SECRET)).block.key == b"k\0\0"
     assert Block.unpack(block.pack()).key == b"k\0\0"
+
+
+def packed(sealed: Superblock | Header) -> bytes:
+    return sealed.pack(SECRET) if isinstance(sealed, Header) else sealed.pack()
 
 
 @pytest.mark.parametrize("sealed", [SUPERBLOCK, HEADER], ids=["superblock", "header"])
 def test_any_flipped_byte_of_a_sealed_record_is_noticed(sealed: Superblock | Header) -> None:
-    whole = sealed.pack()
+    whole = packed(sealed)
     for at in range(ALIGN):
         with pytest.raises(ValueError, match=r"magic|checksum"):
             type(sealed).unpack(whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
 
 
+def test_a_header_is_proved_by_the_secret_alone() -> None:
+    whole = HEADER.pack(SECRET)
+    assert sealed_with(SECRET, whole)
+    assert not sealed_with(bytes(32), whole)
+    for at in range(MAC_OFFSET + MAC_BYTES):  # whoever changes a byte can repair the sum alone
+        changed = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        assert not sealed_with(SECRET, sealed_again(changed))
+
+
 @pytest.mark.parametrize("count", [0, 1, ALIGN - 1, ALIGN + 1])
 def test_sealed_records_of_another_length_are_refused(count: int) -> None:
-    whole = HEADER.pack() + b"\0"
+    whole = HEADER.pack(SECRET) + b"\0"
     with pytest.raises(ValueError, match=f"{count} bytes"):
         Header.unpack(whole[:count])
     with pytest.raises(ValueError, match=f"{count} bytes"):
@@ -187,7 +204,7 @@ def sealed_again(data: bytes | bytearray) -> bytes:
 @given(st.integers(8, ALIGN - SUM.size - 1), sized(8))
 def test_sealed_nonsense_raises_nothing_but_value_error(at: int, nonsense: bytes) -> None:
     for sealed in (HEADER, SUPERBLOCK):
-        data = bytearray(sealed.pack())
+        data = bytearray(packed(sealed))
         data[at : at + 8] = nonsense
         with suppress(ValueError):  # UnicodeDecodeError is one too
             type(sealed).unpack(sealed_again(data))
@@ -205,7 +222,7 @@ def test_sealed_nonsense_raises_nothing_but_value_error(at: int, nonsense: bytes
     ],
 )
 def test_header_that_contradicts_itself_is_refused(offset: int, byte: int, complaint: str) -> None:
-    data = bytearray(HEADER.pack())
+    data = bytearray(HEADER.pack(SECRET))
     data[offset] = byte
     with pytest.raises(ValueError, match=complaint):
         Header.unpack(sealed_again(data))

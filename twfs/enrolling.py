@@ -1,0 +1,104 @@
+"""What is written to the roster before the metadata says it: models and their epochs.
+
+Also the look at both when a warehouse is opened. All of it blocks.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from uuid import UUID
+
+from twfs import ledger
+from twfs.core import Core, wall_ms
+from twfs.device import Device
+from twfs.errors import CorruptMetadata
+from twfs.layout import Layout
+from twfs.metadata import Metadata
+from twfs.roster import Roster, RosterModel, newest_roster, write_roster
+from twfs.tables import LENGTH, ModelRecord, ReadView, WriteView
+
+
+def enter_model(core: Core, name: str, layout: Layout, *, anew: bool) -> ModelRecord:
+    """Enter the model *name*, or with *anew* its next epoch; one that is there stays otherwise."""
+    now = wall_ms()
+
+    def change(roster: Roster) -> Roster:
+        with core.lock:
+            old = core.models[core.current[name]] if name in core.current else None
+        if old is not None and not anew:
+            return roster
+        epoch = 0 if old is None else old.epoch + 1
+        return replace(roster, models=roster.with_model(RosterModel(name, epoch, layout, now)))
+
+    def after(record: ModelRecord) -> None:
+        with core.lock:
+            core.models[record.id] = record
+            core.current[record.name] = record.id
+            core.changes += 1
+
+    return core.enrol(
+        change, lambda view: ledger.next_model(view, name, layout, now, anew=anew), after
+    )
+
+
+def roster_of(view: ReadView, sequence: int, before: Roster) -> Roster:
+    """The roster that says what the metadata says; tenants and numbers are those of *before*."""
+    newest: dict[str, ModelRecord] = {}
+    for record in view.models():
+        if record.name not in newest or newest[record.name].epoch < record.epoch:
+            newest[record.name] = record
+    return replace(
+        before,
+        sequence=sequence,
+        generation_end=max(before.generation_end, view.counter("generation")),
+        ino_end=max(before.ino_end, view.counter("ino")),
+        models=tuple(
+            RosterModel(name, record.epoch, record.layout, record.created_ms)
+            for name, record in sorted(newest.items())
+        ),
+    )
+
+
+def settle(
+    metadata: Metadata, devices: Collection[Device], secret: bytes, warehouse: UUID
+) -> Roster:
+    """Bring metadata and roster together after a start; returns the roster that is now durable.
+
+    The roster may be one ahead, if a crash came between the two: its epochs are taken over, for an
+    epoch that may have begun must not be forgotten. CorruptMetadata if it is farther ahead: the
+    metadata is an old copy then.
+    """
+    with metadata.read() as view:
+        known = LENGTH.unpack(view.meta("roster") or bytes(8))[0]
+    found = newest_roster(devices, secret, warehouse)
+    ahead = 0 if found is None else found.sequence - known
+    if ahead > 1:
+        raise CorruptMetadata(
+            f"{metadata.directory} is older than the devices: their roster has changed "
+            f"{ahead} times since; put the newest metadata there, or run `twfs rebuild`"
+        )
+    newest = found or Roster(known)
+    if ahead == 1:
+        metadata.submit(lambda view: _take_over(view, newest)).result()
+    with metadata.read() as view:
+        roster = roster_of(view, max(known, newest.sequence) + 1, newest)
+    write_roster(devices, roster, secret, warehouse)
+    metadata.submit(lambda view: view.set_meta("roster", LENGTH.pack(roster.sequence))).result()
+    return roster
+
+
+def _take_over(view: WriteView, roster: Roster) -> None:
+    """Let the metadata have the epochs and number ends of *roster*, and its sequence."""
+    for model in roster.models:
+        record = next(
+            (
+                each
+                for each in view.models()
+                if each.id == view.model_id(model.name) and each.epoch < model.epoch
+            ),
+            None,
+        )
+        if record is not None:
+            ledger.next_model(view, model.name, record.layout, model.created_ms, anew=True)
+    for name, end in (("generation", roster.generation_end), ("ino", roster.ino_end)):
+        view.set_counter(name, max(view.counter(name), end))
+    view.set_meta("roster", LENGTH.pack(roster.sequence))
