@@ -18,6 +18,7 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
+    ("operating",),
     ("secret",),
     ("layout", "prefix", "records"),
     ("store",),

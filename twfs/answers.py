@@ -33,12 +33,15 @@ from twfs.messages import (
     NewEpoch,
     Opened,
     OpenModel,
+    Operate,
+    Operated,
     RemoveSession,
     RetainSession,
     SessionRows,
     SpaceFigures,
     Status,
 )
+from twfs.operating import operate
 from twfs.protocol import (
     block_info_to_wire,
     key_of,
@@ -143,6 +146,11 @@ def _changes(warehouse: "Warehouse", request: AskChanges) -> AnyReply:
     return Counted(request.id, warehouse.changes())
 
 
+def _operate(warehouse: "Warehouse", request: Operate) -> AnyReply:
+    result = operate(warehouse.verbs, request.verb, request.arguments)
+    return Operated(request.id, result)
+
+
 ANSWERS: Final[Mapping[type[Any], Callable[["Warehouse", Any], AnyReply]]] = {
     OpenModel: _open_model,
     NewEpoch: _new_epoch,
@@ -159,4 +167,7 @@ ANSWERS: Final[Mapping[type[Any], Callable[["Warehouse", Any], AnyReply]]] = {
     AskSpace: _space,
     CheckAll: _check,
     AskChanges: _changes,
+    Operate: _operate,
 }
+# What concerns everybody's blocks, and not only the asker's.
+OPERATORS_ONLY: Final = (CheckAll, EvictBytes, Operate)

@@ -11,13 +11,13 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import trio
 
-from twfs.answers import ANSWERS, status_of
+from twfs.answers import ANSWERS, OPERATORS_ONLY, status_of
 from twfs.arena import Arena
-from twfs.errors import LeaseEnded, ProtocolError, TooLarge, TwfsError
+from twfs.errors import LeaseEnded, NotAllowed, ProtocolError, TooLarge, TwfsError
 from twfs.leases import Located
 from twfs.messages import (
     HELLO_BYTES_MAX,
@@ -65,9 +65,6 @@ from twfs.protocol import (
 from twfs.shared import OpenPut, Shared, names_asked, peer_of
 from twfs.store import ArenaBlock, Served
 from twfs.units import ModelId, align_up
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -400,6 +397,10 @@ class Connection:
                 shared.warehouse.statistics, limiter=shared.tools
             )
             return status_of(request.id, {**statistics, "server": shared.statistics()})
+        if isinstance(request, OPERATORS_ONLY) and self._uid not in {0, os.geteuid()}:
+            raise NotAllowed(
+                f"uid {self._uid} may not do this: only root and the daemon's own user operate it"
+            )
         answer = ANSWERS.get(type(request))
         if answer is None:
             raise ProtocolError(f"a {type(request).__name__} message out of turn")

@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
+from twfs.operating import ARGUMENTS_BYTES_MAX
 from twfs.records import BLOCK_KEY
 from twfs.store import (
     CheckReport,
@@ -315,6 +316,13 @@ class AskChanges(Request, frozen=True):
     """Namespace.changes."""
 
 
+class Operate(Request, frozen=True):
+    """Namespace.operate; *arguments* are JSON."""
+
+    verb: Annotated[str, Meta(max_length=64)]
+    arguments: Annotated[bytes, Meta(max_length=ARGUMENTS_BYTES_MAX)]
+
+
 class Reply(Struct, frozen=True, tag_field="t", tag=str.lower):
     """What the daemon sends; *id* is the request's, 0 where that could not be read."""
 
@@ -443,15 +451,21 @@ class Status(Reply, frozen=True):
     statistics: bytes
 
 
+class Operated(Reply, frozen=True):
+    """What the operation returned, as JSON."""
+
+    result: bytes
+
+
 AnyRequest = (
     Hello | OpenModel | NewEpoch | MatchNames | JoinLease | LookupNames | TouchNames | RenewLease
     | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut | ListModels
     | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
     | RemoveSession | RetainSession | EvictBytes | ExplainNames | AskSpace | CheckAll | AskStatus
-    | AskChanges
+    | AskChanges | Operate
 )  # fmt: skip
 AnyReply = (
     Welcome | Failed | Done | Opened | Counted | LocatedBlocks | PutBegun | PutDone | ModelRows
     | HashRows | KeyRows | SessionRows | BlockRows | Piece | Explained | SpaceFigures | Checked
-    | Status
+    | Status | Operated
 )  # fmt: skip

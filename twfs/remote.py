@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
 
+import msgspec
+
 from twfs.errors import NoDaemon, ProtocolError
 from twfs.messages import (
     LISTED_MAX,
@@ -33,6 +35,8 @@ from twfs.messages import (
     ListModels,
     ListSessions,
     ModelRows,
+    Operate,
+    Operated,
     Piece,
     ReadPayload,
     RemoveSession,
@@ -172,6 +176,11 @@ class RemoteNamespace:
     def changes(self) -> int:
         """See Namespace.changes."""
         return self._count(AskChanges(0), ASK_SECONDS_MAX)
+
+    def operate(self, verb: str, **arguments: Any) -> Any:
+        """See Namespace.operate; waits as long as it takes."""
+        request = Operate(0, verb, msgspec.json.encode(arguments))
+        return msgspec.json.decode(self._ask(request, Operated, None).result)
 
     def _daemon_statistics(self) -> dict[str, Any]:
         """The warehouse's and the server's statistics; NoDaemon."""

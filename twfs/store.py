@@ -353,6 +353,12 @@ class Namespace(Protocol):
     def check(self, *, data: bool = False) -> CheckReport:
         """Check every invariant of FORMAT.md; with *data* every payload too."""
 
+    def operate(self, verb: str, **arguments: Any) -> Any:
+        """Run an operator's *verb* (see operating.py) with JSON-ready *arguments*; its result.
+
+        InvalidInput, NotAllowed, and what the verb raises.
+        """
+
     def statistics(self) -> dict[str, Any]:
         """All counters and gauges, JSON-ready; names are stable."""
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 from uuid import UUID
 
+import msgspec
 import numpy as np
 
 from twfs import check, enrolling, evicting, listing, matching, opening, putting
@@ -35,6 +36,7 @@ from twfs.layout import Layout, check_model_name
 from twfs.leases import Located
 from twfs.localput import LocalPort
 from twfs.match import Match
+from twfs.operating import Verbs, operate
 from twfs.prefix import Names
 from twfs.putting import Put
 from twfs.readers.select import DeviceSource, Readers
@@ -79,6 +81,7 @@ class Warehouse:
         self._idle = threading.Condition()  # guards the next two, and the arena
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
+        self.verbs: Verbs = {}
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 
@@ -421,6 +424,12 @@ class Warehouse:
         """See Namespace.check. Blocks."""
         with self._using():
             return check.run(self._core, data=data)
+
+    def operate(self, verb: str, **arguments: Any) -> Any:
+        """See Namespace.operate. Blocks."""
+        with self._using():
+            result = operate(self.verbs, verb, msgspec.json.encode(arguments))
+        return msgspec.json.decode(result)
 
     def changes(self) -> int:
         """See Namespace.changes."""
