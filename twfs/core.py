@@ -98,6 +98,7 @@ class Core:
     _numbers_end: int = 0
     _numbers: threading.Lock = field(default_factory=threading.Lock)
     _enrolling: threading.Lock = field(default_factory=threading.Lock)
+    _enrolled: bool = False  # anything since open
 
     def record(self, model_id: ModelId) -> ModelRecord:
         """The record of a model in any epoch; StaleEpoch if that is over and gone, NoSuchModel."""
@@ -167,16 +168,24 @@ class Core:
         with self._enrolling:
             with self.metadata.read():  # WarehouseClosed, before a closed device says less
                 pass
-            roster = replace(change(self.roster), sequence=self.roster.sequence + 1)
-            write_roster(self.devices.values(), roster, self.secret, self.uuid)
+            if not self._enrolled:
+                # Two steps in every run: metadata that is one behind has seen a crash, metadata
+                # that is more behind is an old copy.
+                self._enrol(self.roster, lambda _: None, None)
+                self._enrolled = True
+            return self._enrol(change(self.roster), job, after)
 
-            def noted(view: WriteView) -> T:
-                view.set_meta("roster", LENGTH.pack(roster.sequence))
-                return job(view)
+    def _enrol(self, changed: Roster, job: Job[T], after: After[T] | None) -> T:
+        roster = replace(changed, sequence=self.roster.sequence + 1)
+        write_roster(self.devices.values(), roster, self.secret, self.uuid)
 
-            result = self.metadata.submit(noted, after).result()
-            self.roster = roster
-            return result
+        def noted(view: WriteView) -> T:
+            view.set_meta("roster", LENGTH.pack(roster.sequence))
+            return job(view)
+
+        result = self.metadata.submit(noted, after).result()
+        self.roster = roster
+        return result
 
     def enter(self, published: ledger.Published, now_ms: Millis) -> None:
         """Let memory follow a publish that is durable."""

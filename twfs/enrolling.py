@@ -13,7 +13,7 @@ from twfs.device import Device
 from twfs.errors import CorruptMetadata
 from twfs.layout import Layout
 from twfs.metadata import Metadata
-from twfs.roster import Roster, RosterModel, newest_roster, write_roster
+from twfs.roster import Roster, RosterModel, rosters_of, write_roster
 from twfs.tables import LENGTH, ModelRecord, ReadView, WriteView
 
 
@@ -69,7 +69,8 @@ def settle(
     """
     with metadata.read() as view:
         known = LENGTH.unpack(view.meta("roster") or bytes(8))[0]
-    found = newest_roster(devices, secret, warehouse)
+    rosters = rosters_of(devices, secret, warehouse)
+    found = max(rosters, key=lambda each: each.sequence, default=None)
     ahead = 0 if found is None else found.sequence - known
     if ahead > 1:
         raise CorruptMetadata(
@@ -80,7 +81,10 @@ def settle(
     if ahead == 1:
         metadata.submit(lambda view: _take_over(view, newest)).result()
     with metadata.read() as view:
-        roster = roster_of(view, max(known, newest.sequence) + 1, newest)
+        roster = roster_of(view, max(known, newest.sequence), newest)
+    if ahead == 0 and all(each == roster for each in rosters) and len(rosters) == len(devices):
+        return roster
+    roster = replace(roster, sequence=roster.sequence + 1)
     write_roster(devices, roster, secret, warehouse)
     metadata.submit(lambda view: view.set_meta("roster", LENGTH.pack(roster.sequence))).result()
     return roster

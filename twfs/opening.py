@@ -36,6 +36,7 @@ from twfs.tables import DeviceRecord, ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, DeviceIndex
 
 META_DIRECTORY: Final = "meta"
+GONE_DIRECTORY: Final = "meta.gone"  # of the warehouse that is being created over
 HEAT_FILE: Final = "heat"
 DEVICES_MAX: Final = 64  # one node's drives; each costs every client a descriptor
 SLOTS_MAX: Final = 1 << 31
@@ -75,6 +76,11 @@ def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> No
 
 def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, force: bool) -> None:
     """Format the devices, then make the metadata of an empty warehouse."""
+    meta, gone = directory / META_DIRECTORY, directory / GONE_DIRECTORY
+    shutil.rmtree(gone, ignore_errors=True)
+    if meta.exists():  # a crash from here on leaves no warehouse, and not half of the old one
+        meta.rename(gone)
+        undo.callback(gone.rename, meta)
     warehouse = uuid.uuid4()
     records, free = [], []
     for number, spec in enumerate(devices):
@@ -90,15 +96,13 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         start = superblock.data_start
         end = superblock.size_bytes - ALIGN
         free.append(Extent(index, start, ByteCount(end - start)))
-    meta = directory / META_DIRECTORY
-    if meta.exists():
-        shutil.rmtree(meta)
     (directory / HEAT_FILE).unlink(missing_ok=True)
     undo.callback(shutil.rmtree, meta, ignore_errors=True)
     secret = make_secret()
     Metadata.create(meta, warehouse, records, free, secret)
     undo.callback((directory / SECRET_FILE).unlink, missing_ok=True)
     keep_secret(directory, secret)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def open_core(directory: Path, *, lease_ms: int) -> Core:

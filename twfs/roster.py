@@ -145,8 +145,8 @@ def read_roster(device: Device, secret: bytes, warehouse: UUID) -> Roster | None
     return found
 
 
-def newest_roster(devices: Iterable[Device], secret: bytes, warehouse: UUID) -> Roster | None:
-    """Return the newest roster that any of *devices* has; those that cannot be read are skipped."""
+def rosters_of(devices: Iterable[Device], secret: bytes, warehouse: UUID) -> list[Roster]:
+    """Return the newest roster of each of *devices* that has one that can be read."""
     found: list[Roster] = []
     for device in devices:
         try:
@@ -155,7 +155,7 @@ def newest_roster(devices: Iterable[Device], secret: bytes, warehouse: UUID) -> 
             continue
         if roster is not None:
             found.append(roster)
-    return max(found, key=lambda each: each.sequence, default=None)
+    return found
 
 
 def write_roster(devices: Iterable[Device], roster: Roster, secret: bytes, warehouse: UUID) -> None:

@@ -11,7 +11,7 @@ from support.warehouses import DEVICE_BYTES, MHA, chain_of, make_warehouse, put,
 from twfs.device import Device
 from twfs.errors import CorruptMetadata, DeviceError, TooLarge
 from twfs.metadata import Metadata
-from twfs.roster import Roster, RosterModel, Tenant, newest_roster, read_roster
+from twfs.roster import Roster, RosterModel, Tenant, read_roster
 from twfs.secret import SECRET_FILE
 from twfs.units import Millis
 from twfs.warehouse import Warehouse
@@ -122,7 +122,7 @@ def test_a_torn_roster_leaves_the_one_before(
         with pytest.raises(DeviceError):
             warehouse.open_model("n", MHA)
         monkeypatch.undo()
-        assert newest_roster(core.devices.values(), core.secret, core.uuid) == before
+        assert rosters(warehouse) == [before]
     with Warehouse.open(scratch) as warehouse:
         assert [model.name for model in warehouse.models()] == ["m"]
 

@@ -1,0 +1,202 @@
+"""Thousands of SIGKILLs, at random moments and at n-th system calls, of whatever works on disk.
+
+    python tests/crash/kills.py --kills 2000 --seed 1               # the long run, 20 minutes
+    python tests/crash/kills.py --kills 0 --every-syscall 200       # each of the first 200 calls
+
+Kills the processes of support/victims.py one after the other on one warehouse that outlives them
+all. After every kill it is opened: all that was reported durable is there, byte for byte, nothing
+is reserved or in limbo, no generation or inode is given twice, and the checker finds nothing.
+
+Prints one JSON document: kills of each victim and kind, and `problems`; the exit code is 0 if there
+are none, else the directory stays.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+from support.crashing import Report, Survivor
+from support.victims import VICTIMS, settle_created
+from support.warehouses import DEVICE_BYTES, MHA, chain_of, make_warehouse, payloads_of
+from twfs.client import Client, connect
+from twfs.errors import TwfsError
+
+REPOSITORY: Final = Path(__file__).parents[2]
+# What changes a disk or a directory: between two others of a process nothing durable happens.
+SYSCALLS: Final = (
+    "pwrite64,pwritev,pwritev2,write,fdatasync,fsync,msync,rename,unlink,unlinkat,mkdir,rmdir,"
+    "fallocate,ftruncate,ioctl"
+)
+FIRST_REPORT_S: Final = 20.0
+AFTER_REPORT_S: Final = 0.03  # at most so long into the midst of what follows the last report
+REPORTS_MAX: Final = 10
+TRACED_S: Final = 60.0
+
+
+def child(name: str, directory: Path, seed: int, pipe: Connection) -> None:
+    """The process that is to be killed."""
+    VICTIMS[name](directory, seed, pipe.send)
+
+
+def received(pipe: Connection) -> list[Report]:
+    """What a dead victim had reported."""
+    reports = []
+    try:
+        while pipe.poll():
+            reports.append(pipe.recv())
+    except EOFError:
+        pass
+    return reports
+
+
+class Engine:
+    """The client of a daemon that is to be killed: puts chains until it is gone, and reports."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self.reports: list[Report] = []
+        self._rng = random.Random(seed)
+        self._client: Client = connect(directory / "socket", arena_bytes=4 << 20)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with suppress(TwfsError):
+            model = self._client.open_model("m", MHA)
+            while True:
+                own, blocks = self._rng.randrange(1, 40), self._rng.randrange(1, 9)
+                names = chain_of(model, blocks, own)
+                if self._client.put(model, names, payloads_of(MHA, names)).held != blocks:
+                    return
+                self.reports.append(("put", own, -1, blocks))
+
+    def end(self) -> list[Report]:
+        """Wait for the end, which comes with the daemon's, and return what was durable."""
+        self._thread.join()
+        self._client.close()
+        return self.reports
+
+
+class Run:
+    """One run on one warehouse."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self.directory = directory
+        self.chance = random.Random(seed)
+        self.survivor = Survivor(directory)
+        self.kills: Counter[str] = Counter()
+        self.problems: list[dict[str, Any]] = []
+        make_warehouse(directory, (DEVICE_BYTES, DEVICE_BYTES))
+        self._context = multiprocessing.get_context(
+            "forkserver"
+        )  # a child starts without importing
+        self._context.set_forkserver_preload(["support.victims"])
+
+    def kill_one(self, name: str) -> None:
+        """Start a victim, kill it at a random moment, look."""
+        here, there = self._context.Pipe(duplex=False)
+        seed = self.chance.randrange(1 << 30)
+        process = self._context.Process(target=child, args=(name, self.directory, seed, there))
+        process.start()
+        there.close()
+        reports: list[Report] = []
+        engine = None
+        for _ in range(self.chance.randrange(REPORTS_MAX) if name != "daemon" else 1):
+            if not here.poll(FIRST_REPORT_S):
+                break
+            with suppress(EOFError):
+                reports.append(here.recv())
+        if name == "daemon" and reports:
+            with suppress(TwfsError):
+                engine = Engine(self.directory, seed)
+        time.sleep(self.chance.random() * (AFTER_REPORT_S if engine is None else 0.3))
+        process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            self._problem(name, f"ended by itself with {process.exitcode}", seed)
+        self.kills[f"{name} at random"] += 1
+        reports += received(here)
+        here.close()
+        self.look(name, seed, reports + ([] if engine is None else engine.end()))
+
+    def kill_at(self, name: str, number: int) -> bool:
+        """Kill a victim at its *number*-th system call; False if it never came that far."""
+        command = [
+            "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={SYSCALLS}",
+            "-e", f"inject={SYSCALLS}:signal=SIGKILL:when={number}",
+            sys.executable, "-m", "support.victims", name, str(self.directory), str(number),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, timeout=TRACED_S
+        )
+        killed = done.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}
+        self.kills[f"{name} at a system call"] += killed
+        lines = [line.split() for line in done.stdout.splitlines()]
+        reports = [(kind, int(a), int(b), int(c)) for kind, a, b, c in lines]
+        self.look(name, number, reports)
+        return killed
+
+    def look(self, name: str, seed: int, reports: list[Report]) -> None:
+        """Take *reports*, and see whether all that is durable is there."""
+        try:
+            self.survivor.note([each for each in reports if each[0] in {"put", "gone"}])
+            if name == "creator":
+                settle_created(self.directory)
+            self.survivor.verify()
+        except Exception:  # noqa: BLE001 - whatever it is, it is a finding of this run
+            self._problem(name, traceback.format_exc(limit=-4), seed)
+
+    def _problem(self, name: str, what: str, seed: int) -> None:
+        self.problems.append({"victim": name, "seed": seed, "what": what})
+
+
+def main() -> int:
+    """Run, print the report, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--kills", type=int, default=2000, help="at random moments")
+    parser.add_argument("--every-syscall", type=int, default=0, help="the first so many of each")
+    parser.add_argument("--step", type=int, default=1, help="only every so many-th of them")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--victim", choices=sorted(VICTIMS), action="append")
+    parser.add_argument("--directory", type=Path)
+    given = parser.parse_args()
+    began = time.monotonic()
+    directory = given.directory or Path(tempfile.mkdtemp(prefix="twfs-kills-"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        str(REPOSITORY / part) for part in ("", "tests", "mount", "tools")
+    )
+    run = Run(directory / "warehouse", given.seed)
+    names = given.victim or sorted(VICTIMS)
+    for number in range(given.kills):
+        run.kill_one(names[number % len(names)])
+    for name in names:
+        for number in range(1, given.every_syscall + 1, given.step):
+            if not run.kill_at(name, number):
+                break
+    report = {
+        "seed": given.seed, "kills": dict(run.kills), "killed": sum(run.kills.values()),
+        "chains": len(run.survivor.durable), "blocks_seen": len(run.survivor.lives),
+        "problems": run.problems, "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    if not run.problems and given.directory is None:
+        shutil.rmtree(directory)
+    return bool(run.problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
