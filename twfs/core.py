@@ -143,11 +143,13 @@ class Core:
             view.set_counter("ino", ino + count)
             return generation, ino
 
-        self._next_generation, self._next_ino = self.metadata.submit(job).result()
+        first = self.metadata.submit(job).result()
+        self.metadata.settle()
+        self._next_generation, self._next_ino = first
         self._numbers_end = self._next_generation + count
 
     def enter(self, published: ledger.Published, now_ms: Millis) -> None:
-        """Let memory follow a publish that is durable."""
+        """Let memory follow a publish that is committed."""
         with self.lock:
             for entered in published.entered:
                 self._enter_one(entered, now_ms)
@@ -173,7 +175,7 @@ class Core:
             )  # fmt: skip
 
     def leave(self, removed: ledger.Removed, *, evicted: bool) -> None:
-        """Let memory follow a removal that is durable."""
+        """Let memory follow a removal that is committed; its space waits for `free_space`."""
         with self.lock:
             self._move_links(removed.heads)
             for key in removed.kept:
@@ -183,7 +185,6 @@ class Core:
                 self.slots.drop(block.slot)
                 if block.slot not in removed.limbo:
                     self.slots.give_back(block.slot)
-                    self.allocator.release(block.extents)
                 elif self.slots.leases[block.slot]:
                     self.slots.state[block.slot] = slots.LIMBO
                     self.limbo[block.slot] = block.extents
@@ -197,6 +198,13 @@ class Core:
             else:
                 self.counters.removed_blocks += len(removed.blocks)
             self.changes += 1
+
+    def free_space(self, removed: ledger.Removed) -> None:
+        """Let the extents of a removal that no power cut can undo be written again (I19)."""
+        with self.lock:
+            for _, block in removed.blocks:
+                if block.slot not in removed.limbo:
+                    self.allocator.release(block.extents)
 
     def _spare(self, key: BlockKey) -> None:
         """Let a condemned block live: it has gained a child, or its removal failed."""
@@ -262,7 +270,7 @@ class Core:
         self._free_limbo(over)
 
     def _free_limbo(self, extents: list[Extent]) -> None:
-        """Queue the end of *extents*' time in limbo; memory follows its commit."""
+        """Queue the end of *extents*' time in limbo; they are free once that is certain (I19)."""
 
         def free(_: None) -> None:
             with self.lock:
@@ -271,7 +279,7 @@ class Core:
         if extents:
             with suppress(WarehouseClosed):  # limbo is emptied at the next start too
                 self.metadata.submit(
-                    lambda view: ledger.free_limbo(view, extents), free, urgent=True
+                    lambda view: ledger.free_limbo(view, extents), settled=free, urgent=True
                 )
 
     def count_served(self, served: Sequence[Served]) -> None:
@@ -289,8 +297,8 @@ class Core:
     ) -> "Future[ledger.Removed]":
         """Queue the removal of *keys*, condemned before and deepest first.
 
-        Memory follows its commit. No lease begins on a condemned block, so what is leased when
-        the job runs is all that may go to limbo.
+        Memory follows its commit, and the future ends once the space may be used. No lease begins
+        on a condemned block, so what is leased when the job runs is all that may go to limbo.
         """
 
         def job(view: WriteView) -> ledger.Removed:
@@ -309,7 +317,8 @@ class Core:
                         self._spare(key)
 
         future = self.metadata.submit(
-            job, lambda removed: self.leave(removed, evicted=evicted), urgent=True
-        )
+            job, lambda removed: self.leave(removed, evicted=evicted), settled=self.free_space,
+            urgent=True,
+        )  # fmt: skip
         future.add_done_callback(spare)
         return future

@@ -24,6 +24,7 @@ from twfs.leases import Leases
 from twfs.metadata import Metadata
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.slots import KEY_BYTES, Slots
+from twfs.store import Durability
 from twfs.tables import DeviceRecord, ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, DeviceIndex
 
@@ -90,10 +91,10 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     Metadata.create(meta, warehouse, records, free)
 
 
-def open_core(directory: Path, *, lease_ms: int) -> Core:
+def open_core(directory: Path, *, lease_ms: int, durability: Durability) -> Core:
     """Open everything; see Warehouse.open for what may be raised."""
     with ExitStack() as undo:
-        metadata = Metadata.open(directory / META_DIRECTORY)
+        metadata = Metadata.open(directory / META_DIRECTORY, durability)
         undo.callback(metadata.close)
         warehouse = metadata.warehouse()
         devices = []
@@ -108,6 +109,7 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
         with metadata.read() as view:
             load_slots(view, slots)
         metadata.submit(_begin).result()
+        metadata.settle()  # what it and the process before freed is free for certain
         with metadata.read() as view:
             allocator = Allocator(
                 {device.index: device.data_area for device in devices}, view.runs("free")
