@@ -8,7 +8,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +25,22 @@ from support.warehouses import (
     MHA,
     chain_of,
     make_warehouse,
+    put,
     read_all,
     records_of,
 )
+from twfs import check
+from twfs.device import Device
 from twfs.errors import TwfsError
 from twfs.records import BlockKey
 from twfs.store import Durability
+from twfs.units import ByteOffset
 from twfs.warehouse import Warehouse
 
 STEPS: Final = 60  # of one load: the tables are copied at each commit
 IMAGES_PER_ROUND: Final = 120
+BROKEN_PER_ROUND: Final = 40  # most are caught by then
+GO_ON: Final = 1 / 6  # of the images are used, not only read
 FIRST_MAX: Final = 5  # bad images described
 NEVER_OFFERED: Final = 77_777  # a seed of no chain
 MEMORY: Final = Path("/dev/shm")  # a drive is not needed: what it may do is played
@@ -63,14 +69,26 @@ class Report:
 class Cutter:
     """Makes crash states of one load in a directory of its own, and judges each."""
 
-    def __init__(self, directory: Path, load: CutLoad, durability: Durability) -> None:
+    def __init__(
+        self, directory: Path, load: CutLoad, durability: Durability, patch: pytest.MonkeyPatch
+    ) -> None:
         self._directory = directory
         self._load = load
         self._durability = durability
+        self._touched: list[tuple[str, int, int]] = []  # since the image: device, offset, length
+        write = Device.write_from
 
-    def overwrite(self, file: Path, offset: int, data: bytes) -> None:
+        def write_from(device: Device, buffers: Sequence[memoryview], offset: ByteOffset) -> None:
+            length = sum(buffer.nbytes for buffer in buffers)
+            self._touched.append((device.path.name, offset, length))
+            write(device, buffers, offset)
+
+        patch.setattr(Device, "write_from", write_from)
+        patch.setattr(check, "THREADS", 1)  # to start eight takes longer than all that they read
+
+    def overwrite(self, device: str, offset: int, data: bytes) -> None:
         """Change a device of the copy."""
-        with (self._directory / file.name).open("r+b", buffering=0) as opened:
+        with (self._directory / device).open("r+b", buffering=0) as opened:
             opened.seek(offset)
             opened.write(data)
 
@@ -79,6 +97,7 @@ class Cutter:
         (self._directory / "meta" / "lock.mdb").unlink(missing_ok=True)
         tables = self._directory / "meta" / "data.mdb"
         tables.write_bytes(image.tables)
+        self._touched = [(device, offset, len(data)) for device, offset, data in image.parts]
         for part in image.parts:
             self.overwrite(*part)
         try:
@@ -87,8 +106,8 @@ class Cutter:
             )
         except (TwfsError, AssertionError) as error:
             complaints = [f"{type(error).__name__}: {error}"]
-        for file, offset, data in image.parts:
-            self.overwrite(file, offset, replay.restored((file, offset, data)))
+        for device, offset, length in self._touched:
+            self.overwrite(device, offset, replay.durable(device, offset, length))
         report.images += 1
         if complaints:
             report.bad += 1
@@ -122,6 +141,9 @@ class Cutter:
                     complaints.append(f"generation {image.generation} would be given again")
             if not complaints:
                 self._match(warehouse, lives, chance)
+            if not complaints and chance.random() < GO_ON:
+                self._go_on(warehouse, chance)
+                complaints += map(str, warehouse.check(data=True).findings)
         return complaints
 
     def _match(
@@ -145,6 +167,13 @@ class Cutter:
                         break
                     wanted += 1
                 assert read_all(warehouse, model, names) == wanted
+
+    def _go_on(self, warehouse: Warehouse, chance: random.Random) -> None:
+        """Use the warehouse that a cut has left: what it takes for free is written."""
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, chance.randrange(1, 20), chance.randrange(100, 200))
+        held = put(warehouse, model, names).held
+        assert read_all(warehouse, model, names) == held > 0
 
 
 def _verified(tables: Path) -> list[str]:
@@ -170,13 +199,14 @@ def one_round(base: Path, seed: int, report: Report, images: int) -> None:
         load = CutLoad(live, recorder, durability)
         load.run(chance, STEPS)
     replay = Replay(recorder, relaxed=durability is Durability.RELAXED)
-    cutter = Cutter(copy, load, durability)
-    for each in replay.images(chance, images):
-        if isinstance(each, Image):
-            cutter.judge(each, replay, chance, report)
-        else:
-            for write in each:
-                cutter.overwrite(write.file, write.offset, write.data)
+    with pytest.MonkeyPatch.context() as patch:
+        cutter = Cutter(copy, load, durability, patch)
+        for each in replay.images(chance, images):
+            if isinstance(each, Image):
+                cutter.judge(each, replay, chance, report)
+            else:
+                for write in each:
+                    cutter.overwrite(write.file.name, write.offset, write.data)
     report.rounds += 1
     report.commits += len(recorder.records) - 1
     report.published += replay.published()
@@ -194,7 +224,8 @@ def run(
     base = Path(tempfile.mkdtemp(prefix="twfs-cuts-", dir=directory or _in_memory()))
     try:
         while report.images < images and not (broken and report.bad):
-            count = min(IMAGES_PER_ROUND, images - report.images)
+            each = BROKEN_PER_ROUND if broken else IMAGES_PER_ROUND
+            count = min(each, images - report.images)
             one_round(base, report.rounds, report, count)
     finally:
         shutil.rmtree(base)

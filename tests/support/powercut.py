@@ -261,7 +261,7 @@ class Image:
     """One state that a cut may leave: what the files hold, and what may be asked of it."""
 
     tables: bytes
-    parts: list[tuple[Path, int, bytes]]  # of devices, over what is durable
+    parts: list[tuple[str, int, bytes]]  # of devices, over what is durable
     allowed: list[Records]  # the records are exactly one of these
     promised: set[tuple[BlockKey, int]]  # published to their callers, in all of *allowed*
     returned: set[tuple[BlockKey, int]]  # published to their callers, removed since or not
@@ -323,7 +323,7 @@ class Replay:
         for number, write in enumerate(pending):
             for offset, data in _survivors(write, how, chance, early=number < first):
                 if write.file.name != "data.mdb":
-                    parts.append((write.file, offset, data))
+                    parts.append((write.file.name, offset, data))
                     continue
                 gap = bytes(max(0, offset - len(tables)))
                 tables = tables[:offset] + gap + data + tables[offset + len(data) :]
@@ -342,10 +342,12 @@ class Replay:
         """Blocks that were answered as published, as far as the walk has come."""
         return len(self._returned)
 
-    def restored(self, part: tuple[Path, int, bytes]) -> bytes:
-        """What is durable under *part* of an image."""
-        file, offset, data = part
-        return bytes(self._disks[file].durable[offset : offset + len(data)])
+    def durable(self, device: str, offset: int, length: int) -> bytes:
+        """What no cut takes any more, somewhere on the device of this file name."""
+        for file, disk in self._disks.items():
+            if file.name == device:
+                return bytes(disk.durable[offset : offset + length])
+        raise AssertionError(f"{device} was written after the load, and never in it")
 
 
 def _survivors(
