@@ -11,7 +11,6 @@ from typing import Any
 import lmdb  # noqa: TID251
 import pytest
 
-from support.powercut import HEADER_MAGIC
 from twfs import evicting, ledger, metadata, putting
 from twfs.core import Core
 from twfs.device import Device
@@ -19,6 +18,7 @@ from twfs.flushing import Flusher
 from twfs.metadata import Metadata
 from twfs.payload import aligned_buffer
 from twfs.putting import Put
+from twfs.records import HEADER_MAGIC
 from twfs.units import ALIGN, ByteOffset
 from twfs.warehouse import Warehouse
 

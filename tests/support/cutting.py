@@ -8,11 +8,11 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import lmdb.verify  # noqa: TID251
 import pytest
@@ -34,7 +34,6 @@ from twfs.device import Device
 from twfs.errors import TwfsError
 from twfs.records import BlockKey
 from twfs.store import Durability
-from twfs.units import ByteOffset
 from twfs.warehouse import Warehouse
 
 STEPS: Final = 60  # of one load: the tables are copied at each commit
@@ -76,14 +75,16 @@ class Cutter:
         self._load = load
         self._durability = durability
         self._touched: list[tuple[str, int, int]] = []  # since the image: device, offset, length
-        write = Device.write_from
+        transfer = Device._transfer
 
-        def write_from(device: Device, buffers: Sequence[memoryview], offset: ByteOffset) -> None:
-            length = sum(buffer.nbytes for buffer in buffers)
-            self._touched.append((device.path.name, offset, length))
-            write(device, buffers, offset)
+        def noted(device: Device, call: Any, verb: str, *where: Any) -> None:
+            _, views, offset = where
+            if verb == "write":
+                length = sum(view.nbytes for view in views)
+                self._touched.append((device.path.name, offset, length))
+            transfer(device, call, verb, *where)
 
-        patch.setattr(Device, "write_from", write_from)
+        patch.setattr(Device, "_transfer", noted)
         patch.setattr(check, "THREADS", 1)  # to start eight takes longer than all that they read
 
     def overwrite(self, device: str, offset: int, data: bytes) -> None:

@@ -9,7 +9,7 @@ it leaves what was flushed, and of the rest any subset of the sectors.
 import os
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,12 +19,11 @@ import pytest
 
 from twfs.device import Device
 from twfs.metadata import Metadata
-from twfs.records import Block, BlockKey, Header
+from twfs.records import HEADER_MAGIC, Block, BlockKey, Header
 from twfs.units import ALIGN
 
 SECTOR: Final = 512  # a drive tears nothing smaller
 METAS: Final = 2  # the pages of LMDB's file that hold its meta records
-HEADER_MAGIC: Final = b"TWFSBLK\x01"
 
 # What a transaction left: each block's generation, and whether it is a hole.
 Records = dict[BlockKey, tuple[int, bool]]
@@ -86,15 +85,24 @@ class Recorder:
         self._lock = threading.Lock()
         self._ended: dict[Path, list[Write]] = {}  # and not flushed
         self._tables: dict[Path, bytes] = {}  # LMDB's files as they are
-        self._write, self._flush = Device.write_from, Device.flush
+        self._flush = Device.flush
         self._transact, self._force = Metadata._transact, Metadata._force
         self._install(patch)
 
     def _install(self, patch: pytest.MonkeyPatch) -> None:
         """Stand between the library and its files."""
+        transfer = Device._transfer
 
-        def write_from(device: Device, buffers: Sequence[memoryview], offset: int) -> None:
-            self._note_write(device, buffers, offset)
+        def noted(device: Device, call: Any, verb: str, *where: Any) -> None:
+            _, views, offset = where
+
+            def right() -> None:
+                transfer(device, call, verb, *where)
+
+            if verb == "write":
+                self._note_write(device.path, b"".join(views), offset, right)
+            else:
+                right()
 
         def flush(device: Device) -> None:
             self._note_flush(device)
@@ -105,7 +113,7 @@ class Recorder:
         def force(metadata: Metadata) -> None:
             self._note_force(metadata)
 
-        patch.setattr(Device, "write_from", write_from)
+        patch.setattr(Device, "_transfer", noted)
         patch.setattr(Device, "flush", flush)
         patch.setattr(Metadata, "_transact", transact)
         patch.setattr(Metadata, "_force", force)
@@ -114,15 +122,14 @@ class Recorder:
         self.log.append(write)
         return write
 
-    def _note_write(self, device: Device, buffers: Sequence[memoryview], offset: Any) -> None:
-        data = b"".join(buffers)
+    def _note_write(self, file: Path, data: bytes, offset: int, right: Callable[[], None]) -> None:
         with self._lock:
-            if device.path not in self.bases:
-                self.bases[device.path] = device.path.read_bytes()
-            write = self._begin(Write(device.path, int(offset), data))
-        self._write(device, buffers, offset)
+            if file not in self.bases:
+                self.bases[file] = file.read_bytes()
+            write = self._begin(Write(file, offset, data))
+        right()
         with self._lock:
-            self._ended.setdefault(device.path, []).append(write)
+            self._ended.setdefault(file, []).append(write)
 
     def _note_flush(self, device: Device) -> None:
         with self._lock:
