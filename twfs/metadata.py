@@ -191,6 +191,7 @@ class Metadata:
                     lib_version=0, readahead=False, mode=0o600,
                     metasync=durability is Durability.STRICT,
                 )  # fmt: skip
+                environment.sync(force=True)  # a relaxed process may have been killed before it did
                 return cls(directory, lock_fd, environment, durability)
             except lmdb.Error as error:
                 raise CorruptMetadata(f"{directory / 'data.mdb'} cannot be opened: {error}") from (

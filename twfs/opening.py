@@ -109,7 +109,7 @@ def open_core(directory: Path, *, lease_ms: int, durability: Durability) -> Core
         with metadata.read() as view:
             load_slots(view, slots)
         metadata.submit(_begin).result()
-        metadata.settle()  # what it and the process before freed is free for certain
+        metadata.settle()  # what it freed is free for certain
         with metadata.read() as view:
             allocator = Allocator(
                 {device.index: device.data_area for device in devices}, view.runs("free")
