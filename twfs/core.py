@@ -184,11 +184,12 @@ class Core:
             return job(view)
 
         result = self.metadata.submit(noted, after).result()
+        self.metadata.settle()  # or the next roster could be two steps ahead after a power cut
         self.roster = roster
         return result
 
     def enter(self, published: ledger.Published, now_ms: Millis) -> None:
-        """Let memory follow a publish that is durable."""
+        """Let memory follow a publish that is committed."""
         with self.lock:
             for entered in published.entered:
                 self._enter_one(entered, now_ms)
@@ -214,7 +215,7 @@ class Core:
             )  # fmt: skip
 
     def leave(self, removed: ledger.Removed, *, evicted: bool) -> None:
-        """Let memory follow a removal that is durable."""
+        """Let memory follow a removal that is committed; its space waits for `free_space`."""
         with self.lock:
             self._move_links(removed.heads)
             for key in removed.kept:
@@ -224,7 +225,6 @@ class Core:
                 self.slots.drop(block.slot)
                 if block.slot not in removed.limbo:
                     self.slots.give_back(block.slot)
-                    self.allocator.release(block.extents)
                 elif self.slots.leases[block.slot]:
                     self.slots.state[block.slot] = slots.LIMBO
                     self.limbo[block.slot] = block.extents
@@ -238,6 +238,13 @@ class Core:
             else:
                 self.counters.removed_blocks += len(removed.blocks)
             self.changes += 1
+
+    def free_space(self, removed: ledger.Removed) -> None:
+        """Let the extents of a removal that no power cut can undo be written again (I19)."""
+        with self.lock:
+            for _, block in removed.blocks:
+                if block.slot not in removed.limbo:
+                    self.allocator.release(block.extents)
 
     def _spare(self, key: BlockKey) -> None:
         """Let a condemned block live: it has gained a child, or its removal failed."""
@@ -303,7 +310,7 @@ class Core:
         self._free_limbo(over)
 
     def _free_limbo(self, extents: list[Extent]) -> None:
-        """Queue the end of *extents*' time in limbo; memory follows its commit."""
+        """Queue the end of *extents*' time in limbo; they are free once that is certain (I19)."""
 
         def free(_: None) -> None:
             with self.lock:
@@ -312,7 +319,7 @@ class Core:
         if extents:
             with suppress(WarehouseClosed):  # limbo is emptied at the next start too
                 self.metadata.submit(
-                    lambda view: ledger.free_limbo(view, extents), free, urgent=True
+                    lambda view: ledger.free_limbo(view, extents), settled=free, urgent=True
                 )
 
     def count_served(self, served: Sequence[Served]) -> None:
@@ -330,8 +337,8 @@ class Core:
     ) -> "Future[ledger.Removed]":
         """Queue the removal of *keys*, condemned before and deepest first.
 
-        Memory follows its commit. No lease begins on a condemned block, so what is leased when
-        the job runs is all that may go to limbo.
+        Memory follows its commit, and the future ends once the space may be used. No lease begins
+        on a condemned block, so what is leased when the job runs is all that may go to limbo.
         """
 
         def job(view: WriteView) -> ledger.Removed:
@@ -350,7 +357,8 @@ class Core:
                         self._spare(key)
 
         future = self.metadata.submit(
-            job, lambda removed: self.leave(removed, evicted=evicted), urgent=True
-        )
+            job, lambda removed: self.leave(removed, evicted=evicted), settled=self.free_space,
+            urgent=True,
+        )  # fmt: skip
         future.add_done_callback(spare)
         return future

@@ -80,6 +80,7 @@ def settle(
     newest = found or Roster(known)
     if ahead == 1:
         metadata.submit(lambda view: _take_over(view, newest)).result()
+        metadata.settle()
     with metadata.read() as view:
         roster = roster_of(view, max(known, newest.sequence), newest)
     if ahead == 0 and all(each == roster for each in rosters) and len(rosters) == len(devices):
@@ -87,6 +88,7 @@ def settle(
     roster = replace(roster, sequence=roster.sequence + 1)
     write_roster(devices, roster, secret, warehouse)
     metadata.submit(lambda view: view.set_meta("roster", LENGTH.pack(roster.sequence))).result()
+    metadata.settle()
     return roster
 
 

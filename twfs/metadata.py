@@ -4,6 +4,10 @@ Reads are synchronous and take about 2 us a record; they may run in an event loo
 functions of a WriteView that touch nothing else, so that they can be run again. The writer thread
 runs whatever is queued in one transaction (group commit) and answers once that is durable. There
 is no device I/O and no waiting inside a transaction.
+
+With relaxed durability a commit leaves its meta record to the next commit's sync, so a power cut
+may undo the last one. What must not happen before a commit is certain is *settled*: it waits for
+the next commit, or for a sync of its own as soon as nothing else is queued.
 """
 
 import errno
@@ -13,6 +17,7 @@ import os
 import queue
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -36,6 +41,7 @@ from twfs.errors import (
 )
 from twfs.records import FORMAT_VERSION, Extent
 from twfs.secret import SECRET_BYTES
+from twfs.store import Durability
 from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
 from twfs.units import (
     ALIGN,
@@ -58,19 +64,42 @@ After = Callable[[T], None]
 
 @dataclass(slots=True)
 class _Queued(Generic[T]):
-    """A job on its way: what to run, what to do once it is durable, whom to tell."""
+    """A job on its way: what to run, what to do once committed and once settled, whom to tell."""
 
     job: Job[T]
     after: After[T] | None
+    settled: After[T] | None
     future: "Future[T]"
     urgent: bool
+
+    def end(self, then: After[T] | None, result: T) -> None:
+        """Do *then* and tell the waiter, or tell it why that failed."""
+        try:
+            if then is not None:
+                then(result)
+            self.future.set_result(result)
+        except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the job's waiter
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True)
+class _Unsettled(Generic[T]):
+    """A job whose commit a power cut may still undo, up to transaction *number*."""
+
+    number: int
+    queued: _Queued[T]
+    result: T
 
 
 class Metadata:
     """The LMDB environment of one warehouse, opened by this process alone. Thread-safe."""
 
-    def __init__(self, directory: Path, lock_fd: int, environment: lmdb.Environment) -> None:
+    def __init__(
+        self, directory: Path, lock_fd: int, environment: lmdb.Environment,
+        durability: Durability = Durability.STRICT,
+    ) -> None:  # fmt: skip
         self.directory = directory
+        self.durability = durability
         self._lock_fd = lock_fd
         self._environment = environment
         self._tables: dict[str, Any] = {name: environment.open_db(name.encode()) for name in TABLES}
@@ -83,6 +112,10 @@ class Metadata:
         self._reading = 0
         self._commits = 0
         self._jobs = 0
+        self._syncs = 0
+        self._failed = ""  # a sync that failed is final; the writer thread's, as all below
+        self._unsettled: deque[_Unsettled[Any]] = deque()
+        self._certain = 0  # no power cut can undo the transactions up to this one
         self._writer = threading.Thread(target=self._write, name="twfs-metadata", daemon=True)
         self._writer.start()
 
@@ -113,7 +146,7 @@ class Metadata:
             metadata.close()
 
     @classmethod
-    def open(cls, directory: Path) -> "Metadata":
+    def open(cls, directory: Path, durability: Durability = Durability.STRICT) -> "Metadata":
         """Open existing metadata.
 
         NoSuchWarehouse, WarehouseBusy, CorruptMetadata (also for a truncated file, before LMDB
@@ -124,7 +157,7 @@ class Metadata:
             raise NoSuchWarehouse(
                 f"{directory.parent} holds no warehouse: make one with `twfs create`"
             )
-        metadata = cls._open(directory, creating=False)
+        metadata = cls._open(directory, creating=False, durability=durability)
         try:
             with metadata.read() as view:
                 version = LENGTH.unpack(view.meta("format_version") or bytes(8))[0]
@@ -146,7 +179,9 @@ class Metadata:
         return metadata
 
     @classmethod
-    def _open(cls, directory: Path, *, creating: bool) -> "Metadata":
+    def _open(
+        cls, directory: Path, *, creating: bool, durability: Durability = Durability.STRICT
+    ) -> "Metadata":
         """Lock the directory, look at the file, open it."""
         lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -164,8 +199,10 @@ class Metadata:
                 environment = lmdb.open(
                     str(directory), map_size=MAP_BYTES, max_dbs=len(TABLES) + 1,
                     lib_version=0, readahead=False, mode=0o600,
+                    metasync=durability is Durability.STRICT,
                 )  # fmt: skip
-                return cls(directory, lock_fd, environment)
+                environment.sync(force=True)  # a relaxed process may have been killed before it did
+                return cls(directory, lock_fd, environment, durability)
             except lmdb.Error as error:
                 raise CorruptMetadata(f"{directory / 'data.mdb'} cannot be opened: {error}") from (
                     error
@@ -190,14 +227,17 @@ class Metadata:
                 self._users.notify_all()
 
     def submit(
-        self, job: Job[T], after: After[T] | None = None, *, urgent: bool = False
-    ) -> "Future[T]":
+        self, job: Job[T], after: After[T] | None = None, *, settled: After[T] | None = None,
+        urgent: bool = False,
+    ) -> "Future[T]":  # fmt: skip
         """Queue *job* for the next commit; waits while BACKLOG_MAX are queued. WarehouseClosed.
 
-        Once it is durable *after* is called with its result, in the writer thread and in commit
-        order, and then the future ends. A job that raises leaves nothing behind and its future
-        has the exception. *job* may be run twice. An *urgent* one never waits: it comes from the
-        writer thread itself, or from under a lock that the writer thread takes.
+        Once it is committed *after* is called with its result, in the writer thread and in commit
+        order, and then the future ends. With *settled* it ends later: *settled* is called, also in
+        order, once no power cut can undo the commit, which is at once unless durability is relaxed.
+        A job that raises leaves nothing behind and its future has the exception. *job* may be run
+        twice. An *urgent* one never waits: it comes from the writer thread itself, or from under a
+        lock that the writer thread takes.
         """
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # what is queued cannot be called back
@@ -205,11 +245,16 @@ class Metadata:
             self._backlog.acquire()
         with self._users:
             if not self._stopping:
-                self._queue.put(_Queued(job, after, future, urgent))
+                self._queue.put(_Queued(job, after, settled, future, urgent))
                 return future
         if not urgent:
             self._backlog.release()
         raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
+
+    def settle(self) -> None:
+        """Return once no power cut can undo what was committed before. WarehouseClosed."""
+        if self.durability is Durability.RELAXED:
+            self.submit(_nothing, settled=_nothing).result()
 
     def warehouse(self) -> UUID:
         """The UUID of the warehouse that this metadata is of."""
@@ -257,45 +302,116 @@ class Metadata:
                     first = self._queue.get_nowait()
                 except queue.Empty:
                     break
+            oldest = self._unsettled[0] if self._unsettled else None
             if batch and not self._commit(batch) and len(batch) > 1:
                 for queued in batch:
                     self._commit([queued])
+            # A commit that changed nothing made nothing certain: nobody waits for a third one.
+            if self._unsettled and (self._queue.empty() or self._unsettled[0] is oldest):
+                self._sync()
             for queued in batch:
                 if not queued.urgent:
                     self._backlog.release()
+        if self.durability is Durability.RELAXED:
+            self._sync()
 
     def _commit(self, batch: "list[_Queued[Any]]") -> bool:
         """Run *batch* in one transaction; False if it was undone and must be run one by one."""
         try:
-            with self._environment.begin(write=True) as txn:
-                view = WriteView(txn, self._tables)
-                results = [queued.job(view) for queued in batch]
+            results = self._transact(batch)
         except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the job's waiter
             if len(batch) == 1:
                 batch[0].future.set_exception(_translated(error))
             return False
         self._commits += 1
         self._jobs += len(batch)
+        number = int(self._environment.info()["last_txnid"])
+        strict = self.durability is Durability.STRICT
+        self._settle(number if strict else number - 1)
         for queued, result in zip(batch, results, strict=True):
+            if queued.settled is None:
+                queued.end(queued.after, result)
+                continue
             try:
                 if queued.after is not None:
                     queued.after(result)
-                queued.future.set_result(result)
             except BaseException as error:  # noqa: BLE001 - as above
                 queued.future.set_exception(error)
+                continue
+            if number <= self._certain:
+                queued.end(queued.settled, result)
+            else:
+                self._unsettled.append(_Unsettled(number, queued, result))
         return True
 
+    def _transact(self, batch: "list[_Queued[Any]]") -> list[Any]:
+        """Commit *batch* in one transaction and return the results of its jobs."""
+        if self._failed:
+            raise DeviceError(self._failed)
+        results = None
+        try:
+            with self._environment.begin(write=True) as txn:
+                view = WriteView(txn, self._tables)
+                results = [queued.job(view) for queued in batch]
+        except lmdb.Error as error:
+            if results is not None:
+                self._note_failure(error)
+            raise
+        return results
+
+    def _note_failure(self, error: lmdb.Error) -> None:
+        """Take no more jobs after a sync that failed, if the commit before relied on it.
+
+        The kernel reports a lost write once. That a later sync succeeds would not mean that the
+        last meta record is there, and the transaction after it overwrites what the one before
+        that record needs.
+        """
+        harmless = isinstance(error, lmdb.MapFullError) or os.strerror(errno.ENOSPC) in str(error)
+        if self.durability is Durability.RELAXED and not harmless:
+            self._failed = (
+                f"the metadata could not be synced: {error}; it takes no more changes, so check "
+                "the drive and restart the daemon"
+            )
+
+    def _sync(self) -> None:
+        """Make the last commit certain, and settle all jobs; or tell them that it failed."""
+        try:
+            if self._failed:
+                raise DeviceError(self._failed)
+            self._force()
+        except (lmdb.Error, DeviceError) as error:
+            if isinstance(error, lmdb.Error):
+                self._note_failure(error)
+            while self._unsettled:
+                self._unsettled.popleft().queued.future.set_exception(_translated(error))
+            return
+        self._settle(int(self._environment.info()["last_txnid"]))
+
+    def _force(self) -> None:
+        """Sync the file, meta records and all."""
+        self._environment.sync(force=True)
+        self._syncs += 1
+
+    def _settle(self, number: int) -> None:
+        """Settle the jobs of transactions up to *number*: no power cut undoes them any more."""
+        self._certain = max(self._certain, number)
+        while self._unsettled and self._unsettled[0].number <= self._certain:
+            done = self._unsettled.popleft()
+            done.queued.end(done.queued.settled, done.result)
+
     def statistics(self) -> dict[str, int]:
-        """Commits, jobs in them, and bytes of the file."""
+        """Commits, jobs in them, syncs beside them, and bytes of the file."""
         size = (self.directory / "data.mdb").stat().st_size
-        return {"commits": self._commits, "jobs": self._jobs, "file_bytes": size}
+        return {
+            "commits": self._commits, "jobs": self._jobs, "syncs": self._syncs, "file_bytes": size,
+        }  # fmt: skip
 
     def verify(self) -> list[str]:
         """Problems that LMDB's own offline checker finds, in words."""
         return list(lmdb.verify.verify(str(self.directory)))  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Commit what is queued, wait for reads under way, then close; idempotent."""
+        """Commit what is queued and make it certain, wait for reads, then close; idempotent."""
         with self._users:
             if self._stopping:
                 return
@@ -307,6 +423,10 @@ class Metadata:
             self._users.wait_for(lambda: not self._reading)
         self._environment.close()
         os.close(self._lock_fd)
+
+
+def _nothing(_: object) -> None:
+    """A job, or what follows one, of which only the end is wanted."""
 
 
 def _pack_devices(devices: list[DeviceRecord]) -> bytes:

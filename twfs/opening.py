@@ -32,6 +32,7 @@ from twfs.metadata import Metadata
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
 from twfs.slots import KEY_BYTES, Slots
+from twfs.store import Durability
 from twfs.tables import DeviceRecord, ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, DeviceIndex
 
@@ -105,10 +106,10 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def open_core(directory: Path, *, lease_ms: int) -> Core:
+def open_core(directory: Path, *, lease_ms: int, durability: Durability) -> Core:
     """Open everything; see Warehouse.open for what may be raised."""
     with ExitStack() as undo:
-        metadata = Metadata.open(directory / META_DIRECTORY)
+        metadata = Metadata.open(directory / META_DIRECTORY, durability)
         undo.callback(metadata.close)
         warehouse = metadata.warehouse()
         devices: dict[int, Device] = {}
@@ -125,6 +126,7 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
         secret = metadata.secret()
         roster = enrolling.settle(metadata, devices.values(), secret, warehouse)
         metadata.submit(_begin).result()
+        metadata.settle()  # what it freed is free for certain
         with metadata.read() as view:
             allocator = Allocator(
                 {each.index: each.data_area for each in devices.values()}, view.runs("free")

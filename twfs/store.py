@@ -38,6 +38,16 @@ class Retention(StrEnum):
         return list(Retention).index(self)
 
 
+class Durability(StrEnum):
+    """When a publish returns: *strict* once no power cut can undo it, *relaxed* one commit sooner.
+
+    Relaxed may lose the last commit, and nothing else: no other publish, no removal, no bytes.
+    """
+
+    STRICT = "strict"
+    RELAXED = "relaxed"
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model as opened: what chains and requests need to know of it."""

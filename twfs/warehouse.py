@@ -44,6 +44,7 @@ from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.store import (
     BlockInfo,
     CheckReport,
+    Durability,
     Explanation,
     Model,
     ModelInfo,
@@ -94,13 +95,20 @@ class Warehouse:
         opening.create(directory, devices, force=force)
 
     @classmethod
-    def open(cls, directory: Path, *, lease_ms: int = LEASE_MS) -> Self:
-        """Open the warehouse in *directory*, exclusively.
+    def open(
+        cls, directory: Path, *, lease_ms: int = LEASE_MS,
+        durability: Durability | str = Durability.STRICT,
+    ) -> Self:  # fmt: skip
+        """Open the warehouse in *directory*, exclusively; *durability* is "strict" or "relaxed".
 
         NoSuchWarehouse, WarehouseBusy, WrongDevice, CorruptSuperblock, TruncatedDevice,
-        CorruptMetadata, FormatTooNew.
+        CorruptMetadata, FormatTooNew, InvalidInput.
         """
-        core = opening.open_core(Path(directory), lease_ms=lease_ms)
+        if durability not in list(Durability):
+            raise InvalidInput(f"durability is strict or relaxed, not {durability!r}")
+        core = opening.open_core(
+            Path(directory), lease_ms=lease_ms, durability=Durability(durability)
+        )
         try:
             return cls(core)
         except BaseException:
@@ -442,6 +450,7 @@ class Warehouse:
             figures: dict[str, Any] = {
                 "warehouse": str(core.uuid),
                 "directory": str(core.directory),
+                "durability": str(core.metadata.durability),
                 "counters": asdict(core.counters),
                 "served": {name: asdict(served) for name, served in core.served.items()},
                 "slots": core.slots.statistics(),

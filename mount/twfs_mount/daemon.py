@@ -20,6 +20,7 @@ import trio
 from twfs.errors import MountRefused, NotAllowed, TwfsError
 from twfs.importing import Importer
 from twfs.server import serve
+from twfs.store import Durability
 from twfs.warehouse import LEASE_MS, Warehouse
 from twfs_mount import mountpoint as places
 from twfs_mount.handles import PAYLOAD_BYTES
@@ -75,6 +76,7 @@ class DaemonConfig:
     arena_bytes: int = ARENA_BYTES
     payload_bytes: int = PAYLOAD_BYTES
     lease_ms: int = LEASE_MS
+    durability: Durability = Durability.STRICT
 
 
 class Daemon:
@@ -93,7 +95,9 @@ class Daemon:
         stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         with trio.open_signal_receiver(*stop_signals) as signals:
             warehouse = await trio.to_thread.run_sync(
-                lambda: Warehouse.open(config.directory, lease_ms=config.lease_ms)
+                lambda: Warehouse.open(
+                    config.directory, lease_ms=config.lease_ms, durability=config.durability
+                )
             )
             try:
                 for note in warehouse.notes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from twfs.errors import InvalidInput, TwfsError
+from twfs.store import Durability
 from twfs_mount import mountpoint as places
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     add("--arena-bytes", type=int, help="memory for the uploads of all clients")
     add("--payload-bytes", type=int, help="memory for verified payloads of the mount")
     add("--lease-ms", type=int, help="how long a lease lasts unless renewed")
+    add(
+        "--durability", choices=[each.value for each in Durability], default=Durability.STRICT,
+        help="relaxed commits sooner, and a power cut may undo the last commit; default strict",
+    )  # fmt: skip
     add("--debug", action="store_true", help="log every refused request")
     where = made.add_mutually_exclusive_group()
     where.add_argument("--foreground", "-f", action="store_true", help="stay; the default")
@@ -113,8 +118,9 @@ def config_of(given: argparse.Namespace) -> "DaemonConfig":
             raise InvalidInput(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     mountpoint = None if given.mountpoint is None else str(Path(given.mountpoint).absolute())
     return DaemonConfig(
-        given.directory.absolute(), mountpoint, socket, options=MountOptions(**fields), **sizes
-    )
+        given.directory.absolute(), mountpoint, socket, options=MountOptions(**fields),
+        durability=Durability(given.durability), **sizes,
+    )  # fmt: skip
 
 
 def run(given: argparse.Namespace, on_ready: Callable[[], None]) -> int:

@@ -1,10 +1,10 @@
 """Writers that are broken on purpose are caught: by the checker, by the read, or by both.
 
-A crash test counts only because the first test here shows it failing. Power cuts are played by
-taking back, on the device, every write that no flush has followed.
+A crash test counts only because the first test here shows it failing. A power cut takes back, on
+the open device, every write that no flush has followed; test_powercuts.py has all other cuts, and
+the writers that only those show.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from support.powercut import Recorder
 from support.warehouses import (
     DEVICE_BYTES,
     MHA,
@@ -35,39 +36,6 @@ from twfs.units import ALIGN, ByteCount
 from twfs.warehouse import Warehouse
 
 
-class PowerCut:
-    """Remembers what was under every write since the last flush, to put it back."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.lost: dict[Path, list[tuple[int, bytes]]] = {}
-        write, flush = Device.write_from, Device.flush
-
-        def noted_write(device: Device, buffers: Any, offset: Any) -> None:
-            length = sum(buffer.nbytes for buffer in buffers)
-            with device.path.open("rb") as file:
-                file.seek(offset)
-                self.lost.setdefault(device.path, []).append((offset, file.read(length)))
-            write(device, buffers, offset)
-
-        def noted_flush(device: Device) -> None:
-            pending = self.lost.setdefault(device.path, [])
-            count = len(pending)
-            flush(device)
-            del pending[:count]
-
-        patch.setattr(Device, "write_from", noted_write)
-        patch.setattr(Device, "flush", noted_flush)
-
-    def cut(self) -> None:
-        """Lose every write that was not flushed."""
-        for path, writes in self.lost.items():
-            descriptor = os.open(path, os.O_WRONLY)
-            for offset, before in reversed(writes):
-                os.pwrite(descriptor, before, offset)
-            os.close(descriptor)
-            writes.clear()
-
-
 def invariants(warehouse: Warehouse) -> set[int]:
     """What the checker finds broken."""
     return {finding.invariant for finding in warehouse.check(data=True).findings}
@@ -84,13 +52,13 @@ def outcomes(warehouse: Warehouse, blocks: int) -> list[ReadOutcome]:
 def test_a_power_cut_takes_nothing_that_a_sound_writer_published(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = PowerCut(monkeypatch)
+    cut = Recorder(monkeypatch)
     for turn in range(1, 6):
         with open_warehouse(scratch, (DEVICE_BYTES, DEVICE_BYTES)) as warehouse:
             model = warehouse.open_model("m", MHA)
             put(warehouse, model, chain_of(model, 6 * turn))
             pending = upload_all(warehouse, model, chain_of(model, 8, turn))
-            assert any(cut.lost.values())  # there is something to lose
+            assert cut.unflushed_bytes()  # there is something to lose
             cut.cut()
             assert read_all(warehouse, model, chain_of(model, 6 * turn)) == 6 * turn
             pending.abandon()
@@ -99,7 +67,7 @@ def test_a_power_cut_takes_nothing_that_a_sound_writer_published(
 def test_a_writer_that_publishes_before_it_flushes_is_caught(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut = PowerCut(monkeypatch)
+    cut = Recorder(monkeypatch)
     make_warehouse(scratch)
     with Warehouse.open(scratch) as warehouse:
         model = warehouse.open_model("m", MHA)

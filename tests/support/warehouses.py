@@ -98,7 +98,7 @@ def stop_tending(warehouse: Warehouse) -> None:
 def settle(warehouse: Warehouse) -> None:
     """Wait for what is queued: evictions in the background, and limbo that is to be freed."""
     for _ in range(2):  # the end of a lease may queue another transaction
-        warehouse._core.metadata.submit(lambda _: None).result()
+        warehouse._core.metadata.submit(lambda _: None, settled=lambda _: None).result()
 
 
 @contextmanager

@@ -45,6 +45,15 @@ def test_writing_is_compared_with_fio_and_counted_by_clients(directory: Path) ->
     assert_nothing_left(directory)
 
 
+def test_both_durabilities_are_compared_in_commits_and_puts(directory: Path) -> None:
+    report = document("bench", "commit", "--quick", "--directory", directory)
+    commits, *puts = report["results"]
+    assert commits["ratio"] == pytest.approx(commits["relaxed_per_s"] / commits["strict_per_s"])
+    assert [each["clients"] for each in puts] == [1, 4]
+    assert all(each["strict_p50_ms"] > 0 and each["relaxed_p50_ms"] > 0 for each in puts)
+    assert_nothing_left(directory)
+
+
 def test_matching_is_timed_in_every_state(directory: Path) -> None:
     report = document("bench", "match", "--quick", "--busy", "--cold", "--directory", directory)
     timed = [(each["state"], each["block_tokens"]) for each in report["results"] if "state" in each]

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
+import lmdb  # noqa: TID251
 import pytest
 
 from twfs.errors import (
     CorruptMetadata,
+    DeviceError,
     FormatTooNew,
     NoSuchWarehouse,
     WarehouseBusy,
@@ -23,6 +25,7 @@ from twfs.errors import (
 )
 from twfs.metadata import BACKLOG_MAX, JOBS_PER_COMMIT_MAX, Metadata
 from twfs.records import FORMAT_VERSION, BlockKey, Extent
+from twfs.store import Durability
 from twfs.tables import LENGTH, DeviceRecord, WriteView
 from twfs.units import ByteCount, ByteOffset, DeviceIndex, ModelId, PrefixHash
 
@@ -112,6 +115,118 @@ def test_after_runs_in_commit_order_once_the_job_can_be_read(metadata: Metadata)
     statistics = metadata.statistics()
     assert statistics["commits"] < statistics["jobs"] == 600
     assert statistics["jobs"] <= statistics["commits"] * JOBS_PER_COMMIT_MAX
+
+
+@pytest.fixture
+def relaxed(directory: Path) -> Iterator[Metadata]:
+    metadata = Metadata.open(directory, Durability.RELAXED)
+    yield metadata
+    metadata.close()
+
+
+def set_a(view: WriteView) -> None:
+    """Change something: a transaction without a change is no commit."""
+    view.set_counter("a", view.counter("a") + 1)
+
+
+def test_strict_settles_with_the_commit(metadata: Metadata) -> None:
+    seen: list[str] = []
+    metadata.submit(
+        set_a, lambda _: seen.append("after"), settled=lambda _: seen.append("settled")
+    ).result()
+    metadata.settle()
+    assert seen == ["after", "settled"]
+    assert metadata.statistics()["syncs"] == 0
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_relaxed_settles_with_a_later_commit_that_changes_something(
+    relaxed: Metadata, monkeypatch: pytest.MonkeyPatch, *, changes: bool
+) -> None:
+    monkeypatch.setattr("twfs.metadata.JOBS_PER_COMMIT_MAX", 1)  # each in a commit of its own
+    seen: list[str] = []
+    first, gate = threading.Event(), threading.Event()
+
+    def follow(view: WriteView) -> None:
+        first.set()
+        gate.wait()
+        if changes:
+            set_a(view)
+
+    held = threading.Event()
+    relaxed.submit(lambda _: held.wait())
+    freed = relaxed.submit(
+        set_a, lambda _: seen.append("after"), settled=lambda _: seen.append("settled")
+    )
+    following = relaxed.submit(follow, lambda _: seen.append("following"))
+    last_gate = threading.Event()
+    last = relaxed.submit(lambda _: last_gate.wait())
+    held.set()
+    first.wait()
+    assert seen == ["after"]  # committed, and a power cut may still undo it
+    assert not freed.done()
+    gate.set()
+    following.result()
+    freed.result()  # although another job waits: nothing must wait for a third commit
+    assert seen == ["after", *(["settled", "following"] if changes else ["following", "settled"])]
+    assert relaxed.statistics()["syncs"] == (not changes)
+    last_gate.set()
+    last.result()
+
+
+def test_relaxed_settles_at_once_when_nothing_else_is_queued(relaxed: Metadata) -> None:
+    seen: list[int] = []
+    relaxed.submit(set_a, settled=lambda _: seen.append(relaxed.statistics()["syncs"])).result()
+    assert seen == [1]
+    relaxed.submit(set_a).result()
+    assert relaxed.statistics()["syncs"] == 1  # nobody asked
+    relaxed.settle()
+    assert relaxed.statistics()["syncs"] == 2
+
+
+def test_a_failed_sync_is_final_where_the_commit_before_relied_on_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = Metadata.open(directory, Durability.RELAXED)
+
+    def fail(_: Metadata) -> None:
+        raise lmdb.Error("mdb_env_sync: Input/output error")
+
+    monkeypatch.setattr(Metadata, "_force", fail)
+    settled: list[None] = []
+    failing = metadata.submit(set_a, settled=settled.append)
+    with pytest.raises(DeviceError, match="Input/output"):
+        failing.result()
+    monkeypatch.undo()
+    with pytest.raises(DeviceError, match="restart the daemon"):
+        metadata.submit(set_a).result()
+    with pytest.raises(DeviceError):
+        metadata.settle()
+    assert settled == []
+    with metadata.read() as view:  # reads go on
+        assert view.counter("a") == 1
+    metadata.close()
+    again = Metadata.open(directory)
+    assert again.submit(lambda view: view.counter("a")).result() == 1
+    again.close()
+
+
+def test_closing_relaxed_metadata_makes_all_of_it_certain(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[int] = []
+    right = Metadata._force
+
+    def force(metadata: Metadata) -> None:
+        forced.append(metadata.statistics()["jobs"])
+        right(metadata)
+
+    monkeypatch.setattr(Metadata, "_force", force)
+    metadata = Metadata.open(directory, Durability.RELAXED)
+    metadata.submit(set_a).result()
+    assert forced == []
+    metadata.close()
+    assert forced == [1]
 
 
 def test_what_is_queued_cannot_be_cancelled(metadata: Metadata) -> None:

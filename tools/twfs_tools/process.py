@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from twfs.errors import MountRefused, NoDaemon, NoSuchWarehouse, TwfsError
+from twfs.store import Durability
 
 READY_TIMEOUT_S: Final = 300.0  # a large LMDB file is read ahead at start
 STOP_TIMEOUT_S: Final = 60.0
@@ -32,6 +33,7 @@ def daemon_command(
     options: str = "",
     socket: Path | None = None,
     arena_bytes: int | None = None,
+    durability: Durability = Durability.STRICT,
 ) -> list[str]:
     """Return the command line of the daemon; without *mountpoint* it serves its socket alone."""
     command = [sys.executable, "-m", "twfs_mount.main", str(directory)]
@@ -42,6 +44,8 @@ def daemon_command(
         command += ["--socket", str(socket)]
     if arena_bytes is not None:
         command += ["--arena-bytes", str(arena_bytes)]
+    if durability is not Durability.STRICT:
+        command += ["--durability", durability]
     return command
 
 

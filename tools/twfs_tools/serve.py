@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from twfs.errors import MountRefused, NoDaemon
+from twfs.store import Durability
 from twfs_tools.output import JsonFlag, parse_size, print_json, say, working
 from twfs_tools.process import await_end, daemon_command, start_daemon
 from twfs_tools.process import unmount as unmount_now
@@ -21,6 +22,10 @@ SocketAt = Annotated[
 ]
 ArenaOption = Annotated[
     str | None, typer.Option("--arena-bytes", help="Memory for the uploads of all clients.")
+]
+DurabilityOption = Annotated[
+    Durability,
+    typer.Option("--durability", help="relaxed: twice the commits, a power cut may undo the last."),
 ]
 MountOptions = Annotated[
     str, typer.Option("-o", help="ro, allow_other, uid=, gid=, group=, file_mode=, dir_mode=.")
@@ -36,6 +41,7 @@ def serve(
     arena: ArenaOption = None,
     options: MountOptions = "",
     *,
+    durability: DurabilityOption = Durability.STRICT,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="Serve the socket alone.")] = False,
 ) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C ends it."""
@@ -44,7 +50,7 @@ def serve(
     _become(
         daemon_command(
             directory, mountpoint, options=options, socket=socket,
-            arena_bytes=parse_size(arena) if arena is not None else None,
+            arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
         )
     )  # fmt: skip
 
@@ -61,6 +67,7 @@ def mount(
     socket: SocketAt = None,
     arena: ArenaOption = None,
     *,
+    durability: DurabilityOption = Durability.STRICT,
     foreground: Annotated[
         bool,
         typer.Option("--foreground/--background", help="Stay, or come back once it is mounted."),
@@ -70,7 +77,7 @@ def mount(
     """Start the daemon with a mount; its log is DIRECTORY/daemon.log when in the background."""
     command = daemon_command(
         directory, mountpoint, options=options, socket=socket,
-        arena_bytes=parse_size(arena) if arena is not None else None,
+        arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
     )  # fmt: skip
     if foreground:
         _become(command)

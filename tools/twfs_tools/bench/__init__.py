@@ -6,11 +6,12 @@ scratch is removed and every daemon ended, also after an error.
 
 import typer
 
+from twfs_tools.bench.commit import commit
 from twfs_tools.bench.match import match
 from twfs_tools.bench.mount import mount
 from twfs_tools.bench.read import read
 from twfs_tools.bench.write import write
 
 app = typer.Typer(help="Measure twfs on this machine, beside fio where there is a rival.")
-for command in (read, write, match, mount):
+for command in (read, write, commit, match, mount):
     app.command(command.__name__)(command)

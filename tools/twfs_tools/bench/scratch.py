@@ -21,7 +21,7 @@ from twfs.device import DeviceSpec
 from twfs.errors import DeviceError, InvalidInput, NoSpaceForImage
 from twfs.layout import Arrangement, Group, Layout
 from twfs.prefix import Names
-from twfs.store import Model, PutOutcome, PutResult
+from twfs.store import Durability, Model, PutOutcome, PutResult
 from twfs.units import ALIGN, ByteCount, align_up
 from twfs.warehouse import Warehouse
 from twfs_tools.output import size, working
@@ -45,10 +45,12 @@ class Scratch:
         self.mountpoint = root / "mount"
         self.daemon: Popen[bytes] | None = None
 
-    def start(self, *, mount: bool = False) -> None:
+    def start(self, *, mount: bool = False, durability: Durability = Durability.STRICT) -> None:
         """Start the daemon; returns once it is ready."""
         self.mountpoint.mkdir(exist_ok=True)
-        command = daemon_command(self.directory, self.mountpoint if mount else None)
+        command = daemon_command(
+            self.directory, self.mountpoint if mount else None, durability=durability
+        )
         self.daemon = start_daemon(command, self.root / "daemon.log")
 
     def stop(self) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
@@ -41,6 +42,14 @@ class Publisher:
     puts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What publishing clients took: from the first begin to the last end, and for each put."""
+
+    seconds: float
+    latencies: list[float]  # seconds
+
+
 def _connect(work: Publisher) -> Client:
     """Connect with an arena that leaves room for other clients of one daemon."""
     return connect(
@@ -52,24 +61,28 @@ def _connect(work: Publisher) -> Client:
 
 
 def publish(work: Publisher, barrier: Barrier, answer: Connection) -> None:
-    """Put sessions once all clients are at *barrier*; sends (began, ended), or what went wrong."""
+    """Put sessions once all clients are at *barrier*; sends what went wrong, or some times.
+
+    They are when the first put began, and when each ended.
+    """
     try:
         with _connect(work) as client:
             model = client.open_model(f"small-{work.block_bytes}", opaque_layout(work.block_bytes))
             payloads = random_payloads(work.blocks, work.block_bytes)
             sessions = [random_names(model, work.blocks) for _ in range(work.puts)]
             barrier.wait(BARRIER_TIMEOUT_S)
-            began = time.monotonic()
+            times = [time.monotonic()]
             for names in sessions:
                 require_stored(client.put(model, names, payloads))
-            answer.send((began, time.monotonic()))
+                times.append(time.monotonic())
+            answer.send(times)
     except (TwfsError, OSError, BrokenBarrierError) as error:
         barrier.abort()
         answer.send(str(error) or "another client failed")
 
 
-def publish_together(work: Publisher, clients: int) -> float:
-    """Let *clients* processes publish at once; seconds from the first begin to the last end.
+def publish_together(work: Publisher, clients: int) -> Published:
+    """Let *clients* processes publish at once.
 
     DeviceError with the words of one that failed.
     """
@@ -83,7 +96,7 @@ def publish_together(work: Publisher, clients: int) -> float:
         theirs.close()  # so that the end of a worker ends the wait for its answer
         answers.append(mine)
         workers.append(worker)
-    spans = []
+    spans: list[list[float]] = []
     try:
         for answer in answers:
             said = answer.recv()
@@ -95,7 +108,10 @@ def publish_together(work: Publisher, clients: int) -> float:
     finally:
         for worker in workers:
             worker.join()
-    return float(max(ended for _, ended in spans) - min(began for began, _ in spans))
+    return Published(
+        max(times[-1] for times in spans) - min(times[0] for times in spans),
+        [after - before for times in spans for before, after in pairwise(times)],
+    )
 
 
 def publish_until(work: Publisher, stop: Event) -> None:

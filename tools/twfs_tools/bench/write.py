@@ -135,5 +135,5 @@ def _small(made: Scratch, clients: int, puts: int, rounds: int) -> dict[str, Any
 
 def _small_round(made: Scratch, clients: int, puts: int) -> float:
     """Let *clients* processes put at once; blocks published per second by all of them."""
-    took = publish_together(Publisher(made.socket, SMALL_BYTES, SMALL_BLOCKS, puts), clients)
-    return clients * puts * SMALL_BLOCKS / took
+    done = publish_together(Publisher(made.socket, SMALL_BYTES, SMALL_BLOCKS, puts), clients)
+    return clients * puts * SMALL_BLOCKS / done.seconds
