@@ -15,6 +15,7 @@ import os
 import signal
 import stat
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -28,7 +29,8 @@ from support.faultrules import Act, Kind, Logged, Op, Reply, Request, Rule, pack
 FIRST_INODE: Final = pyfuse3.ROOT_INODE + 1
 CACHED_S: Final = 300.0  # names and sizes never change
 REQUESTS_MAX: Final = 1000  # hanging ones must not keep the others out
-FILES = stat.S_IFREG | 0o600
+LOG_BUFFER_BYTES: Final = 1 << 20
+FILES: Final = stat.S_IFREG | 0o600
 
 
 class Disk:
@@ -73,7 +75,7 @@ class Rules:
         return None
 
 
-class FaultDisks(pyfuse3.Operations):  # type: ignore[misc]
+class FaultDisks(pyfuse3.Operations):
     """The directory of disks: FUSE requests and control requests, in one thread."""
 
     def __init__(self, disks: list[Disk], log: BinaryIO | None) -> None:
@@ -82,12 +84,13 @@ class FaultDisks(pyfuse3.Operations):  # type: ignore[misc]
         self.rules = Rules([])
         self.hanging = 0
         self.logged = 0
+        self.logging = True
         self._log = log
 
     def _note(self, kind: Kind, disk: int, offset: int, data: bytes) -> None:
         """Log what has happened, before anybody is told."""
         self.logged += 1
-        if self._log is not None:
+        if self._log is not None and self.logging:
             self._log.write(packed(Logged(kind, disk, offset, data)))
 
     def control(self, request: Request) -> Reply:
@@ -103,6 +106,8 @@ class FaultDisks(pyfuse3.Operations):  # type: ignore[misc]
             next(disk for disk in self.disks if disk.name == request.snapshot).take_snapshot()
         if self._log is not None:
             self._log.flush()
+        if request.logging is not None:
+            self.logging = request.logging
         return Reply(self.rules.acted, self.hanging, self.logged)
 
     async def _meet(self, disk: Disk, op: Op, offset: int, length: int) -> Rule | None:
@@ -163,9 +168,7 @@ class FaultDisks(pyfuse3.Operations):  # type: ignore[misc]
                 return self._attributes(FIRST_INODE + disk.number)
         raise FUSEError(errno.ENOENT)
 
-    async def open(
-        self, inode: int, flags: int, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """A disk, past the page cache: every request of the loop device comes here."""
         return pyfuse3.FileInfo(fh=inode - FIRST_INODE, direct_io=True)
 
@@ -264,15 +267,15 @@ def main(mountpoint: str, control: str, log: str, *named: str) -> None:
     """Mount, serve, unmount."""
     pairs = [one.partition("=") for one in named]
     disks = [Disk(number, name, Path(image)) for number, (name, _, image) in enumerate(pairs)]
-    noting = None if log == "-" else Path(log).open("wb", buffering=1 << 20)
     options = {*pyfuse3.default_options, "fsname=faultdisk"}
-    pyfuse3.init(served := FaultDisks(disks, noting), mountpoint, options)
-    try:
+    with ExitStack() as stack:
+        noting = None
+        if log != "-":
+            noting = stack.enter_context(Path(log).open("wb", buffering=LOG_BUFFER_BYTES))
+        served = FaultDisks(disks, noting)
+        pyfuse3.init(served, mountpoint, options)
+        stack.callback(pyfuse3.close)
         trio.run(serve, served, Path(control))
-    finally:
-        if noting is not None:
-            noting.close()
-        pyfuse3.close()
 
 
 if __name__ == "__main__":

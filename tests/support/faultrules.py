@@ -58,14 +58,15 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line to the control socket: new *rules*, a *mark* for the log, a *snapshot* of a disk.
+    """One line to the control socket; what is None is left as it is. The answer is a Reply.
 
-    What is None is left as it is. The answer is a Reply.
+    New *rules*, a *mark* for the log, a *snapshot* of the disk of that name, *logging* or not.
     """
 
     rules: list[Rule] | None = None
     mark: str | None = None
     snapshot: str | None = None
+    logging: bool | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):
