@@ -23,7 +23,7 @@ from support.mediafaults import (
     judged,
     outcomes,
 )
-from support.warehouses import DEVICE_BYTES, MHA, chain_of, put, read_all
+from support.warehouses import DEVICE_BYTES, MHA, chain_of, payload_of, put, read_all
 from twfs.errors import CorruptSuperblock
 from twfs.store import PutOutcome, ReadOutcome
 from twfs.units import ALIGN
@@ -88,6 +88,29 @@ def test_a_flipped_bit_in_a_header_is_found_by_the_checker_and_by_reads_that_nee
         with warehouse.match(model, names) as match:
             read = match.read_into(layer, layers=range(1)).outcomes
         assert read == (HIT, BAD, HIT, HIT, HIT, HIT)
+        judged(warehouse)
+        assert warehouse.lookup(model, names) == 1
+        assert invariants(warehouse) == []
+
+
+def test_a_flipped_bit_in_a_layer_is_a_miss_for_who_reads_that_layer_alone(on: Media) -> None:
+    with on.opened() as (warehouse, model):
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        bad = on.extent(warehouse, model, names, 1)
+        at = bad.offset + ALIGN + MHA_LAYER_BYTES
+        on.disks.set_rules(
+            Rule(disk=DISKS[bad.device], op=Op.READ, act=Act.FLIP, low=at, high=at + 1)
+        )
+        with warehouse.match(model, names) as match:
+            for layer, wanted in ((0, HIT), (1, BAD)):
+                into = [np.zeros(MHA_LAYER_BYTES, np.uint8) for _ in range(BLOCKS)]
+                read = match.read_into(into, layers=range(layer, layer + 1)).outcomes
+                assert read == (HIT, wanted, HIT, HIT, HIT, HIT)
+                for index in (0, 2, 3, 4, 5):
+                    start = layer * MHA_LAYER_BYTES
+                    right = payload_of(MHA, names.hash_at(index))[start : start + MHA_LAYER_BYTES]
+                    assert np.array_equal(into[index], right)
         judged(warehouse)
         assert warehouse.lookup(model, names) == 1
         assert invariants(warehouse) == []

@@ -29,6 +29,7 @@ from support.faultrules import Act, Kind, Logged, Op, Reply, Request, Rule, pack
 FIRST_INODE: Final = pyfuse3.ROOT_INODE + 1
 CACHED_S: Final = 300.0  # names and sizes never change
 REQUESTS_MAX: Final = 1000  # hanging ones must not keep the others out
+HANG_S_MAX: Final = 40.0  # then it is an error: whoever waits cannot even be killed
 LOG_BUFFER_BYTES: Final = 1 << 20
 FILES: Final = stat.S_IFREG | 0o600
 
@@ -127,9 +128,12 @@ class FaultDisks(pyfuse3.Operations):
                 return None
             self.hanging += 1
             try:
-                await rules.replaced.wait()
+                with trio.move_on_after(HANG_S_MAX) as scope:
+                    await rules.replaced.wait()
             finally:
                 self.hanging -= 1
+            if scope.cancelled_caught:
+                raise FUSEError(errno.EIO)
 
     # FUSE
 

@@ -37,7 +37,7 @@ class Act(enum.Enum):
     MISDIRECT = "misdirect"  # write it *amount* bytes further on
     FLIP = "flip"  # read it with one bit of the byte at *low* changed
     DELAY = "delay"  # do it after *amount* milliseconds
-    HANG = "hang"  # do it once the rules have changed
+    HANG = "hang"  # do it once the rules have changed; an error if that takes too long
     STALE = "stale"  # read what was there when the snapshot was taken
 
 
