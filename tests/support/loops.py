@@ -37,6 +37,8 @@ def loop_device(backing: Path, byte_count: int | None = None) -> Iterator[Path]:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     device = Path(attached.stdout.strip())
+    # One that somebody made read-only stays so over detaching.
+    subprocess.run(["blockdev", "--setrw", str(device)], check=True)
     try:
         yield device
     finally:

@@ -1,0 +1,220 @@
+"""A device that hangs holds up who waits for it, and nobody else; when it goes on, all goes on.
+
+Two real block devices, each over a faulty disk of its own, in this process and behind a real
+daemon. While one hangs: match, lookup and touch answer, blocks of the other device are read, and
+the daemon answers everybody. What hung ends with the device's answer: right bytes, or a miss; the
+lease decides, however long it took.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.daemon import running_daemon
+from support.faultrules import Act, Op
+from support.faultydisks import FaultyDisks, faulty_disks, needs_faults
+from support.mediafaults import DISKS, HIT, devices_of, everywhere, judged, outcomes
+from support.mounting import until
+from support.warehouses import (
+    DEVICE_BYTES,
+    MHA,
+    chain_of,
+    open_warehouse,
+    payloads_of,
+    put,
+    read_all,
+)
+from twfs.formatting import DeviceSpec
+from twfs.prefix import Names
+from twfs.store import Model, PutOutcome, ReadOutcome
+from twfs.warehouse import Warehouse
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse, needs_faults]
+
+BLOCKS = 6
+SEEDS = 8
+LEASE_MS = 400
+PUBLISHED, FAILED = PutOutcome.PUBLISHED, PutOutcome.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A warehouse on two devices, of which the first can hang."""
+
+    hanging: FaultyDisks
+    directory: Path
+
+    @contextmanager
+    def hang(self, op: Op) -> Iterator[None]:
+        """Let the first device hang in this context, which a failing test leaves too."""
+        self.hanging.set_rules(everywhere(op, Act.HANG))
+        try:
+            yield
+        finally:
+            self.hanging.set_rules()
+
+    def until_hung(self) -> None:
+        """Wait until somebody waits for the device."""
+        until(lambda: self.hanging.hanging() > 0, "the device is asked")
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FaultyDisks, FaultyDisks]]:
+    # The kernel lets few requests wait in one mount: so each disk has one of its own.
+    base = tmp_path_factory.mktemp("hanging")
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(faulty_disks(base / name, {name: DEVICE_BYTES})) for name in DISKS
+        )
+        yield first, second
+
+
+@pytest.fixture
+def pair(disks: tuple[FaultyDisks, FaultyDisks], scratch: Path) -> Iterator[Pair]:
+    directory = scratch / "warehouse"
+    specs = [DeviceSpec(loop) for each in disks for loop in each.loops.values()]
+    Warehouse.create(directory, specs, force=True)
+    yield Pair(disks[0], directory)
+    disks[0].set_rules()
+
+
+@pytest.fixture
+def threads(pair: Pair) -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+        pair.hanging.lift()  # a test that fails must not wait for ever
+
+
+def single_blocks(warehouse: Warehouse, model: Model) -> list[list[Names]]:
+    """Put chains of one block each; those on the first, and those on the second device."""
+    found: list[list[Names]] = [[], []]
+    for seed in range(100, 100 + SEEDS):
+        names = chain_of(model, 1, seed)
+        put(warehouse, model, names)
+        found[devices_of(warehouse, model, names)[0]].append(names)
+    assert all(found)
+    return found
+
+
+def ended(future: "Future[list[ReadOutcome]]") -> list[ReadOutcome]:
+    """What a call that hung came to, once the device goes on."""
+    return future.result(timeout=60)
+
+
+def test_a_read_that_hangs_holds_up_nobody_else_and_ends_with_the_device(
+    pair: Pair, threads: ThreadPoolExecutor
+) -> None:
+    with open_warehouse(pair.directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        first, second = single_blocks(warehouse, model)
+        with pair.hang(Op.READ):
+            stuck = [threads.submit(outcomes, warehouse, model, each) for each in (names, first[0])]
+            pair.until_hung()
+            with warehouse.match(model, names) as match:
+                assert match.blocks == BLOCKS
+            assert warehouse.lookup(model, names) == BLOCKS
+            warehouse.touch(model, names)
+            assert warehouse.explain(model.id, names).hit_blocks == BLOCKS
+            assert [outcomes(warehouse, model, each) for each in second] == [[HIT]] * len(second)
+            assert not any(future.done() for future in stuck)
+        assert ended(stuck[0]) == [HIT] * BLOCKS
+        assert ended(stuck[1]) == [HIT]
+        assert pair.hanging.hanging() == 0
+
+
+def test_a_read_that_ends_in_an_error_after_all_is_a_miss(
+    pair: Pair, threads: ThreadPoolExecutor
+) -> None:
+    with open_warehouse(pair.directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        on_first = [device == 0 for device in devices_of(warehouse, model, names)]
+        with pair.hang(Op.READ):
+            stuck = threads.submit(outcomes, warehouse, model, names)
+            pair.until_hung()
+            pair.hanging.set_rules(everywhere(Op.READ, Act.EIO))  # as a driver that gives up
+            wanted = [ReadOutcome.DEVICE_ERROR if first else HIT for first in on_first]
+            assert ended(stuck) == wanted
+            judged(warehouse)
+
+
+def test_a_read_that_hung_for_longer_than_its_lease_is_a_miss(
+    pair: Pair, threads: ThreadPoolExecutor
+) -> None:
+    with open_warehouse(pair.directory, lease_ms=LEASE_MS) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        with pair.hang(Op.READ):
+            stuck = threads.submit(outcomes, warehouse, model, names)
+            pair.until_hung()
+            until(lambda: not warehouse._core.leases.statistics()["leases"], "the lease ends")
+        assert ended(stuck) == [ReadOutcome.LEASE_ENDED] * BLOCKS
+        assert read_all(warehouse, model, names) == BLOCKS
+
+
+@pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH], ids=["write", "flush"])
+@pytest.mark.parametrize("gives_up", [False, True], ids=["goes on", "gives up"])
+def test_a_put_that_hangs_is_published_when_the_device_goes_on_or_fails_when_it_gives_up(
+    pair: Pair, threads: ThreadPoolExecutor, op: Op, gives_up: bool
+) -> None:
+    with open_warehouse(pair.directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        second = single_blocks(warehouse, model)[1]
+        with pair.hang(op):
+            stuck = threads.submit(put, warehouse, model, names)
+            pair.until_hung()
+            assert warehouse.lookup(model, names) == 0  # not before it is durable
+            assert [outcomes(warehouse, model, each) for each in second] == [[HIT]] * len(second)
+            if gives_up:
+                pair.hanging.set_rules(everywhere(op, Act.EIO))
+                stuck.exception(timeout=60)
+        result = stuck.result(timeout=60)
+        assert FAILED in result.outcomes if gives_up else result.held == BLOCKS
+        assert warehouse.lookup(model, names) == result.held
+        assert outcomes(warehouse, model, names) == [HIT] * result.held
+
+
+def test_a_daemon_whose_device_hangs_answers_all_its_clients(
+    pair: Pair, threads: ThreadPoolExecutor
+) -> None:
+    with Warehouse.open(pair.directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        second = single_blocks(warehouse, model)[1]
+    with (
+        running_daemon(pair.directory) as daemon,
+        daemon.client() as engine,
+        daemon.client() as other,
+    ):
+        model = engine.open_model("m", MHA)
+        with pair.hang(Op.READ):
+            stuck = threads.submit(outcomes, engine, model, names)
+            pair.until_hung()
+            for client in (engine, other):  # the one that waits answers on its other threads too
+                with client.match(model, names) as match:
+                    assert match.blocks == BLOCKS
+                assert client.lookup(model, names) == BLOCKS
+                client.touch(model, names)
+                assert [outcomes(client, model, each) for each in second] == [[HIT]] * len(second)
+                assert client.statistics()["counters"]["matches"] > 0  # the daemon's own
+        assert ended(stuck) == [HIT] * BLOCKS
+        new = chain_of(model, BLOCKS, 3)
+        with pair.hang(Op.WRITE):
+            putting = threads.submit(other.put, model, new, payloads_of(MHA, new))
+            pair.until_hung()
+            with daemon.client() as late:
+                assert late.lookup(model, names) == BLOCKS
+                assert late.lookup(model, new) == 0
+                assert [outcomes(late, model, each) for each in second] == [[HIT]] * len(second)
+        assert putting.result(timeout=60).held == BLOCKS
+        assert outcomes(engine, model, new) == [HIT] * BLOCKS
