@@ -37,6 +37,7 @@ class Slots:
     """The arrays; see the module's docstring. Fields are indexed by slot."""
 
     def __init__(self, heat_path: Path) -> None:
+        self._failed_persists = 0
         self._heat_fd = os.open(heat_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._map: mmap.mmap | None = None
         self._count = 0  # slots in use or free below this
@@ -246,12 +247,22 @@ class Slots:
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
         arrays = (self.stamp, self.key, self.parent, self.children, self.links, self.leases,
                   self.position, self.units, self.state, self.detached, self.hole)  # fmt: skip
-        return figures | {"slots_bytes": sum(array.nbytes for array in arrays)}
+        return figures | {
+            "slots_bytes": sum(array.nbytes for array in arrays),
+            "failed_persists": self._failed_persists,
+        }
 
     def persist(self) -> None:
-        """Write the stamps to disk; may wait for the disk, so not under the lock."""
+        """Write the stamps to disk; may wait for the disk, so not under the lock.
+
+        They are a hint: a disk that refuses costs the order of evictions after the next start, and
+        must stop neither a close nor who tends the leases. Failures are counted.
+        """
         if self._map is not None:
-            self._map.flush()
+            try:
+                self._map.flush()
+            except OSError:
+                self._failed_persists += 1
 
     def close(self) -> None:
         """Persist the stamps and let go of the file."""

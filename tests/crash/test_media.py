@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from support.faultrules import Act, Op, Rule
-from support.faultydisks import FaultyDisks, faulty_disks, needs_faults
+from support.faultydisks import (
+    FaultyDisks,
+    ext4_on,
+    faulty_disks,
+    mount_ext4,
+    needs_faults,
+    unmount,
+)
 from support.mediafaults import (
     DISKS,
     HIT,
@@ -24,15 +31,18 @@ from support.mediafaults import (
     outcomes,
 )
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, payload_of, put, read_all
-from twfs.errors import CorruptSuperblock
+from twfs.errors import CorruptSuperblock, TwfsError
+from twfs.formatting import DeviceSpec
 from twfs.store import PutOutcome, ReadOutcome
-from twfs.units import ALIGN
+from twfs.units import ALIGN, ByteCount
+from twfs.warehouse import Warehouse
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, needs_faults]
 
 BAD, ERROR = ReadOutcome.BAD_CHECKSUM, ReadOutcome.DEVICE_ERROR
 PUBLISHED, FAILED = PutOutcome.PUBLISHED, PutOutcome.FAILED
 BLOCKS = 6
+META_BYTES = 24 << 20
 MHA_LAYER_BYTES = MHA.layer_bytes(0)
 
 
@@ -331,3 +341,38 @@ def test_a_device_that_is_gone_makes_its_blocks_misses_and_the_others_are_served
         }  # fmt: skip
         judged(warehouse)
         assert outcomes(warehouse, model, names) == [HIT] * warehouse.lookup(model, names)
+
+
+@pytest.mark.parametrize("act", [Act.EIO, Act.ENOSPC], ids=["eio", "enospc"])
+@pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH], ids=["write", "flush"])
+def test_metadata_whose_disk_fails_takes_no_puts_and_serves_what_it_has(
+    scratch: Path, op: Op, act: Act
+) -> None:
+    with faulty_disks(scratch / "faulty", {"meta": META_BYTES}) as disks:
+        loop = disks.loops["meta"]
+        with ext4_on(loop, scratch / "fs") as filesystem:
+            home = filesystem / "warehouse"
+            spec = DeviceSpec(scratch / "device0.img", ByteCount(DEVICE_BYTES))
+            Warehouse.create(home, [spec])
+            with Warehouse.open(home) as warehouse:
+                model = warehouse.open_model("m", MHA)
+                before, names = chain_of(model, BLOCKS, 1), chain_of(model, BLOCKS, 2)
+                put(warehouse, model, before)
+                disks.set_rules(Rule(disk="meta", op=op, act=act))
+                for _ in range(2):
+                    with pytest.raises(TwfsError, match="metadata"):
+                        put(warehouse, model, names)
+                    assert warehouse.lookup(model, names) == 0
+                    assert read_all(warehouse, model, before) == BLOCKS
+        disks.set_rules()
+        mount_ext4(loop, scratch / "fs")
+        try:
+            with Warehouse.open(home) as warehouse:
+                model = warehouse.open_model("m")
+                assert warehouse.lookup(model, names) in {0, BLOCKS}
+                assert read_all(warehouse, model, before) == BLOCKS
+                assert put(warehouse, model, names).held == BLOCKS
+                assert read_all(warehouse, model, names) == BLOCKS
+                assert invariants(warehouse) == []
+        finally:
+            unmount(scratch / "fs")

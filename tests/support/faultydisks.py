@@ -26,6 +26,7 @@ ANSWER_S: Final = 60.0  # of the control socket, on a busy machine
 STOP_S: Final = 30.0
 LIBC: Final = ctypes.CDLL(None, use_errno=True)
 MS_NOATIME: Final = 1024
+MNT_DETACH: Final = 2
 EXT4_OPTIONS: Final = ("-q", "-F", "-b", "4096", "-m", "0", "-J", "size=4", "-E", "nodiscard")
 
 
@@ -123,6 +124,11 @@ class FaultyDisks:
         if self._process.poll() is None:
             self.set_rules()
 
+    def kill(self) -> None:
+        """Let the disks die with their process."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
         """End the process and its mount; what still waits for it gets errors."""
         self._process.terminate()
@@ -168,8 +174,12 @@ def mount_ext4(device: Path, directory: Path) -> None:
 
 
 def unmount(directory: Path) -> None:
-    """Unmount *directory*."""
-    _call("umount2", str(directory), 0)
+    """Unmount *directory*; OSError if it is in use, but then it is at least detached."""
+    try:
+        _call("umount2", str(directory), 0)
+    except OSError:
+        _call("umount2", str(directory), MNT_DETACH)
+        raise
 
 
 def _call(name: str, *arguments: str | int) -> None:
