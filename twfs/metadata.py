@@ -113,18 +113,19 @@ class Metadata:
             metadata.close()
 
     @classmethod
-    def open(cls, directory: Path) -> "Metadata":
-        """Open existing metadata.
+    def open(cls, directory: Path, *, verified: bool = False) -> "Metadata":
+        """Open existing metadata; *verified*, after LMDB's own verifier has read all of the file.
 
         NoSuchWarehouse, WarehouseBusy, CorruptMetadata (also for a truncated file, before LMDB
-        could run into SIGBUS), FormatTooNew.
+        could run into SIGBUS), FormatTooNew. A file that is damaged and not verified may end the
+        process: verifying takes about as long as reading all records.
         """
         path = directory / "data.mdb"
         if not path.exists():
             raise NoSuchWarehouse(
                 f"{directory.parent} holds no warehouse: make one with `twfs create`"
             )
-        metadata = cls._open(directory, creating=False)
+        metadata = cls._open(directory, creating=False, verified=verified)
         try:
             with metadata.read() as view:
                 version = LENGTH.unpack(view.meta("format_version") or bytes(8))[0]
@@ -146,7 +147,7 @@ class Metadata:
         return metadata
 
     @classmethod
-    def _open(cls, directory: Path, *, creating: bool) -> "Metadata":
+    def _open(cls, directory: Path, *, creating: bool, verified: bool = False) -> "Metadata":
         """Lock the directory, look at the file, open it."""
         lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -159,6 +160,8 @@ class Metadata:
                 ) from error
             if not creating:
                 _refuse_truncated(directory / "data.mdb")
+                if verified:
+                    _refuse_unverified(directory / "data.mdb")
                 _read_ahead(directory / "data.mdb")
             try:
                 environment = lmdb.open(
@@ -357,6 +360,19 @@ def _refuse_truncated(path: Path) -> None:
         raise CorruptMetadata(
             f"{path} has {size} bytes but names {(last + 1) * ALIGN}: it is truncated "
             f"({problems[0]}); restore it from a copy or create the warehouse anew"
+        )
+
+
+def _refuse_unverified(path: Path) -> None:
+    """Raise CorruptMetadata if LMDB's verifier, which never hands the file to LMDB, objects."""
+    try:
+        problems = lmdb.verify.verify(str(path))  # type: ignore[no-untyped-call]
+    except Exception as error:  # noqa: BLE001 - it walks damaged bytes: whatever it meets is damage
+        problems = [str(error) or repr(error)]
+    if problems:
+        raise CorruptMetadata(
+            f"{path} is damaged, in {len(problems)} places: {problems[0]}; run `twfs rebuild`, or "
+            "restore it from a copy"
         )
 
 
