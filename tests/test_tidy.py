@@ -37,6 +37,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("putting", "snapshot", "subject"),
     ("proving",),
     ("check",),
+    ("verdicts",),
+    ("mending",),
     ("repair",),
     ("localput",),
     ("warehouse",),

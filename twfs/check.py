@@ -222,21 +222,21 @@ def layouts_agree(_: Subject, taken: Snapshot) -> Iterator[str]:
 
 
 def not_behind(taken: Snapshot) -> IntArray:
-    """Tell which blocks do not end behind their parent, or are in or below a ring."""
+    """Tell which blocks do not end behind their parent, or are their own ancestors."""
     at = np.maximum(taken.parent_row, 0)
     position = taken.rows["position"]
     if not len(taken):
         return np.zeros(0, np.bool_)
     wrong = (taken.parent_row >= 0) & (position > 0) & (position <= position[at])
-    return np.asarray(wrong | (taken.highest < 0))
+    return np.asarray(wrong | taken.in_ring)
 
 
 def positions_grow(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I11: a block ends behind its parent, where both positions are known; no chain is a ring."""
     position = taken.rows["position"]
     for row in np.flatnonzero(not_behind(taken)).tolist():
-        if taken.highest[row] < 0:
-            yield f"block {taken.name(row)} has no first block above it: its chain is a ring"
+        if taken.in_ring[row]:
+            yield f"block {taken.name(row)} is its own ancestor"
         else:
             above = position[taken.parent_row[row]]
             yield f"block {taken.name(row)} ends at token {position[row]}, its parent at {above}"

@@ -45,11 +45,15 @@ THREADS: Final = min(8, 2 * (os.cpu_count() or 1))
 
 @dataclass(frozen=True, slots=True)
 class Complaint:
-    """What is wrong with one block; *lost* if the device does not have what was written there."""
+    """What is wrong with one block; *lost* if the device does not have what was written there.
+
+    Else *header* is what lies there: sealed, and it says something else than the record.
+    """
 
     row: int
     text: str
     lost: bool
+    header: Header | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,25 +216,24 @@ def judge_header(
     """Say what is wrong with one header, read here where *data* is not its bytes."""
     key, block = taken.key(row), taken.block(row)
     first = block.extents[0]
-    lost = True
-    complaint: str | None
+    sealed: Header | None = None
     try:
         if data is None:
             data = aligned_buffer(ALIGN)
             subject.devices[first.device].read_into([data], first.offset)
         header = Header.unpack(data)
-        complaint = None
-        if not sealed_with(subject.secret, data):
-            complaint = "its header is not sealed with this warehouse's secret"
+        complaint = header_complaint(header, key, block)
+        complaint = complaint or _misplaced(subject, taken, header, key, block)
+        if sealed_with(subject.secret, data):
+            sealed = header
         else:
-            lost = False
-        said = header_complaint(header, key, block)
-        complaint = said or _misplaced(subject, taken, header, key, block) or complaint
+            complaint = complaint or "its header is not sealed with this warehouse's secret"
     except (ValueError, DeviceError) as error:
         complaint = str(error)
     if complaint is None or not subject.unchanged(key, block):
         return None
-    return Complaint(row, f"block {key.prefix_hash.hex()} at {first}: {complaint}", lost)
+    text = f"block {key.prefix_hash.hex()} at {first}: {complaint}"
+    return Complaint(row, text, sealed is None, sealed)
 
 
 def _misplaced(

@@ -199,8 +199,8 @@ class Snapshot:
         return np.where((self.keys[at] == self.parent_keys) & self.linked, at, -1)
 
     @cached_property
-    def highest(self) -> IntArray:
-        """The first block that is there on the way up from each; -1 where the way is a ring."""
+    def _top(self) -> IntArray:
+        """Where one arrives on the way up from each: the highest that is there, or in a ring."""
         here = np.arange(len(self))
         up = np.where(self.parent_row < 0, here, self.parent_row)
         for _ in range(len(self).bit_length() + 1):  # each round doubles the way
@@ -208,7 +208,22 @@ class Snapshot:
             if (higher == up).all():
                 break
             up = higher
-        return np.where(self.parent_row[up] < 0, up, -1) if len(self) else here
+        return np.asarray(up)
+
+    @cached_property
+    def highest(self) -> IntArray:
+        """The first block that is there on the way up from each; -1 where the way is a ring."""
+        if not len(self):
+            return self._top
+        return np.where(self.parent_row[self._top] < 0, self._top, -1)
+
+    @cached_property
+    def in_ring(self) -> IntArray:
+        """Whether it is its own ancestor."""
+        ring = np.zeros(len(self), np.bool_)
+        # Far enough up from what is caught below or in a ring lies each of its members.
+        ring[self._top[self.highest < 0]] = True
+        return ring
 
     @cached_property
     def extents(self) -> IntArray:
@@ -355,8 +370,9 @@ def _may_be_read(rows: IntArray, tails: Mapping[int, bytes]) -> IntArray:
 def _keys(view: ReadView, table: str, dtype: "np.dtype[Any]", aside: list[Unreadable]) -> IntArray:
     """All (key and value) of a table whose values, if any, are part of the name."""
     found = bytearray()
+    size = KEY_BYTES if table == "children" else dtype.itemsize
     for key, value in view.raw(table):
-        if len(key) + len(value) == dtype.itemsize and len(key) in (KEY_BYTES, dtype.itemsize):
+        if (len(key), len(value)) == (size, dtype.itemsize - size):
             found += key
             found += value
         else:

@@ -223,6 +223,10 @@ class WriteView(ReadView):
         """Put a packed pair: for repair, which has whole tables packed."""
         self._put(table, key, value)
 
+    def add_raw_child(self, parent: bytes, child: bytes) -> None:
+        """As add_child, of a packed parent key."""
+        self._txn.put(parent, child, dupdata=True, db=self._tables["children"])
+
     def delete_raw(self, table: str, key: bytes, value: bytes = b"") -> None:
         """Take a packed pair out, readable or not; *value* tells which, of several with one key."""
         self._txn.delete(key, value, db=self._tables[table])
