@@ -96,7 +96,9 @@ def _find_models(
     for number in np.unique(taken.model[~taken.known]).tolist():
         header = _any_header(subject, taken, number)
         of = None if header is None else listed.get(header.model_name)
-        if header is None or of is None or any(each.name == of.name for each in models.values()):
+        if header is None or of is None:
+            continue
+        if any(each.name == of.name and each.epoch >= of.epoch for each in models.values()):
             continue
         if (header.epoch, header.fingerprint) == (of.epoch, of.layout.fingerprint):
             found = ModelRecord(ModelId(number), of.name, of.epoch, of.layout, of.created_ms)

@@ -150,12 +150,12 @@ class Snapshot:
     @cached_property
     def hole(self) -> IntArray:
         """Whether the bytes were lost."""
-        return (self.rows["flags"] & FLAG_HOLE) != 0
+        return np.asarray((self.rows["flags"] & FLAG_HOLE) != 0)
 
     @cached_property
     def detached(self) -> IntArray:
         """Whether a block before it has not come yet, as the record says."""
-        return (self.rows["flags"] & FLAG_DETACHED) != 0
+        return np.asarray((self.rows["flags"] & FLAG_DETACHED) != 0)
 
     @cached_property
     def known(self) -> IntArray:
