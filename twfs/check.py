@@ -5,320 +5,327 @@ nothing. While the warehouse is in use a block may be evicted and its place over
 looks wrong on a device counts only if the record is still the same after the look. Blocks.
 """
 
-import struct
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Final
 
-from twfs import ledger
-from twfs import slots as states
-from twfs.core import Core
-from twfs.errors import BadPayload, CorruptMetadata, DeviceError
-from twfs.layout import GroupKind, Layout
-from twfs.payload import aligned_buffer, header_complaint, read_payload
-from twfs.records import Block, BlockKey, Extent, Header, Superblock, sealed_with
+import numpy as np
+
+from twfs.proving import prove_headers, prove_payloads
+from twfs.records import Superblock
+from twfs.roster import newest_roster
+from twfs.slots import SLOTS_MAX, IntArray
+from twfs.snapshot import (
+    NUMBER_MAX,
+    Snapshot,
+    bounded,
+    head_of,
+    is_in,
+    pair_of,
+    take_enrolled,
+    take_snapshot,
+)
 from twfs.store import CheckReport, Finding
-from twfs.tables import ModelRecord, ReadView
-from twfs.units import ALIGN, EXTENTS_MAX, ModelId, PrefixHash, align_up
+from twfs.subject import Subject
+from twfs.units import ALIGN, EXTENTS_MAX
 
 FINDINGS_MAX: Final = 1000  # of one run; who has more needs no more of them
-THREADS: Final = 8  # device reads in flight: headers are small, so queue depth is all
 RETENTION_MAX: Final = 3
 
 
-@dataclass(slots=True)
-class _Snapshot:
-    """What the tables say at one moment."""
-
-    blocks: dict[BlockKey, Block] = field(default_factory=dict)
-    unreadable: list[str] = field(default_factory=list)
-    children: set[tuple[BlockKey, PrefixHash]] = field(default_factory=set)
-    heads: set[tuple[ModelId, PrefixHash]] = field(default_factory=set)
-    models: dict[ModelId, ModelRecord] = field(default_factory=dict)
-    free: list[Extent] = field(default_factory=list)
-    limbo: list[Extent] = field(default_factory=list)
-    counters: dict[str, int] = field(default_factory=lambda: {"generation": 0, "ino": 0})
-
-    @contextmanager
-    def noting(self, what: str) -> Iterator[None]:
-        """Note what of the table *what* cannot be read, and go on."""
-        try:
-            yield
-        except (CorruptMetadata, ValueError, struct.error) as error:
-            self.unreadable.append(f"{what}: {error}")
-
-    def layout(self, key: BlockKey) -> Layout | None:
-        """The layout of the block's model, if that is there."""
-        record = self.models.get(key.model)
-        return None if record is None else record.layout
-
-
-def take_snapshot(view: ReadView) -> _Snapshot:
-    """Read all tables; what cannot be unpacked is noted, not raised."""
-    taken = _Snapshot()
-    for raw_key, raw in view.all_blocks():
-        try:
-            taken.blocks[BlockKey.unpack(raw_key)] = Block.unpack(raw)
-        except ValueError as error:
-            taken.unreadable.append(f"{raw_key.hex()}: {error}")
-    for raw_key, child in view.all_children():
-        try:
-            taken.children.add((BlockKey.unpack(raw_key), PrefixHash(child)))
-        except ValueError as error:
-            taken.unreadable.append(f"children of {raw_key.hex()}: {error}")
-    with taken.noting("the heads"):
-        taken.heads.update(view.all_heads())
-    with taken.noting("the models"):
-        taken.models = {record.id: record for record in view.models()}
-    with taken.noting("the free runs"):
-        taken.free.extend(view.runs("free"))
-    with taken.noting("limbo"):
-        taken.limbo.extend(view.runs("limbo"))
-    with taken.noting("the counters"):
-        taken.counters.update({name: view.counter(name) for name in taken.counters})
-    return taken
-
-
-def superblocks_agree(core: Core, _: _Snapshot) -> Iterator[str]:
+def superblocks_agree(subject: Subject, _: Snapshot) -> Iterator[str]:
     """I1: both copies of every superblock are whole and name this warehouse and device."""
-    for device in core.devices.values():
+    for device in subject.devices.values():
         for which, found in zip(("first", "last"), device.superblocks(), strict=True):
             if not isinstance(found, Superblock):
                 yield f"device {device.index}: the {which} superblock copy: {found}"
             elif (found.warehouse, found.device, found.index) != (
-                core.uuid, device.uuid, device.index,
+                subject.uuid, device.uuid, device.index,
             ):  # fmt: skip
                 yield f"device {device.index}: the {which} superblock copy is of another device"
 
 
-def records_unpack(_: Core, taken: _Snapshot) -> Iterator[str]:
+def records_unpack(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I2: every record of the metadata can be read."""
-    yield from taken.unreadable
+    for each in taken.unreadable:
+        yield each.text
 
 
-def extents_tile(core: Core, taken: _Snapshot) -> Iterator[str]:
+def extents_tile(subject: Subject, taken: Snapshot) -> Iterator[str]:
     """I3: blocks, free runs and limbo cover each data area exactly once."""
-    owned = [
-        (extent.device, extent.offset, extent.length, f"block {key.prefix_hash.hex()}")
-        for key, block in taken.blocks.items()
-        for extent in block.extents
-    ]
-    owned += [(e.device, e.offset, e.length, "free run") for e in taken.free]
-    owned += [(e.device, e.offset, e.length, "limbo") for e in taken.limbo]
-    owned.sort(key=lambda each: each[:2])
-    for device in core.devices.values():
+    parts = (("block", taken.extents), ("free run", taken.free), ("limbo", taken.limbo))
+    owned = np.concatenate([runs for _, runs in parts])
+    kind = np.repeat(np.arange(len(parts)), [len(runs) for _, runs in parts])
+    order = np.lexsort((owned["offset"], owned["device"]))
+    owned, kind = owned[order], kind[order]
+
+    def name(number: int) -> str:
+        if kind[number]:
+            return parts[kind[number]][0]
+        return f"block {taken.name(int(owned['row'][number]))}"
+
+    for device in subject.devices.values():
         start, length = device.data_area
-        at, before = int(start), "the start of the data area"
-        for _, offset, size, what in (each for each in owned if each[0] == device.index):
-            if offset > at:
-                yield f"device {device.index}: {offset - at} bytes at {at} belong to nothing"
-            elif offset < at:
-                yield f"device {device.index}: {what} at {offset} overlaps {before}"
-            at, before = max(at, offset + size), f"{what} at {offset}"
-        if at < start + length:
-            yield f"device {device.index}: {start + length - at} bytes at {at} belong to nothing"
+        mine = np.flatnonzero(owned["device"] == device.index)
+        offsets, ends = owned["offset"][mine], owned["offset"][mine] + owned["length"][mine]
+        inside = (ends > start) & (offsets < start + length)
+        for at in np.flatnonzero(~inside & (kind[mine] > 0)).tolist():  # a block's is I4
+            yield f"device {device.index}: {name(mine[at])} at {offsets[at]} is outside"
+        mine, offsets, ends = mine[inside], offsets[inside], ends[inside]
+        before = np.maximum.accumulate(np.concatenate([np.array([start], np.int64), ends]))
+        for at in np.flatnonzero(offsets != before[:-1]).tolist():
+            lies = f"device {device.index}: "
+            if offsets[at] > before[at]:
+                yield f"{lies}{offsets[at] - before[at]} bytes at {before[at]} belong to nothing"
+            elif at:
+                yield f"{lies}{name(mine[at])} at {offsets[at]} overlaps {name(mine[at - 1])}"
+            elif kind[mine[at]]:
+                yield f"{lies}{name(mine[at])} at {offsets[at]} begins outside"
+        if before[-1] < start + length:
+            missing = start + length - before[-1]
+            yield f"device {device.index}: {missing} bytes at {before[-1]} belong to nothing"
+        elif before[-1] > start + length and kind[mine[int(np.argmax(ends))]]:
+            yield f"device {device.index}: {name(mine[int(np.argmax(ends))])} ends outside"
+    for number in np.flatnonzero(~np.isin(owned["device"], list(subject.devices))).tolist():
+        if kind[number]:
+            yield f"{name(number)} on device {owned['device'][number]}, which is not there"
 
 
-def extents_fit(core: Core, taken: _Snapshot) -> Iterator[str]:
+def outside(subject: Subject, taken: Snapshot) -> IntArray:
+    """Tell which of taken.extents leave the data areas."""
+    runs = taken.extents
+    inside = np.zeros(len(runs), np.bool_)
+    for device in subject.devices.values():
+        start, length = device.data_area
+        inside |= (
+            (runs["device"] == device.index)
+            & (runs["offset"] >= start)
+            & (runs["offset"] + runs["length"] <= start + length)
+        )
+    return ~inside
+
+
+def misfits(taken: Snapshot) -> tuple[IntArray, IntArray]:
+    """The bytes that each block's extents have, and those that it needs; 0 for a hole."""
+    has = np.zeros(len(taken), np.int64)
+    np.add.at(has, taken.extents["row"], taken.extents["length"])
+    payload = bounded(taken.rows["payload_bytes"])
+    return has, np.where(taken.hole, 0, ALIGN + -(-payload // ALIGN) * ALIGN)
+
+
+def extents_fit(subject: Subject, taken: Snapshot) -> Iterator[str]:
     """I4: a block's extents hold exactly header and padded payload, inside data areas."""
-    areas = {device.index: device.data_area for device in core.devices.values()}
-    for key, block in taken.blocks.items():
-        if block.hole:
-            continue
-        wanted = ALIGN + align_up(block.payload_bytes)
-        if block.device_bytes != wanted or len(block.extents) > EXTENTS_MAX:
-            yield f"block {key.prefix_hash.hex()}: {block.device_bytes} bytes, not {wanted}"
-        for extent in block.extents:
-            start, length = areas.get(extent.device, (0, 0))
-            if not start <= extent.offset <= extent.offset + extent.length <= start + length:
-                yield f"block {key.prefix_hash.hex()}: {extent} is outside every data area"
+    has, wanted = misfits(taken)
+    wrong = (has != wanted) | (taken.rows["extent_count"] > EXTENTS_MAX)
+    for row in np.flatnonzero(wrong & ~taken.hole).tolist():
+        yield f"block {taken.name(row)}: {has[row]} bytes, not {wanted[row]}"
+    for run in taken.extents[outside(subject, taken)]:
+        where = f"{run['device']}:{run['offset']}+{run['length']}"
+        yield f"block {taken.name(int(run['row']))}: {where} is outside every data area"
 
 
-def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
+def with_header(subject: Subject, taken: Snapshot) -> IntArray:
+    """The rows whose header can be looked at: their first extent is inside a data area."""
+    bad = taken.extents["row"][outside(subject, taken)]
+    return np.setdiff1d(np.flatnonzero(taken.rows["extent_count"] > 0), bad)
+
+
+def with_payload(subject: Subject, taken: Snapshot) -> IntArray:
+    """The rows whose payload can be read: those that I4 says nothing of, but holes."""
+    has, wanted = misfits(taken)
+    fitting = np.flatnonzero((has == wanted) & ~taken.hole)
+    return np.intersect1d(fitting, with_header(subject, taken))
+
+
+def headers_agree(subject: Subject, taken: Snapshot) -> Iterator[str]:
     """I5: the header on the device says what the record says."""
-
-    def misplaced(header: Header, key: BlockKey, block: Block) -> str | None:
-        model, on = taken.models.get(key.model), core.devices[block.extents[0].device]
-        if (header.warehouse, header.device) != (core.uuid, on.uuid):
-            return "its header is of another warehouse or device"
-        if model is not None and (header.fingerprint, header.model_name, header.epoch) != (
-            model.layout.fingerprint, model.name, model.epoch,
-        ):  # fmt: skip
-            return "its header is of another model, epoch or layout"
-        return None
-
-    def look(pair: tuple[BlockKey, Block]) -> str | None:
-        key, block = pair
-        if not block.extents or block.extents[0].device not in core.devices:
-            return None
-        buffer = aligned_buffer(ALIGN)
-        first = block.extents[0]
-        try:
-            core.devices[first.device].read_into([buffer], first.offset)
-            header = Header.unpack(buffer)
-            complaint = header_complaint(header, key, block) or misplaced(header, key, block)
-            if not complaint and not sealed_with(core.secret, buffer):
-                complaint = "its header is not sealed with this warehouse's secret"
-        except (ValueError, DeviceError) as error:
-            complaint = str(error)
-        if complaint is None or not _unchanged(core, key, block):
-            return None
-        return f"block {key.prefix_hash.hex()} at {first}: {complaint}"
-
-    yield from _all_at_once(look, taken)
+    for complaint in prove_headers(subject, taken, with_header(subject, taken)):
+        yield complaint.text
 
 
-def numbers_are_unique(_: Core, taken: _Snapshot) -> Iterator[str]:
-    """I6: generations and inodes are unique, and below their counters."""
-    for name, of in (("generation", "generation"), ("ino", "ino")):
-        numbers = [getattr(block, of) for block in taken.blocks.values()]
-        for number, count in Counter(numbers).items():
-            if count > 1:
-                yield f"{of} {number} belongs to {count} blocks"
-        if numbers and max(numbers) >= taken.counters[name]:
-            yield f"{of} {max(numbers)} is not below its counter {taken.counters[name]}"
+def numbers_are_unique(_: Subject, taken: Snapshot) -> Iterator[str]:
+    """I6: generations and inodes are unique, and with the models' numbers below their counters."""
+    for name in ("generation", "ino"):
+        numbers, counts = np.unique(taken.rows[name], return_counts=True)
+        for at in np.flatnonzero(counts > 1).tolist():
+            yield f"{name} {numbers[at]} belongs to {counts[at]} blocks"
+        if len(numbers) and int(numbers[-1]) >= taken.counters[name]:
+            yield f"{name} {numbers[-1]} is not below its counter {taken.counters[name]}"
+    for name in ("generation", "ino", "model"):
+        if taken.counters[name] > NUMBER_MAX:
+            yield f"the counter {taken.counters[name]} of {name} is beyond all use"
+    if taken.models and max(taken.models) >= taken.counters["model"]:
+        yield f"model {max(taken.models)} is not below its counter {taken.counters['model']}"
 
 
-def slots_are_unique(_: Core, taken: _Snapshot) -> Iterator[str]:
-    """I7: no two blocks have one slot."""
-    for slot, count in Counter(block.slot for block in taken.blocks.values()).items():
-        if count > 1:
-            yield f"slot {slot} belongs to {count} blocks"
+def slots_are_unique(_: Subject, taken: Snapshot) -> Iterator[str]:
+    """I7: no two blocks have one slot, and every slot is below 2147483648."""
+    numbers, counts = np.unique(taken.rows["slot"], return_counts=True)
+    for at in np.flatnonzero(counts > 1).tolist():
+        yield f"slot {numbers[at]} belongs to {counts[at]} blocks"
+    for number in numbers[numbers >= SLOTS_MAX].tolist():
+        yield f"slot {number} is beyond all slots"
 
 
-def children_agree(_: Core, taken: _Snapshot) -> Iterator[str]:
+def children_agree(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I8: the children table has exactly the (parent, child) pairs of the blocks."""
-    meant = set()
-    for key, block in taken.blocks.items():
-        layout = taken.layout(key)
-        if layout is not None and not ledger.starts_chain(block, layout):
-            meant.add((replace(key, prefix_hash=block.parent), key.prefix_hash))
-    for parent, child in meant - taken.children:
+    meant = taken.meant_children()
+    for at in np.flatnonzero(~is_in(meant, taken.children)).tolist():
+        parent, child = pair_of(meant, at)
         yield f"block {child.hex()} is missing among the children of {parent.prefix_hash.hex()}"
-    for parent, child in taken.children - meant:
+    for at in np.flatnonzero(~is_in(taken.children, meant)).tolist():
+        parent, child = pair_of(taken.children, at)
         yield f"{child.hex()} is noted as a child of {parent.prefix_hash.hex()} but is none"
 
 
-def heads_agree(_: Core, taken: _Snapshot) -> Iterator[str]:
+def heads_agree(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I9: the heads are exactly the attached, complete blocks without a complete child."""
-    complete = {
-        (key.model, key.prefix_hash)
-        for key in taken.blocks
-        if (layout := taken.layout(key)) is not None
-        and (key.group, key.shard) == (layout.spine, 0)
-        and all(
-            replace(key, group=group, shard=shard) in taken.blocks
-            for group, shard in ledger.required(layout)
-        )
-    }
-    inner = {
-        (parent.model, parent.prefix_hash)
-        for parent, child in taken.children
-        if (parent.model, child) in complete
-    }
-    meant = {
-        (model, prefix_hash)
-        for model, prefix_hash in complete - inner
-        if not taken.blocks[
-            BlockKey(model, prefix_hash, taken.models[model].layout.spine, 0)
-        ].detached
-    }
-    for _model, prefix_hash in meant - taken.heads:
-        yield f"{prefix_hash.hex()} is a head but not noted as one"
-    for _model, prefix_hash in taken.heads - meant:
-        yield f"{prefix_hash.hex()} is noted as a head but is none"
+    meant = taken.meant_heads(taken.detached)
+    for at in np.flatnonzero(~is_in(meant, taken.heads)).tolist():
+        yield f"{head_of(meant, at)[1].hex()} is a head but not noted as one"
+    for at in np.flatnonzero(~is_in(taken.heads, meant)).tolist():
+        yield f"{head_of(taken.heads, at)[1].hex()} is noted as a head but is none"
 
 
-def layouts_agree(_: Core, taken: _Snapshot) -> Iterator[str]:
+def out_of_layout(taken: Snapshot) -> IntArray:
+    """Tell which blocks have a group or shard that their layout has not."""
+    wrong = np.zeros(len(taken), np.bool_)
+    for record in taken.models.values():
+        of = (taken.group >= len(record.layout.groups)) | (taken.shard >= record.layout.shards)
+        wrong |= (taken.model == record.id) & of
+    return wrong
+
+
+def layout_bytes(taken: Snapshot) -> IntArray:
+    """The payload's length that the layout says; -1 where it says none."""
+    meant = np.full(len(taken), -1, np.int64)
+    for record in taken.models.values():
+        for group in range(len(record.layout.groups)):
+            mine = (taken.model == record.id) & (taken.group == group)
+            meant[mine] = record.layout.block_bytes(group)
+    return meant
+
+
+def layouts_agree(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I10: a block's model is there, and group, shard and length are of its layout."""
-    for key, block in taken.blocks.items():
-        layout = taken.layout(key)
-        name = key.prefix_hash.hex()
-        if layout is None:
-            yield f"block {name} is of model number {key.model}, which is not there"
-        elif key.group >= len(layout.groups) or key.shard >= layout.shards:
-            yield f"block {name} has group {key.group}, shard {key.shard}: the layout has not"
-        elif block.payload_bytes != layout.block_bytes(key.group):
-            yield (
-                f"block {name} has {block.payload_bytes} bytes, its layout says "
-                f"{layout.block_bytes(key.group)}"
-            )
+    for row in np.flatnonzero(~taken.known).tolist():
+        model = taken.model[row]
+        yield f"block {taken.name(row)} is of model number {model}, which is not there"
+    misplaced = out_of_layout(taken)
+    for row in np.flatnonzero(misplaced).tolist():
+        place = f"group {taken.group[row]}, shard {taken.shard[row]}"
+        yield f"block {taken.name(row)} has {place}: the layout has not"
+    meant, has = layout_bytes(taken), bounded(taken.rows["payload_bytes"])
+    for row in np.flatnonzero((has != meant) & taken.known & ~misplaced).tolist():
+        yield f"block {taken.name(row)} has {has[row]} bytes, its layout says {meant[row]}"
 
 
-def positions_grow(_: Core, taken: _Snapshot) -> Iterator[str]:
-    """I11: a block ends behind its parent, where both positions are known."""
-    for key, block in taken.blocks.items():
-        layout = taken.layout(key)
-        if layout is None or ledger.starts_chain(block, layout):
-            continue
-        parent = taken.blocks.get(replace(key, prefix_hash=block.parent))
-        if parent is not None and 0 < block.position <= parent.position:
-            yield (
-                f"block {key.prefix_hash.hex()} ends at token {block.position}, its parent at "
-                f"{parent.position}"
-            )
+def not_behind(taken: Snapshot) -> IntArray:
+    """Tell which blocks do not end behind their parent, or are their own ancestors."""
+    at = np.maximum(taken.parent_row, 0)
+    position = taken.rows["position"]
+    if not len(taken):
+        return np.zeros(0, np.bool_)
+    wrong = (taken.parent_row >= 0) & (position > 0) & (position <= position[at])
+    return np.asarray(wrong | taken.in_ring)
 
 
-def payloads_match(core: Core, taken: _Snapshot) -> Iterator[str]:
+def positions_grow(_: Subject, taken: Snapshot) -> Iterator[str]:
+    """I11: a block ends behind its parent, where both positions are known; no chain is a ring."""
+    position = taken.rows["position"]
+    for row in np.flatnonzero(not_behind(taken)).tolist():
+        if taken.in_ring[row]:
+            yield f"block {taken.name(row)} is its own ancestor"
+        else:
+            above = position[taken.parent_row[row]]
+            yield f"block {taken.name(row)} ends at token {position[row]}, its parent at {above}"
+
+
+def payloads_match(subject: Subject, taken: Snapshot) -> Iterator[str]:
     """I12: every payload has its checksums. Reads everything."""
-
-    def look(pair: tuple[BlockKey, Block]) -> str | None:
-        key, block = pair
-        if block.hole:
-            return None
-        try:
-            read_payload(core.devices, key, block, lanes=True)
-        except (BadPayload, DeviceError) as error:
-            return str(error) if _unchanged(core, key, block) else None
-        return None
-
-    yield from _all_at_once(look, taken)
+    for complaint in prove_payloads(subject, taken, with_payload(subject, taken)):
+        yield complaint.text
 
 
-def holes_are_empty(_: Core, taken: _Snapshot) -> Iterator[str]:
+def holes_are_empty(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I13: a hole has no extents, and every other block has some."""
-    for key, block in taken.blocks.items():
-        if block.hole == bool(block.extents):
-            yield f"block {key.prefix_hash.hex()}: hole={block.hole}, {len(block.extents)} extents"
+    counts = taken.rows["extent_count"]
+    for row in np.flatnonzero(taken.hole == (counts > 0)).tolist():
+        yield f"block {taken.name(row)}: hole={taken.hole[row]}, {counts[row]} extents"
 
 
-def classes_exist(_: Core, taken: _Snapshot) -> Iterator[str]:
+def classes_exist(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I14: the retention class is one of the four."""
-    for key, block in taken.blocks.items():
-        if block.retention > RETENTION_MAX:
-            yield f"block {key.prefix_hash.hex()} has retention class {block.retention}"
+    classes = taken.rows["retention"]
+    for row in np.flatnonzero(classes > RETENTION_MAX).tolist():
+        yield f"block {taken.name(row)} has retention class {classes[row]}"
 
 
-def free_runs_are_merged(_: Core, taken: _Snapshot) -> Iterator[str]:
+def free_runs_are_merged(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I15: no two free runs touch."""
-    for before, after in zip(taken.free, taken.free[1:], strict=False):
-        if before.device == after.device and before.offset + before.length == after.offset:
-            yield f"free runs {before} and {after} touch"
+    before, after = taken.free[:-1], taken.free[1:]
+    touch = (before["device"] == after["device"]) & (
+        before["offset"] + before["length"] == after["offset"]
+    )
+    for first, second in zip(before[touch].tolist(), after[touch].tolist(), strict=True):
+        yield f"free runs {first[1]}:{first[2]}+{first[3]} and {second[1]}:{second[2]} touch"
 
 
-def chains_have_no_gap(_: Core, taken: _Snapshot) -> Iterator[str]:
+def chains_have_no_gap(_: Subject, taken: Snapshot) -> Iterator[str]:
     """I16: a block of a full group is detached, or its parent is there and is not detached."""
-    for key, block in taken.blocks.items():
-        layout = taken.layout(key)
-        if layout is None or ledger.starts_chain(block, layout):
-            continue
-        if key.group < len(layout.groups) and (layout.groups[key.group].kind is not GroupKind.FULL):
-            if block.detached:
-                yield f"block {key.prefix_hash.hex()} is detached, but its group has no chains"
-            continue
-        parent = taken.blocks.get(replace(key, prefix_hash=block.parent))
-        if block.detached == (parent is not None and not parent.detached):
-            yield (
-                f"block {key.prefix_hash.hex()} is "
-                + ("detached though its parent is there" if block.detached else "without parent")
+    if not len(taken):
+        return
+    above = taken.parent_row
+    gap = taken.linked & ((above < 0) | taken.detached[np.maximum(above, 0)])
+    for row in np.flatnonzero(taken.known & (taken.detached != (gap & taken.full))).tolist():
+        if not taken.detached[row]:
+            why = "is without parent"
+        elif not taken.full[row]:
+            why = "is detached, but its group has no chains"
+        else:
+            why = "is detached though " + (
+                "its parent is there" if taken.linked[row] else "it starts its chain"
             )
+        yield f"block {taken.name(row)} {why}"
 
 
-INVARIANTS: Final[dict[int, Callable[[Core, _Snapshot], Iterator[str]]]] = {
+def roster_agrees(subject: Subject, taken: Snapshot) -> Iterator[str]:
+    """I22: the newest roster on the devices has the models and epochs that the metadata has."""
+    with subject.enrolling_held():  # no model is made between the two looks
+        roster = newest_roster(subject.devices.values(), subject.secret, subject.uuid)
+        with subject.metadata.read() as view:
+            taken = take_enrolled(view)
+    names = {name: taken.models.get(number) for name, number in taken.names.items()}
+    for name, number in taken.meant_names().items():
+        if taken.names.get(name) != number:
+            yield f"the name of model {name} does not lead to its newest epoch"
+    for name in names.keys() - taken.meant_names().keys():
+        yield f"the name {name} leads to no model"
+    if roster is None:
+        yield "no device has a whole roster"
+        return
+    ahead = roster.sequence - taken.roster_sequence
+    if ahead not in (0, 1):  # 1: a crash came between roster and metadata; the next start ends it
+        yield f"the roster has number {roster.sequence}, the metadata's is {taken.roster_sequence}"
+    there = {model.name: (model.epoch, model.layout.fingerprint) for model in roster.models}
+    meant = {
+        name: (taken.models[number].epoch, taken.models[number].layout.fingerprint)
+        for name, number in taken.meant_names().items()
+    }
+    for name in sorted(there.keys() | meant.keys()):
+        has, wanted = there.get(name), meant.get(name)
+        newer = has is not None and (wanted is None or has[0] > wanted[0])
+        if has != wanted and not (ahead == 1 and newer):
+            yield f"the roster has model {name} {_epoch(has)}, the metadata {_epoch(wanted)}"
+
+
+def _epoch(of: tuple[int, bytes] | None) -> str:
+    """An epoch and layout in words."""
+    return "not" if of is None else f"in epoch {of[0]} with layout {of[1].hex()[:8]}"
+
+
+INVARIANTS: Final[dict[int, Callable[[Subject, Snapshot], Iterator[str]]]] = {
     1: superblocks_agree,
     2: records_unpack,
     3: extents_tile,
@@ -335,43 +342,21 @@ INVARIANTS: Final[dict[int, Callable[[Core, _Snapshot], Iterator[str]]]] = {
     14: classes_exist,
     15: free_runs_are_merged,
     16: chains_have_no_gap,
+    22: roster_agrees,
 }
 DATA_INVARIANT: Final = 12  # reads every payload: only when asked to
 
 
-def _unchanged(core: Core, key: BlockKey, block: Block) -> bool:
-    """Tell whether the record is still the one that was checked."""
-    with core.metadata.read() as view:
-        now = view.block(key)
-    if now is None or now.generation != block.generation or now.extents != block.extents:
-        return False
-    with core.lock:
-        return bool(core.slots.state[block.slot] == states.LIVE)
-
-
-def _all_at_once(
-    look: Callable[[tuple[BlockKey, Block]], str | None], taken: _Snapshot
-) -> Iterator[str]:
-    """Look at all blocks from several threads."""
-    with ThreadPoolExecutor(THREADS, "twfs-check") as pool:
-        for found in pool.map(look, list(taken.blocks.items()), chunksize=64):
-            if found is not None:
-                yield found
-
-
-def run(core: Core, *, data: bool = False) -> CheckReport:
+def run(subject: Subject, *, data: bool = False) -> CheckReport:
     """Check every invariant; with *data* every payload too. At most FINDINGS_MAX findings."""
     began = time.monotonic()
-    with core.metadata.read() as view:
+    with subject.metadata.read() as view:
         taken = take_snapshot(view)
     findings: list[Finding] = []
     for number, invariant in INVARIANTS.items():
         if number == DATA_INVARIANT and not data:
             continue
-        for text in invariant(core, taken):
-            if len(findings) < FINDINGS_MAX:
-                findings.append(Finding(number, text))
-    payloads = sum(not block.hole for block in taken.blocks.values()) if data else 0
-    return CheckReport(
-        tuple(findings), len(taken.blocks), payloads, round(time.monotonic() - began, 3)
-    )
+        left = FINDINGS_MAX - len(findings)
+        findings += [Finding(number, text) for text in islice(invariant(subject, taken), left)]
+    payloads = int((~taken.hole).sum()) if data else 0
+    return CheckReport(tuple(findings), len(taken), payloads, round(time.monotonic() - began, 3))

@@ -7,9 +7,9 @@ after its commit: until then a published block is a miss, and a removed one is c
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -156,6 +156,12 @@ class Core:
         )
         self._next_generation, self._next_ino = generation, ino
         self._numbers_end = generation + count
+
+    @contextmanager
+    def enrolling_held(self) -> Iterator[None]:
+        """Let nothing change in the roster during the block: devices and metadata agree."""
+        with self._enrolling:
+            yield
 
     def enrol(
         self, change: Callable[[Roster], Roster], job: Job[T], after: After[T] | None = None

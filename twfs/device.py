@@ -4,6 +4,7 @@ All calls block and are thread-safe. It knows superblocks, but nothing of blocks
 """
 
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -91,17 +92,23 @@ class Device:
     @classmethod
     def open(
         cls, path: Path, *, warehouse: UUID, device: UUID, index: DeviceIndex,
-        read_only: bool = False,
+        read_only: bool = False, either_copy: bool = False,
     ) -> "Device":  # fmt: skip
         """Claim the device at *path*, which must be number *index*, *device*, of *warehouse*.
 
-        One bad superblock copy is said in `notes`. WrongDevice, NotAllowed, WarehouseBusy,
+        One bad superblock copy is said in `notes`; with *either_copy* also if it is another
+        device's, for who is going to mend it. WrongDevice, NotAllowed, WarehouseBusy,
         CorruptSuperblock, FormatTooNew or TruncatedDevice if it is not what was asked for.
         """
         descriptor, is_block = claim(path, read_only=read_only)
         try:
             notes: list[str] = []
             superblock = _read_superblock(path, descriptor, notes)
+            last = superblock_at(descriptor, max(usable_bytes(descriptor) - ALIGN, 0))
+            if either_copy and isinstance(last, Superblock) and (
+                last.warehouse, last.device, last.index, last.version
+            ) == (warehouse, device, index, FORMAT_VERSION):  # fmt: skip
+                superblock = last
             found = (superblock.warehouse, superblock.device, superblock.index)
             if found != (warehouse, device, index):
                 raise WrongDevice(
@@ -135,6 +142,23 @@ class Device:
                 superblock_at(descriptor, 0),
                 superblock_at(descriptor, self.size_bytes - ALIGN),
             )
+
+    def mend_superblocks(self) -> list[str]:
+        """Write the copy that was found good over one that differs, durable; names of those.
+
+        DeviceError, ReadOnly.
+        """
+        mended = []
+        for which, offset in (("first", 0), ("last", self.size_bytes - ALIGN)):
+            with mmap.mmap(-1, ALIGN) as packed, self._using("write") as descriptor:
+                if superblock_at(descriptor, offset) == self.superblock:
+                    continue
+                packed[:] = self.superblock.pack()
+                with memoryview(packed) as view:
+                    self._transfer(os.pwritev, "write", descriptor, [view], offset)
+            self.flush()
+            mended.append(which)
+        return mended
 
     def read_into(self, buffers: Sequence[memoryview], offset: ByteOffset) -> None:
         """Fill *buffers*, one after the other, with what is on the device from *offset* on.

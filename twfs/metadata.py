@@ -15,19 +15,17 @@ import fcntl
 import json
 import os
 import queue
-import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
 import lmdb  # noqa: TID251
-import lmdb.verify  # noqa: TID251
 
 from twfs.errors import (
     CorruptMetadata,
@@ -39,12 +37,12 @@ from twfs.errors import (
     WarehouseBusy,
     WarehouseClosed,
 )
+from twfs.metafile import read_ahead, refuse_truncated, refuse_unverified
 from twfs.records import FORMAT_VERSION, Extent
 from twfs.secret import SECRET_BYTES
 from twfs.store import Durability
 from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
 from twfs.units import (
-    ALIGN,
     ByteCount,
     DeviceIndex,
 )
@@ -54,8 +52,6 @@ T = TypeVar("T")
 JOBS_PER_COMMIT_MAX: Final = 256  # bounds how long the first of them waits for the others
 MAP_BYTES: Final = 1 << 40  # address space only; the file grows as it is filled
 BACKLOG_MAX: Final = 4096  # jobs queued; more would only hide that the disk is too slow
-META_LAST_AND_TXN: Final = struct.Struct("<QQ")
-META_LAST_OFFSET: Final = 16 + 24 + 2 * 48  # LMDB 0.9: page header, fixed part, two MDB_db
 
 
 Job = Callable[[WriteView], T]
@@ -146,18 +142,21 @@ class Metadata:
             metadata.close()
 
     @classmethod
-    def open(cls, directory: Path, durability: Durability = Durability.STRICT) -> "Metadata":
-        """Open existing metadata.
+    def open(
+        cls, directory: Path, durability: Durability = Durability.STRICT, *, verified: bool = False
+    ) -> "Metadata":
+        """Open existing metadata; *verified*, after LMDB's own verifier has read all of the file.
 
         NoSuchWarehouse, WarehouseBusy, CorruptMetadata (also for a truncated file, before LMDB
-        could run into SIGBUS), FormatTooNew.
+        could run into SIGBUS), FormatTooNew. A file that is damaged and not verified may end the
+        process: verifying takes about as long as reading all records.
         """
         path = directory / "data.mdb"
         if not path.exists():
             raise NoSuchWarehouse(
                 f"{directory.parent} holds no warehouse: make one with `twfs create`"
             )
-        metadata = cls._open(directory, creating=False, durability=durability)
+        metadata = cls._open(directory, creating=False, durability=durability, verified=verified)
         try:
             with metadata.read() as view:
                 version = LENGTH.unpack(view.meta("format_version") or bytes(8))[0]
@@ -180,8 +179,9 @@ class Metadata:
 
     @classmethod
     def _open(
-        cls, directory: Path, *, creating: bool, durability: Durability = Durability.STRICT
-    ) -> "Metadata":
+        cls, directory: Path, *, creating: bool, durability: Durability = Durability.STRICT,
+        verified: bool = False,
+    ) -> "Metadata":  # fmt: skip
         """Lock the directory, look at the file, open it."""
         lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -193,8 +193,10 @@ class Metadata:
                     "or stop it first"
                 ) from error
             if not creating:
-                _refuse_truncated(directory / "data.mdb")
-                _read_ahead(directory / "data.mdb")
+                refuse_truncated(directory / "data.mdb")
+                if verified:
+                    refuse_unverified(directory / "data.mdb")
+                read_ahead(directory / "data.mdb")
             try:
                 environment = lmdb.open(
                     str(directory), map_size=MAP_BYTES, max_dbs=len(TABLES) + 1,
@@ -406,10 +408,6 @@ class Metadata:
             "commits": self._commits, "jobs": self._jobs, "syncs": self._syncs, "file_bytes": size,
         }  # fmt: skip
 
-    def verify(self) -> list[str]:
-        """Problems that LMDB's own offline checker finds, in words."""
-        return list(lmdb.verify.verify(str(self.directory)))  # type: ignore[no-untyped-call]
-
     def close(self) -> None:
         """Commit what is queued and make it certain, wait for reads, then close; idempotent."""
         with self._users:
@@ -452,35 +450,3 @@ def _translated(error: BaseException) -> BaseException:
             return NoSpaceForImage(f"the filesystem of the metadata is full: {error}")
         return DeviceError(f"the metadata could not be written: {error}")
     return error
-
-
-def _refuse_truncated(path: Path) -> None:
-    """Raise CorruptMetadata if the file is shorter than its meta records say.
-
-    LMDB maps the file, and touching a page that is not there is SIGBUS: the process is gone.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(2 * ALIGN)
-    last = 0
-    if len(head) == 2 * ALIGN:
-        last = max(
-            META_LAST_AND_TXN.unpack_from(head, start + META_LAST_OFFSET)[0] for start in (0, ALIGN)
-        )
-    if size >= 2 * ALIGN and size >= (last + 1) * ALIGN:
-        return
-    try:
-        problems = lmdb.verify.verify(str(path))  # type: ignore[no-untyped-call]
-    except lmdb.verify.VerifyError as error:
-        problems = [str(error)]
-    if problems:
-        raise CorruptMetadata(
-            f"{path} has {size} bytes but names {(last + 1) * ALIGN}: it is truncated "
-            f"({problems[0]}); restore it from a copy or create the warehouse anew"
-        )
-
-
-def _read_ahead(path: Path) -> None:
-    """Ask the kernel to read the file now: matches touch it all over."""
-    with suppress(OSError), path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -31,7 +31,7 @@ from twfs.leases import Leases
 from twfs.metadata import Metadata
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
-from twfs.slots import KEY_BYTES, Slots
+from twfs.slots import KEY_BYTES, SLOTS_MAX, Slots
 from twfs.store import Durability
 from twfs.tables import DeviceRecord, ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, DeviceIndex
@@ -40,7 +40,6 @@ META_DIRECTORY: Final = "meta"
 GONE_DIRECTORY: Final = "meta.gone"  # of the warehouse that is being created over
 HEAT_FILE: Final = "heat"
 DEVICES_MAX: Final = 64  # one node's drives; each costs every client a descriptor
-SLOTS_MAX: Final = 1 << 31
 LEASE_PARTS: Final = 2  # one client may lease half of all space: never all of it
 
 

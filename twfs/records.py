@@ -72,6 +72,21 @@ LOCATED_DTYPE: Final = np.dtype(
         ("shard", "<u2"), ("index", "<u4"), ("extent_count", "<u4"),
     ]
 )  # fmt: skip
+# The same bytes as a whole header, for looking at many at once.
+HEADER_DTYPE: Final = np.dtype(
+    [
+        ("magic", "V8"), ("version", "<u4"), ("extent_count", "<u2"), ("name_bytes", "<u2"),
+        ("warehouse", "V16"), ("device", "V16"), ("offset", "<u8"), ("generation", "<u8"),
+        ("fingerprint", "V32"), ("epoch", "<u8"), ("group", "<u2"), ("shard", "<u2"),
+        ("position", "<u4"), ("reserved_0", "<u4"), ("retention", "u1"), ("key_bytes", "u1"),
+        ("tenant", "<u2"), ("ino", "<u8"), ("payload_bytes", "<u8"), ("published_ms", "<u8"),
+        ("xxh3", "V16"), ("lane_plain", "<u8"), ("lane_weighted", "<u8"), ("prefix_hash", "V16"),
+        ("parent", "V16"), ("digest", "V32"), ("reserved_1", "u1"), ("reserved_2", "u1"),
+        ("key", "V64"), ("layers", "<u2"), ("reserved_3", "<u2"), ("name", "V200"),
+        ("first_extent", "V16"), ("extents", "V112"), ("layer_sums", "V2048"),
+        ("reserved_4", "V1386"), ("mac", "V16"), ("sum", "<u8"),
+    ]
+)  # fmt: skip
 EXTENT_DTYPE: Final = np.dtype(
     [("offset", "<u8"), ("units", "<u4"), ("device", "<u2"), ("reserved", "<u2")]
 )
@@ -79,6 +94,7 @@ EXTENT_DTYPE: Final = np.dtype(
 assert SUPERBLOCK.size + SUM.size <= ALIGN
 assert BLOCK_DTYPE.itemsize == BLOCK_FIXED.size + EXTENT.size
 assert EXTENT_DTYPE.itemsize == EXTENT.size
+assert HEADER_DTYPE.itemsize == ALIGN
 FLAG_HOLE: Final = 1  # the bytes were lost: no extents; record and children stay
 FLAG_DETACHED: Final = 2  # the parent, or the parent of one before it, has not come yet
 

@@ -27,6 +27,7 @@ PENDING: Final = 1  # reserved by a put that is not published yet
 LIVE: Final = 2  # published: may be matched
 CONDEMNED: Final = 3  # chosen for eviction: absent to everyone from now on
 LIMBO: Final = 4  # removed, but a lease still reads it
+SLOTS_MAX: Final = 1 << 31  # a slot from there on is damage
 GROWTH_MIN: Final = 4096  # slots added at once, so that growing is rare
 
 KEY_BYTES: Final = BLOCK_KEY.size

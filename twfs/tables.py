@@ -200,6 +200,10 @@ class ReadView:
         value = self._get("counters", name.encode())
         return 0 if value is None else int(LENGTH.unpack(value)[0])
 
+    def raw(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of a table as it lies there, in key order."""
+        yield from self._txn.cursor(db=self._tables[table]).iternext(keys=True, values=True)
+
     def counts(self) -> dict[str, int]:
         """Records in each table."""
         return {name: int(self._txn.stat(table)["entries"]) for name, table in self._tables.items()}
@@ -214,6 +218,18 @@ class WriteView(ReadView):
     def set_meta(self, name: str, value: bytes) -> None:
         """Set a value of the meta table."""
         self._put("meta", name.encode(), value)
+
+    def put_raw(self, table: str, key: bytes, value: bytes) -> None:
+        """Put a packed pair: for repair, which has whole tables packed."""
+        self._put(table, key, value)
+
+    def add_raw_child(self, parent: bytes, child: bytes) -> None:
+        """As add_child, of a packed parent key."""
+        self._txn.put(parent, child, dupdata=True, db=self._tables["children"])
+
+    def delete_raw(self, table: str, key: bytes, value: bytes = b"") -> None:
+        """Take a packed pair out, readable or not; *value* tells which, of several with one key."""
+        self._txn.delete(key, value, db=self._tables[table])
 
     def put_block(self, key: BlockKey, block: Block) -> None:
         """Add or replace a record."""

@@ -56,6 +56,7 @@ from twfs.store import (
     SessionInfo,
     Space,
 )
+from twfs.subject import Live
 from twfs.units import ByteCount, ModelId, PrefixHash, align_up
 from twfs.upload import check_payloads, upload
 
@@ -431,7 +432,7 @@ class Warehouse:
     def check(self, *, data: bool = False) -> CheckReport:
         """See Namespace.check. Blocks."""
         with self._using():
-            return check.run(self._core, data=data)
+            return check.run(Live.of(self._core), data=data)
 
     def operate(self, verb: str, **arguments: Any) -> Any:
         """See Namespace.operate. Blocks."""

@@ -1,11 +1,13 @@
 """Every invariant of FORMAT.md, broken alone, is found by the checker, and nothing else is.
 
-The warehouse is broken by hand, through its tables or on its device, and never mended: the checker
-changes nothing. Of the same state it says the same when it is asked again.
+The warehouse is broken by hand, through its tables or on its device, and the checker changes
+nothing: of the same state it says the same when it is asked again, and offline. Then a repair
+mends it: nothing is found, what was not broken is there with its bytes, and puts work.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +15,45 @@ from typing import Any
 import pytest
 
 from support.warehouses import (
+    DEVICE_BYTES,
     HYBRID,
     LAYOUTS,
     MHA,
     SHARDED,
     block_at,
     chain_of,
+    commits_held,
     flip_device,
     flip_payload,
     make_warehouse,
     open_warehouse,
     own_names,
+    payload_of,
     put,
     put_whole,
+    read_all,
 )
-from twfs import check
+from twfs import check, repair
 from twfs.checksums import checksums_of
+from twfs.errors import CorruptMetadata
+from twfs.payload import read_payload
 from twfs.prefix import Names
-from twfs.records import Block, BlockKey, Extent, Header, Superblock
+from twfs.records import (
+    DATA_START,
+    FLAG_HOLE,
+    ROSTER_BYTES,
+    ROSTER_STARTS,
+    Block,
+    BlockKey,
+    Extent,
+    Header,
+    Superblock,
+)
+from twfs.roster import write_roster
+from twfs.snapshot import take_snapshot
 from twfs.store import Model
-from twfs.tables import PLACE_KEY, WriteView
+from twfs.subject import Live, offline
+from twfs.tables import MODEL_KEY, PLACE_KEY, ReadView, WriteView
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -97,14 +118,47 @@ def broken(scratch: Path) -> Broken:
     return Broken(Warehouse.open(scratch))
 
 
-def found(broken: Broken) -> set[int]:
-    """Invariants that the checker finds broken; then the warehouse is closed."""
+def found(broken: Broken, *, lost: Sequence[int] = ()) -> set[int]:
+    """Invariants that the checker finds broken; then the warehouse is closed, and mended.
+
+    Only the blocks of the chain numbered *lost* may be gone after that.
+    """
     with broken.warehouse as warehouse:
         report = warehouse.check(data=True)
         again = warehouse.check(data=True)
         assert sorted(report.findings, key=str) == sorted(again.findings, key=str)
         assert all(finding.text for finding in report.findings)
-        return {finding.invariant for finding in report.findings}
+    with offline(warehouse.directory) as subject:
+        away = check.run(subject, data=True)
+    assert sorted(away.findings, key=str) == sorted(report.findings, key=str)
+    assert_mended(warehouse.directory, broken.names, set(lost))
+    return {finding.invariant for finding in report.findings}
+
+
+def assert_mended(directory: Path, names: Names, lost: set[int]) -> None:
+    """Repair, and fail unless all is well then, and only *lost* of *names* may be gone."""
+    mended = repair.run(directory, data=True)
+    assert mended.left == ()
+    assert_sound_with(directory, names, lost)
+    assert repair.run(directory, data=True).done == ()
+
+
+def assert_sound_with(directory: Path, names: Names, lost: set[int]) -> None:
+    """Fail unless nothing is wrong, all blocks but *lost* have their bytes, and puts work."""
+    with open_warehouse(directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        with warehouse._core.metadata.read() as view:
+            for index in range(len(names)):
+                key = BlockKey(model.id, names.hash_at(index), 0, 0)
+                block = view.block(key)
+                if block is not None and not block.hole:
+                    _, payload = read_payload(warehouse.devices, key, block, lanes=True)
+                    assert bytes(payload) == payload_of(MHA, key.prefix_hash).tobytes()
+                else:
+                    assert index in lost
+        for again in (names, chain_of(model, 6, 99)):
+            assert put(warehouse, model, again).held == len(again)
+            assert read_all(warehouse, model, again) == len(again)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -188,7 +242,7 @@ def test_i4_a_block_that_is_longer_than_its_payload(broken: Broken) -> None:
 def test_i5_a_header_that_is_damaged(broken: Broken) -> None:
     """The payload cannot be proved without it, so that is found as well."""
     flip_device(broken.warehouse, broken.at(1)[1], 100)
-    assert found(broken) == {5, 12}
+    assert found(broken, lost=[1]) == {5, 12}
 
 
 @pytest.mark.parametrize("what", ["warehouse", "device", "fingerprint", "model_name", "epoch"])
@@ -204,13 +258,13 @@ def test_i5_a_header_of_something_else(broken: Broken, what: str) -> None:
     }  # fmt: skip
     changed = replace(header, **{what: other[what]})  # type: ignore[arg-type]
     broken.write(block.extents[0].offset, changed.pack(warehouse._core.secret))
-    assert found(broken) == {5}
+    assert found(broken, lost=[1]) == {5}
 
 
 @pytest.mark.parametrize("field", ["generation", "ino"])
 def test_i6_a_number_that_two_blocks_have(broken: Broken, field: str) -> None:
     broken.rewrite(1, **{field: getattr(broken.at(2)[1], field)})
-    assert found(broken) == {6}
+    assert found(broken, lost=[1, 2]) == {6}
 
 
 @pytest.mark.parametrize(("field", "of"), [("generation", Generation), ("ino", Ino)])
@@ -275,7 +329,7 @@ def test_i10_a_payload_of_another_length(broken: Broken) -> None:
         file.seek(block.extents[0].offset + ALIGN)
         payload = file.read(shorter)
     broken.rewrite(1, payload_bytes=ByteCount(shorter), checksums=checksums_of(payload))
-    assert found(broken) == {10}
+    assert found(broken, lost=[1]) == {10}
 
 
 def own_block(broken: Broken) -> tuple[BlockKey, Block]:
@@ -294,24 +348,26 @@ def own_block(broken: Broken) -> tuple[BlockKey, Block]:
 
 def test_i11_a_block_that_does_not_end_behind_its_parent(broken: Broken) -> None:
     broken.rewrite(2, position=TokenCount(32))
-    assert found(broken) == {11}
+    assert found(broken, lost=[2]) == {11}
 
 
 def test_i12_a_payload_that_has_changed(broken: Broken) -> None:
     flip_payload(broken.warehouse, broken.at(1)[1], 1000)
     assert broken.warehouse.check().findings == ()  # it takes the reading of payloads
-    assert found(broken) == {12}
+    assert found(broken, lost=[1]) == {12}
 
 
 def test_i13_a_hole_with_extents(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     """No record can say so: it would not be read. The checker is asked about one that could."""
-    key, block = broken.at(1)
-    with broken.warehouse._core.metadata.read() as view:
-        taken = check.take_snapshot(view)
-    assert list(check.holes_are_empty(broken.warehouse._core, taken)) == []
-    taken.blocks[key] = replace(block, hole=True)
-    taken.blocks[broken.at(2)[0]] = replace(broken.at(2)[1], extents=())
-    assert len(list(check.holes_are_empty(broken.warehouse._core, taken))) == 2
+    subject = Live.of(broken.warehouse._core)
+    with subject.metadata.read() as view:
+        taken = take_snapshot(view)
+    assert list(check.holes_are_empty(subject, taken)) == []
+    rows = taken.rows.copy()
+    rows["flags"][1] |= FLAG_HOLE
+    rows["extent_count"][2] = 0
+    taken = replace(taken, rows=rows)
+    assert len(list(check.holes_are_empty(subject, taken))) == 2
     assert found(broken) == set()
 
 
@@ -363,6 +419,116 @@ def test_i16_a_detached_block_of_a_group_without_chains(scratch: Path) -> None:
         assert {finding.invariant for finding in warehouse.check(data=True).findings} == {16}
 
 
+def test_i6_a_model_number_that_was_never_given(broken: Broken) -> None:
+    broken.change(lambda view: view.set_counter("model", broken.model.id))
+    assert found(broken) == {6}
+
+
+def test_i7_a_slot_that_cannot_be(broken: Broken) -> None:
+    broken.rewrite(1, slot=Slot(1 << 31))
+    assert found(broken) == {7}
+
+
+def test_i4_a_block_outside_the_device(broken: Broken) -> None:
+    """Its place is free, and it says to be where nothing is."""
+    key, block = own_block(broken)
+    away = replace(block.extents[0], offset=ByteOffset(1 << 40))
+
+    def job(view: WriteView) -> None:
+        view.put_block(key, replace(block, extents=(away,)))
+        view.add_head(key.model, key.prefix_hash)
+        view.add_free(block.extents[0])
+
+    broken.change(job)
+    assert found(broken) == {4}
+
+
+def test_i11_a_chain_that_is_a_ring(broken: Broken) -> None:
+    names = own_names(broken.model, ("a", None, 0), ("b", "a", 0))
+    put(broken.warehouse, broken.model, names)
+    (first, block), (second, _) = (
+        block_at(broken.warehouse, broken.model, names, index) for index in (0, 1)
+    )
+
+    def job(view: WriteView) -> None:
+        view.put_block(first, replace(block, parent=second.prefix_hash))
+        view.add_child(second, first.prefix_hash)
+        view.drop_head(second.model, second.prefix_hash)
+
+    broken.change(job)
+    assert found(broken) == {11}
+
+
+def test_i16_a_first_block_that_is_detached(broken: Broken) -> None:
+    key, block = own_block(broken)  # no head, as a detached one
+    broken.change(lambda view: view.put_block(key, replace(block, detached=True)))
+    assert found(broken) == {16}
+
+
+def test_i22_a_roster_that_is_lost(broken: Broken) -> None:
+    for start in ROSTER_STARTS:
+        broken.write(start, bytes(ROSTER_BYTES))
+    assert found(broken) == {22}
+
+
+@pytest.mark.parametrize("what", ["absent", "older", "behind", "ahead"])
+def test_i22_a_roster_that_says_something_else(broken: Broken, what: str) -> None:
+    core = broken.warehouse._core
+    broken.warehouse.new_epoch(broken.model)
+    broken.change(lambda view: [view.delete_block(key) for key in keys_of(view)])
+    broken.change(as_empty)
+    (model,) = core.roster.models
+    said = {
+        "absent": replace(core.roster, models=()),
+        "older": replace(core.roster, models=(replace(model, epoch=0),)),
+        "behind": replace(core.roster, sequence=core.roster.sequence - 1),
+        "ahead": replace(core.roster, sequence=core.roster.sequence + 2),
+    }[what]
+    for start in ROSTER_STARTS:
+        broken.write(start, bytes(ROSTER_BYTES))
+    write_roster(core.devices.values(), said, core.secret, core.uuid)
+    if what != "ahead":
+        assert found(broken, lost=range(4)) == {22}
+        return
+    assert {each.invariant for each in broken.warehouse.check().findings} == {22}
+    broken.warehouse.close()
+    with pytest.raises(CorruptMetadata, match="rebuild"):
+        repair.run(broken.warehouse.directory)
+
+
+def test_i22_a_name_that_leads_to_an_older_epoch(broken: Broken) -> None:
+    broken.change(lambda view: view.put_raw("names", b"m", MODEL_KEY.pack(9)))
+    assert found(broken) == {22}
+
+
+def test_i22_is_no_finding_while_a_model_is_being_made(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The roster is written, and the commit waits: the checker waits for both."""
+    warehouse = broken.warehouse
+    with ThreadPoolExecutor(2) as pool:
+        with commits_held(warehouse):
+            made = pool.submit(warehouse.new_epoch, broken.model)
+            while warehouse._core.metadata._queue.empty():
+                assert not made.done()
+            report = pool.submit(warehouse.check)
+        made.result()
+        assert report.result().findings == ()
+    assert found(broken, lost=range(4)) == set()
+
+
+def keys_of(view: ReadView) -> list[BlockKey]:
+    return [BlockKey.unpack(key) for key, _ in list(view.all_blocks())]
+
+
+def as_empty(view: WriteView) -> None:
+    """Let children, heads and free runs be those of no block at all."""
+    for table in ("children", "heads", "free"):
+        for key, value in list(view.raw(table)):
+            view.delete_raw(table, key, value if table == "children" else b"")
+    view.add_free(Extent(DeviceIndex(0), DATA_START, ByteCount(DEVICE_BYTES - DATA_START - ALIGN)))
+
+
 def test_every_invariant_has_a_test_here() -> None:
     text = Path(__file__).read_text()
     for number in check.INVARIANTS:
@@ -376,7 +542,7 @@ def test_blocks_that_change_during_the_check_are_no_findings(
     with open_warehouse(scratch) as warehouse:
         model = warehouse.open_model("m", SHARDED)
         put_whole(warehouse, model, chain_of(model, 20))
-        real = check.take_snapshot
+        real = take_snapshot
 
         def then_change(view: object) -> object:
             taken = real(view)  # type: ignore[arg-type]
@@ -403,4 +569,4 @@ def test_findings_are_bounded(broken: Broken, monkeypatch: pytest.MonkeyPatch) -
 
 def test_digest_of_a_record_is_compared_with_its_header(broken: Broken) -> None:
     broken.rewrite(1, header=False, digest=Digest(bytes(32)))
-    assert found(broken) == {5, 12}
+    assert found(broken, lost=[1]) == {5, 12}
