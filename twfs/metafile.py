@@ -1,4 +1,4 @@
-"""LMDB's file before LMDB maps it: is it whole, and is it sound?
+"""LMDB's file before LMDB maps it: whether it is whole, and whether it is sound.
 
 What is wrong in a mapped file ends the process by a signal; here it is only read.
 """

@@ -158,6 +158,12 @@ def rosters_of(devices: Iterable[Device], secret: bytes, warehouse: UUID) -> lis
     return found
 
 
+def newest_roster(devices: Iterable[Device], secret: bytes, warehouse: UUID) -> Roster | None:
+    """Return the newest roster that any of *devices* has, None if none has one."""
+    found = rosters_of(devices, secret, warehouse)
+    return max(found, key=lambda each: each.sequence, default=None)
+
+
 def write_roster(devices: Iterable[Device], roster: Roster, secret: bytes, warehouse: UUID) -> None:
     """Make *roster* durable on every device that takes it; an error if none does, or TooLarge.
 

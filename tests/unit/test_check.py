@@ -471,11 +471,16 @@ def test_i22_a_roster_that_is_lost(broken: Broken) -> None:
     assert found(broken) == {22}
 
 
+def delete_all(view: WriteView) -> None:
+    for key in keys_of(view):
+        view.delete_block(key)
+
+
 @pytest.mark.parametrize("what", ["absent", "older", "behind", "ahead"])
 def test_i22_a_roster_that_says_something_else(broken: Broken, what: str) -> None:
     core = broken.warehouse._core
     broken.warehouse.new_epoch(broken.model)
-    broken.change(lambda view: [view.delete_block(key) for key in keys_of(view)])
+    broken.change(delete_all)
     broken.change(as_empty)
     (model,) = core.roster.models
     said = {
