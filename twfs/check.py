@@ -138,18 +138,30 @@ def extents_fit(core: Core, taken: _Snapshot) -> Iterator[str]:
                 yield f"block {key.prefix_hash.hex()}: {extent} is outside every data area"
 
 
+def header_fault(
+    core: Core, model: ModelRecord | None, key: BlockKey, block: Block, packed: memoryview
+) -> str | None:
+    """What is wrong with the *packed* header of a block of *model*, in words; None if nothing is.
+
+    ValueError if it cannot be unpacked.
+    """
+    header, on = Header.unpack(packed), core.devices[block.extents[0].device]
+    complaint = header_complaint(header, key, block)
+    if complaint is not None:
+        return complaint
+    if (header.warehouse, header.device) != (core.uuid, on.uuid):
+        return "its header is of another warehouse or device"
+    if model is not None and (header.fingerprint, header.model_name, header.epoch) != (
+        model.layout.fingerprint, model.name, model.epoch,
+    ):  # fmt: skip
+        return "its header is of another model, epoch or layout"
+    if not sealed_with(core.secret, packed):
+        return "its header is not sealed with this warehouse's secret"
+    return None
+
+
 def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
     """I5: the header on the device says what the record says."""
-
-    def misplaced(header: Header, key: BlockKey, block: Block) -> str | None:
-        model, on = taken.models.get(key.model), core.devices[block.extents[0].device]
-        if (header.warehouse, header.device) != (core.uuid, on.uuid):
-            return "its header is of another warehouse or device"
-        if model is not None and (header.fingerprint, header.model_name, header.epoch) != (
-            model.layout.fingerprint, model.name, model.epoch,
-        ):  # fmt: skip
-            return "its header is of another model, epoch or layout"
-        return None
 
     def look(pair: tuple[BlockKey, Block]) -> str | None:
         key, block = pair
@@ -159,13 +171,10 @@ def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
         first = block.extents[0]
         try:
             core.devices[first.device].read_into([buffer], first.offset)
-            header = Header.unpack(buffer)
-            complaint = header_complaint(header, key, block) or misplaced(header, key, block)
-            if not complaint and not sealed_with(core.secret, buffer):
-                complaint = "its header is not sealed with this warehouse's secret"
+            complaint = header_fault(core, taken.models.get(key.model), key, block, buffer)
         except (ValueError, DeviceError) as error:
             complaint = str(error)
-        if complaint is None or not _unchanged(core, key, block):
+        if complaint is None or not unchanged(core, key, block):
             return None
         return f"block {key.prefix_hash.hex()} at {first}: {complaint}"
 
@@ -273,7 +282,7 @@ def payloads_match(core: Core, taken: _Snapshot) -> Iterator[str]:
         try:
             read_payload(core.devices, key, block, lanes=True)
         except (BadPayload, DeviceError) as error:
-            return str(error) if _unchanged(core, key, block) else None
+            return str(error) if unchanged(core, key, block) else None
         return None
 
     yield from _all_at_once(look, taken)
@@ -339,7 +348,7 @@ INVARIANTS: Final[dict[int, Callable[[Core, _Snapshot], Iterator[str]]]] = {
 DATA_INVARIANT: Final = 12  # reads every payload: only when asked to
 
 
-def _unchanged(core: Core, key: BlockKey, block: Block) -> bool:
+def unchanged(core: Core, key: BlockKey, block: Block) -> bool:
     """Tell whether the record is still the one that was checked."""
     with core.metadata.read() as view:
         now = view.block(key)
