@@ -343,12 +343,11 @@ class Scrubber:
                 break
             blocks = read_bytes = 0
             for look in self._looks(batch):
-                if look.why:
-                    skipped += not self._judge(look)
-                elif not look.read:
+                if look.read and (not look.why or self._judge(look)):
+                    blocks += 1
+                    read_bytes += look.pair[1].device_bytes
+                else:
                     skipped += 1
-                blocks += look.read
-                read_bytes += look.pair[1].device_bytes if look.read else 0
                 with self._lock:
                     self._batch_bytes = read_bytes
             position = last
