@@ -166,7 +166,7 @@ class Pacer:
             cost = byte_count + (READ_COST_BYTES if self.rate_bytes_s is None else 0)
             self._fill(rate)
             self._credit -= cost
-            while rate and self._credit < 0:
+            while rate and self._credit <= -1:  # a part of a byte is owed to rounding
                 self._end.wait(min(-self._credit / rate, WAIT_MAX_S))
                 self._raise_if_ended()
                 rate = self._present_rate()

@@ -231,6 +231,27 @@ def test_what_is_put_or_removed_during_a_pass_hides_nothing(
         assert {key.pack() for key in old} <= set(gate.keys)
 
 
+def test_a_block_that_was_put_elsewhere_while_its_old_place_was_read_is_sound(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model, names = stored(warehouse, 20)
+        old = {block.extents for block in records_of(warehouse._core).values()}
+        gate = Interrupted(monkeypatch, 1)  # the whole batch has been taken then
+        warehouse.scrubber.start(PACED)
+        gate.reached.wait()
+        warehouse.remove(model.id, names.hash_at(19))
+        other = chain_of(model, 20, 1)
+        put(warehouse, model, other)
+        put(warehouse, model, names)
+        keys = [block_at(warehouse, model, other, i)[1].extents for i in range(20)]
+        assert set(keys) == old  # other bytes than the scrubber expects lie there now
+        gate.gate.set()
+        status = ended(warehouse)
+        assert (status["bad_blocks"], status["failing_devices"]) == (0, [])
+        assert read_all(warehouse, model, names) == read_all(warehouse, model, other) == 20
+
+
 def test_stop_ends_a_pass_and_start_goes_on_with_it(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
