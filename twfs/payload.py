@@ -4,12 +4,12 @@ Engines do not come this way: they read many blocks at once through readers/. Bl
 """
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from twfs.checksums import lanes_of, xxh3_of
 from twfs.device import Device
 from twfs.errors import BadPayload, DeviceError
-from twfs.records import Block, BlockKey, Header
+from twfs.records import Block, BlockKey, Extent, Header
 from twfs.units import ALIGN, IO_BYTES_MAX, ByteOffset, align_up
 
 
@@ -26,20 +26,43 @@ def read_payload(
 ) -> tuple[Header, memoryview]:
     """Return the header and the payload of *block*, both verified; with *lanes* by both sums.
 
-    The lane sums are for GPUs: they cost ten times what xxh3 does, and prove nothing more here.
     DeviceError if they cannot be read, BadPayload if they are not what the record says.
+    """
+    return verified(read_whole(devices, key, block), key, block, lanes=lanes)
+
+
+def read_whole(
+    devices: "Mapping[int, Device]", key: BlockKey, block: Block, *,
+    io_bytes: int = IO_BYTES_MAX, before_each: Callable[[Extent, int], None] | None = None,
+) -> memoryview:  # fmt: skip
+    """Return header and padded payload of *block* as they lie on the devices: nothing is proved.
+
+    *before_each* is called with extent and bytes before every read, of which none exceeds
+    *io_bytes*. DeviceError.
     """
     buffer = aligned_buffer(ALIGN + align_up(block.payload_bytes))
     at = 0
     for extent in block.extents:
         if extent.device not in devices:
             raise DeviceError(f"block {key.prefix_hash.hex()} lies on device {extent.device}, gone")
-        for done in range(0, extent.length, IO_BYTES_MAX):
-            size = min(extent.length - done, IO_BYTES_MAX)
+        for done in range(0, extent.length, io_bytes):
+            size = min(extent.length - done, io_bytes)
+            if before_each is not None:
+                before_each(extent, size)
             devices[extent.device].read_into(
                 [buffer[at : at + size]], ByteOffset(extent.offset + done)
             )
             at += size
+    return buffer
+
+
+def verified(
+    buffer: memoryview, key: BlockKey, block: Block, *, lanes: bool = False
+) -> tuple[Header, memoryview]:
+    """Return header and payload of what read_whole returned; BadPayload unless both are true.
+
+    The lane sums are for GPUs: they cost ten times what xxh3 does, and prove nothing more here.
+    """
     try:
         header = Header.unpack(buffer[:ALIGN])
     except (ValueError, UnicodeDecodeError) as error:

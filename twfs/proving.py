@@ -222,12 +222,9 @@ def judge_header(
             data = aligned_buffer(ALIGN)
             subject.devices[first.device].read_into([data], first.offset)
         header = Header.unpack(data)
-        complaint = header_complaint(header, key, block)
-        complaint = complaint or _misplaced(subject, taken, header, key, block)
         if sealed_with(subject.secret, data):
             sealed = header
-        else:
-            complaint = complaint or "its header is not sealed with this warehouse's secret"
+        complaint = header_fault(subject, taken.models.get(key.model), key, block, data)
     except (ValueError, DeviceError) as error:
         complaint = str(error)
     if complaint is None or not subject.unchanged(key, block):
@@ -236,18 +233,25 @@ def judge_header(
     return Complaint(row, text, sealed is None, sealed)
 
 
-def _misplaced(
-    subject: Subject, taken: Snapshot, header: Header, key: BlockKey, block: Block
+def header_fault(
+    subject: Subject, model: ModelRecord | None, key: BlockKey, block: Block, packed: memoryview
 ) -> str | None:
-    """Say of what else a header is, if it is."""
-    on = subject.devices[block.extents[0].device]
+    """What is wrong with the *packed* header of a block of *model*, in words; None if nothing is.
+
+    ValueError if it cannot be unpacked.
+    """
+    header, on = Header.unpack(packed), subject.devices[block.extents[0].device]
+    complaint = header_complaint(header, key, block)
+    if complaint is not None:
+        return complaint
     if (header.warehouse, header.device) != (subject.uuid, on.uuid):
         return "its header is of another warehouse or device"
-    model: ModelRecord | None = taken.models.get(key.model)
     if model is not None and (header.fingerprint, header.model_name, header.epoch) != (
         model.layout.fingerprint, model.name, model.epoch,
     ):  # fmt: skip
         return "its header is of another model, epoch or layout"
+    if not sealed_with(subject.secret, packed):
+        return "its header is not sealed with this warehouse's secret"
     return None
 
 

@@ -47,6 +47,7 @@ async def serve(
     InvalidInput or NotAllowed if the socket cannot be made there.
     """
     listener, made = _listen(socket_path, mode, group)
+    warehouse.scrubber.resume()
     shared = Shared(warehouse, arena_bytes)
     try:
         async with trio.open_nursery() as nursery:

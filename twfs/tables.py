@@ -128,6 +128,14 @@ class ReadView:
         """Every (packed key, packed record), in key order."""
         yield from self._txn.cursor(db=self._blocks).iternext(keys=True, values=True)
 
+    def blocks_after(self, key: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Every (packed key, packed record) behind the packed *key* (b"": all), in key order."""
+        cursor = self._txn.cursor(db=self._blocks)
+        if cursor.set_range(key):
+            for found, value in cursor.iternext(keys=True, values=True):
+                if found != key:
+                    yield found, value
+
     def children(self, parent: BlockKey) -> list[PrefixHash]:
         """Hashes of the blocks of the same group and shard whose parent is *parent*."""
         cursor = self._txn.cursor(db=self._tables["children"])

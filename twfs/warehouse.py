@@ -41,6 +41,7 @@ from twfs.prefix import Names
 from twfs.putting import Put
 from twfs.readers.select import DeviceSource, Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
+from twfs.scrubbing import Scrubber
 from twfs.store import (
     BlockInfo,
     CheckReport,
@@ -83,7 +84,8 @@ class Warehouse:
         self._idle = threading.Condition()  # guards the next two, and the arena
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
-        self.verbs: Verbs = {}
+        self.scrubber = Scrubber(core)
+        self.verbs: Verbs = {**self.scrubber.verbs()}
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 
@@ -183,6 +185,7 @@ class Warehouse:
             self._closed = True
             self._idle.wait_for(lambda: not self._busy)
         self._closing.set()
+        self.scrubber.close()
         self._tender.join()
         self._puts.shutdown()
         self._readers.close()
@@ -474,6 +477,7 @@ class Warehouse:
             }
             for device in core.devices.values()
         ]
+        figures["scrub"] = self.scrubber.status()
         figures["readers"] = self._readers.statistics()
         figures["arena"] = None if self._arena is None else self._arena.statistics()
         return figures

@@ -192,6 +192,46 @@ def test_check_ends_with_3_and_a_line_per_lost_payload(
     assert done.stderr == ""
 
 
+@both_ways
+def test_scrub_ends_with_3_once_and_leaves_a_sound_warehouse(
+    stored: tuple[Path, list[Names]], how: str
+) -> None:
+    made, names = stored
+    store = Warehouse.open(made)
+    try:
+        info = store.chain_of(store.open_model("tiny").id, names[0].hash_at(BLOCKS - 1))[-1]
+    finally:
+        store.close()
+    with (made / "device0.img").open("r+b") as image:
+        image.seek(info.block.extents[0].offset + 4096)
+        image.write(b"\x5a" * 64)
+    with served(made, how):
+        assert twfs("status", made).stdout.splitlines()[2] == "scrub: never run"
+        done = twfs("scrub", made, "--rate", "64M")
+        assert done.returncode == 3, done.stderr
+        summary, finding = done.stdout.splitlines()
+        assert "20 blocks" in summary
+        assert "1 bad" in summary
+        assert info.key.prefix_hash.hex() in finding
+        again = document("scrub", made)["scrub"]
+        assert (again["state"], again["pass"], again["bad_blocks"]) == ("idle", 2, 0)
+        assert document("status", made)["statistics"]["scrub"]["last"]["blocks"] == 19
+        assert document("scrub", made, "--status")["scrub"]["pass"] == 2
+        assert document("scrub", made, "--stop")["scrub"]["state"] == "idle"
+        assert document("check", made, "--data")["ok"]
+
+
+def test_a_pass_in_the_background_is_the_daemons(stored: tuple[Path, list[Names]]) -> None:
+    made, _ = stored
+    with running_daemon(made):
+        begun = document("scrub", made, "--background", "--rate", "1")["scrub"]
+        assert begun["state"] == "running"
+        assert "running" in twfs("scrub", made, "--status").stdout
+        assert document("scrub", made, "--stop")["scrub"]["state"] == "unfinished"
+        assert document("scrub", made)["scrub"]["pass"] == 1
+        assert document("scrub", made, "--whole")["scrub"]["pass"] == 2
+
+
 def test_people_get_tables_of_the_same(stored: tuple[Path, list[Names]]) -> None:
     made, names = stored
     listed = twfs("ls", made).stdout
@@ -206,7 +246,7 @@ def test_every_command_explains_itself() -> None:
     top = twfs("--help")
     assert top.returncode == 0
     for name in ("create", "serve", "mount", "unmount", "status", "model", "ls", "evict",
-                 "explain", "check", "bench", "demo"):  # fmt: skip
+                 "explain", "check", "scrub", "bench", "demo"):  # fmt: skip
         assert name in top.stdout
         helped = twfs(name, "--help")
         assert helped.returncode == 0, helped.stderr

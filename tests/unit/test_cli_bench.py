@@ -54,6 +54,15 @@ def test_both_durabilities_are_compared_in_commits_and_puts(directory: Path) -> 
     assert_nothing_left(directory)
 
 
+def test_scrubbing_is_compared_with_none(directory: Path) -> None:
+    report = document("bench", "scrub", "--quick", "--directory", directory)
+    [result] = report["results"]
+    assert set(result["rounds"]) == {"off", "default", "unlimited"}
+    assert result["read_GB_s_off"] > 0
+    assert result["scrub_GB_s_default"] > 0
+    assert_nothing_left(directory)
+
+
 def test_matching_is_timed_in_every_state(directory: Path) -> None:
     report = document("bench", "match", "--quick", "--busy", "--cold", "--directory", directory)
     timed = [(each["state"], each["block_tokens"]) for each in report["results"] if "state" in each]

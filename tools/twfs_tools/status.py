@@ -5,6 +5,7 @@ from typing import Any
 
 from twfs.store import Space
 from twfs_tools.output import JsonFlag, print_json, print_table, say, size
+from twfs_tools.scrub import summary
 from twfs_tools.target import (
     SocketOption,
     WarehouseArgument,
@@ -39,6 +40,8 @@ def status(
     say(_hits(statistics))
     for name, served in statistics.get("served", {}).items():
         say(f"read by {name}: {served['blocks']:,} blocks, {size(served['payload_bytes'])}")
+    if "scrub" in statistics:
+        say(summary(statistics["scrub"]))
     for device in statistics.get("devices", []):
         for note in device.get("notes", []):
             say(f"note: {device.get('path')}: {note}")

@@ -10,8 +10,9 @@ from twfs_tools.bench.commit import commit
 from twfs_tools.bench.match import match
 from twfs_tools.bench.mount import mount
 from twfs_tools.bench.read import read
+from twfs_tools.bench.scrub import scrub
 from twfs_tools.bench.write import write
 
 app = typer.Typer(help="Measure twfs on this machine, beside fio where there is a rival.")
-for command in (read, write, commit, match, mount):
+for command in (read, write, commit, match, mount, scrub):
     app.command(command.__name__)(command)
