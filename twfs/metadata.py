@@ -359,7 +359,7 @@ def _refuse_truncated(path: Path) -> None:
     if problems:
         raise CorruptMetadata(
             f"{path} has {size} bytes but names {(last + 1) * ALIGN}: it is truncated "
-            f"({problems[0]}); run `twfs rebuild`, or restore it from a copy"
+            f"({problems[0]}); run `twfs rebuild`, restore it or create the warehouse anew"
         )
 
 

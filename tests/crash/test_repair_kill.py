@@ -57,7 +57,7 @@ def test_a_repair_killed_at_every_write_or_flush_is_finished_by_the_next(scratch
     for kind, numbers in BREAKAGES:
         break_one(scratch / "broken", kind, numbers)
     killed = 0
-    wanted: set[object] = set()
+    wanted = None
     for number in range(1, 100):
         directory = scratch / "killed"
         shutil.rmtree(directory, ignore_errors=True)
@@ -78,6 +78,6 @@ def test_a_repair_killed_at_every_write_or_flush_is_finished_by_the_next(scratch
                     meant = payload_of(layout, key.prefix_hash, key.group, key.shard)
                     assert bytes(payload) == meant.tobytes()
             whole = {(key, block.hole, block.extents) for key, block in there.items()}
-            wanted = wanted or whole
+            wanted = whole if wanted is None else wanted
             assert whole == wanted  # killed or not, the same is mended in the end
     assert killed >= 5
