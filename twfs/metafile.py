@@ -40,7 +40,7 @@ def refuse_truncated(path: Path) -> None:
     if problems:
         raise CorruptMetadata(
             f"{path} has {size} bytes but names {(last + 1) * ALIGN}: it is truncated "
-            f"({problems[0]}); restore it from a copy or create the warehouse anew"
+            f"({problems[0]}); run `twfs rebuild`, restore it or create the warehouse anew"
         )
 
 

@@ -53,7 +53,7 @@ from twfs.roster import write_roster
 from twfs.snapshot import take_snapshot
 from twfs.store import Model
 from twfs.subject import Live, offline
-from twfs.tables import MODEL_KEY, PLACE_KEY, ReadView, WriteView
+from twfs.tables import MODEL_KEY, PLACE_KEY, WriteView
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -471,16 +471,10 @@ def test_i22_a_roster_that_is_lost(broken: Broken) -> None:
     assert found(broken) == {22}
 
 
-def delete_all(view: WriteView) -> None:
-    for key in keys_of(view):
-        view.delete_block(key)
-
-
 @pytest.mark.parametrize("what", ["absent", "older", "behind", "ahead"])
 def test_i22_a_roster_that_says_something_else(broken: Broken, what: str) -> None:
     core = broken.warehouse._core
     broken.warehouse.new_epoch(broken.model)
-    broken.change(delete_all)
     broken.change(as_empty)
     (model,) = core.roster.models
     said = {
@@ -522,13 +516,9 @@ def test_i22_is_no_finding_while_a_model_is_being_made(
     assert found(broken, lost=range(4)) == set()
 
 
-def keys_of(view: ReadView) -> list[BlockKey]:
-    return [BlockKey.unpack(key) for key, _ in list(view.all_blocks())]
-
-
 def as_empty(view: WriteView) -> None:
-    """Let children, heads and free runs be those of no block at all."""
-    for table in ("children", "heads", "free"):
+    """Take all blocks out, and let children, heads and free runs be those of none."""
+    for table in ("blocks", "children", "heads", "free"):
         for key, value in list(view.raw(table)):
             view.delete_raw(table, key, value if table == "children" else b"")
     view.add_free(Extent(DeviceIndex(0), DATA_START, ByteCount(DEVICE_BYTES - DATA_START - ALIGN)))
