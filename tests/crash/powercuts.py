@@ -13,8 +13,9 @@ the first, some, or single sectors. Each state is opened as a warehouse, and is 
 * all that was answered as published and not removed since is there: in relaxed but for the last
   commit's;
 * `check` with every payload finds nothing, and every checksum is that of the bytes of the name;
-* no generation that stands in a header is given again; a match of a chain reads back right, and
-  ends where its records end; a name that was never offered is a miss.
+* no generation that stands in a header, and no model or epoch, is given again; a match of a chain
+  reads back right, and ends where its records end; a name that was never offered is a miss;
+* of one image in six: what it takes for free can be written, and the checker finds nothing.
 
 `--broken NAME` runs a writer that is broken on purpose (support/brokenwriters.py): it must be
 caught. Prints one JSON document: images tried, bad ones, those of them that lost a publish, those

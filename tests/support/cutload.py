@@ -1,6 +1,7 @@
 """A random load on a warehouse whose devices are nearly full, recorded for power cuts.
 
-It puts chains with branches, several at once, in two models, evicts, removes, leases, makes holes.
+It puts chains with branches, several at once, in two models, evicts, removes, leases, and makes
+holes and epochs.
 """
 
 import random
@@ -13,7 +14,7 @@ from support.powercut import Recorder
 from support.warehouses import MHA, chain_of, open_warehouse, payload_of, payloads_of, upload_all
 from twfs import evicting
 from twfs.checksums import checksums_of
-from twfs.errors import NoSuchBlock, NotEmpty, WarehouseFull
+from twfs.errors import NoSuchBlock, NotEmpty, StaleEpoch, WarehouseFull
 from twfs.layout import Group, Layout
 from twfs.match import Match
 from twfs.metadata import Metadata
@@ -29,6 +30,7 @@ USABLE_BYTES: Final = 480 << 10  # of a device; so a check takes milliseconds, a
 WIDE: Final = Layout(
     "test/wide", (Group(layers=5, kv_heads=4, head_size=16, dtype="float16"),), 16
 )  # 20 KiB a block: several writes of one block's extents, where space is in pieces
+LAYOUTS: Final = {"m": MHA, "w": WIDE}
 HELD_MAX: Final = 2  # puts begun, and leases, at a time
 HOLES_MAX: Final = 3  # each takes space for good
 
@@ -66,9 +68,12 @@ class CutLoad:
     def run(self, chance: random.Random, steps: int) -> None:
         """Do *steps* things; the checker finds nothing afterwards."""
         with open_warehouse(self._directory, durability=self._durability) as warehouse:
-            models = [warehouse.open_model("m", MHA), warehouse.open_model("w", WIDE)]
+            for name, layout in LAYOUTS.items():
+                self._recorder.opened(warehouse.open_model(name, layout).id)
             for _ in range(steps):
-                self._step(warehouse, chance.choice(models), chance)
+                model = warehouse.open_model(chance.choice(sorted(LAYOUTS)))
+                with suppress(WarehouseFull, StaleEpoch):
+                    self._step(warehouse, model, chance)
             for begun, *_ in self._begun:
                 begun.abandon()
             for match in self._matches:
@@ -76,15 +81,25 @@ class CutLoad:
 
     def _step(self, warehouse: Warehouse, model: Model, chance: random.Random) -> None:
         kind = chance.choices(
-            ("put", "begin", "publish", "abandon", "remove", "match", "release", "hole", "evict"),
-            (30, 12, 12, 3, 8, 8, 6, 2, 2),
+            (
+                "put",
+                "begin",
+                "publish",
+                "abandon",
+                "remove",
+                "match",
+                "release",
+                "hole",
+                "evict",
+                "epoch",
+            ),
+            (30, 12, 12, 3, 8, 8, 6, 2, 2, 1),
         )[0]
         if kind == "put":
             self._put(warehouse, model, self._chain(model, chance))
         elif kind == "begin" and len(self._begun) < HELD_MAX:
             names, since = self._chain(model, chance), self._now()
-            with suppress(WarehouseFull):
-                self._begun.append((upload_all(warehouse, model, names), model, names, since))
+            self._begun.append((upload_all(warehouse, model, names), model, names, since))
         elif kind == "publish" and self._begun:
             put, model, names, since = self._begun.pop(0)
             self._tell(model, names, put.publish().outcomes, since)
@@ -101,6 +116,8 @@ class CutLoad:
             self._hole(warehouse, chance)
         elif kind == "evict":
             warehouse.evict(ByteCount(64 << 10))
+        elif kind == "epoch":
+            self._recorder.opened(warehouse.new_epoch(model).id)
 
     def _now(self) -> int:
         return len(self._recorder.records)
@@ -118,9 +135,8 @@ class CutLoad:
 
     def _put(self, warehouse: Warehouse, model: Model, names: Names) -> None:
         since = self._now()
-        with suppress(WarehouseFull):
-            result = warehouse.put(model, names, payloads_of(model.layout, names))
-            self._tell(model, names, result.outcomes, since)
+        result = warehouse.put(model, names, payloads_of(model.layout, names))
+        self._tell(model, names, result.outcomes, since)
 
     def _tell(self, model: Model, names: Names, outcomes: Sequence[PutOutcome], since: int) -> None:
         """A put has returned: what it published is promised from here on."""

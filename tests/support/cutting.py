@@ -140,6 +140,8 @@ class Cutter:
             with warehouse._core.metadata.read() as view:
                 if view.counter("generation") <= image.generation:
                     complaints.append(f"generation {image.generation} would be given again")
+                if view.counter("model") <= image.model:
+                    complaints.append(f"model number {image.model} would be given again")
             if not complaints:
                 self._match(warehouse, lives, chance)
             if not complaints and chance.random() < GO_ON:

@@ -72,7 +72,14 @@ class Returned:
     blocks: frozenset[tuple[BlockKey, int]]  # with their generation
 
 
-Event = Write | Flushed | Begun | Committed | Synced | Returned
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model, or a new epoch of one, has been made and has this number."""
+
+    model: int
+
+
+Event = Write | Flushed | Begun | Committed | Synced | Returned | Opened
 
 
 class Recorder:
@@ -194,6 +201,11 @@ class Recorder:
                 found.add((key, lives[-1]))
             self.log.append(Returned(frozenset(found)))
 
+    def opened(self, model: int) -> None:
+        """Note that the caller knows of *model*: its number is never given again."""
+        with self._lock:
+            self.log.append(Opened(model))
+
     def unflushed_bytes(self) -> int:
         """Bytes on devices that a cut may take now."""
         return sum(
@@ -273,6 +285,7 @@ class Image:
     promised: set[tuple[BlockKey, int]]  # published to their callers, in all of *allowed*
     returned: set[tuple[BlockKey, int]]  # published to their callers, removed since or not
     generation: int  # the highest in any header on its way to a device
+    model: int  # the highest number of a model or epoch that the caller knows
     text: str  # where the cut was
 
 
@@ -286,11 +299,13 @@ class Replay:
         self._disks = {file: Disk(bytearray(base)) for file, base in recorder.bases.items()}
         self._begun = self._ended = self._certain = 0
         self._returned: set[tuple[BlockKey, int]] = set()
-        self._generation = 0
+        self._generation = self._model = 0
 
     def images(self, chance: random.Random, count: int) -> Iterator[list[Write] | Image]:
         """Yield *count* images at random places, and between them what has become durable."""
-        cuts = sorted(chance.randrange(len(self._log)) for _ in range(count))
+        # Each fourth is in the beginning, where models and ranges of numbers are made.
+        ends = [len(self._log) // (1 if number % 4 else 10) for number in range(count)]
+        cuts = sorted(chance.randrange(end) for end in ends)
         for place, event in enumerate(self._log):
             durable = self._follow(event)
             if durable:
@@ -316,6 +331,8 @@ class Replay:
                 self._certain = self._ended
             case Returned(blocks):
                 self._returned |= blocks
+            case Opened(model):
+                self._model = max(self._model, model)
         return []
 
     def _image(self, chance: random.Random, where: str) -> Image:
@@ -343,7 +360,9 @@ class Replay:
         }
         text = f"{where}, {how} of {len(pending)} writes, {self._ended} commits"
         returned = set(self._returned)
-        return Image(tables, parts, allowed, promised, returned, self._generation, text)
+        return Image(
+            bytes(tables), parts, allowed, promised, returned, self._generation, self._model, text
+        )
 
     def published(self) -> int:
         """Blocks that were answered as published, as far as the walk has come."""
