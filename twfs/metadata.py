@@ -35,13 +35,9 @@ from twfs.errors import (
     WarehouseClosed,
 )
 from twfs.records import FORMAT_VERSION, Extent
-from twfs.secret import SECRET_BYTES
+from twfs.secret import SECRET_BYTES, SECRET_FILE
 from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
-from twfs.units import (
-    ALIGN,
-    ByteCount,
-    DeviceIndex,
-)
+from twfs.units import ALIGN, ByteCount, DeviceIndex
 
 T = TypeVar("T")
 
@@ -121,6 +117,11 @@ class Metadata:
         """
         path = directory / "data.mdb"
         if not path.exists():
+            if (directory.parent / SECRET_FILE).exists():
+                raise NoSuchWarehouse(
+                    f"{directory.parent} has lost its metadata: run `twfs rebuild`, or make an "
+                    "empty warehouse with `twfs create --force`"
+                )
             raise NoSuchWarehouse(
                 f"{directory.parent} holds no warehouse: make one with `twfs create`"
             )
@@ -148,15 +149,8 @@ class Metadata:
     @classmethod
     def _open(cls, directory: Path, *, creating: bool) -> "Metadata":
         """Lock the directory, look at the file, open it."""
-        lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock_fd = lock_directory(directory)
         try:
-            try:
-                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise WarehouseBusy(
-                    f"{directory.parent} is open in another process: use its daemon's socket, "
-                    "or stop it first"
-                ) from error
             if not creating:
                 _refuse_truncated(directory / "data.mdb")
                 _read_ahead(directory / "data.mdb")
@@ -229,16 +223,7 @@ class Metadata:
     def devices(self) -> list[DeviceRecord]:
         """The devices, by index."""
         with self.read() as view:
-            try:
-                return [
-                    DeviceRecord(
-                        DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
-                        ByteCount(part["size_bytes"]),
-                    )
-                    for part in json.loads(view.meta("devices") or b"")
-                ]  # fmt: skip
-            except (ValueError, KeyError, TypeError) as error:
-                raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
+            return unpack_devices(view.meta("devices") or b"")
 
     def _write(self) -> None:
         """The writer thread: commit whatever is queued, until told to stop."""
@@ -309,6 +294,53 @@ class Metadata:
         os.close(self._lock_fd)
 
 
+def lock_directory(directory: Path) -> int:
+    """Claim the metadata in *directory*; returns a descriptor to be closed. WarehouseBusy."""
+    lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock_fd)
+        raise WarehouseBusy(
+            f"{directory.parent} is open in another process: use its daemon's socket, "
+            "or stop it first"
+        ) from error
+    return lock_fd
+
+
+@contextmanager
+def peek(directory: Path) -> Iterator[ReadView]:
+    """A look at metadata of which nothing is known; the caller has locked its directory.
+
+    CorruptMetadata; and where the file is damaged in the wrong place, the process may die.
+    """
+    _refuse_truncated(directory / "data.mdb")
+    try:
+        with lmdb.open(
+            str(directory), readonly=True, lock=False, max_dbs=len(TABLES) + 1, lib_version=0,
+        ) as environment:  # fmt: skip
+            tables = {name: environment.open_db(name.encode(), create=False) for name in TABLES}
+            tables["children"] = environment.open_db(b"children", dupsort=True, create=False)
+            with environment.begin() as txn:
+                yield ReadView(txn, tables)
+    except lmdb.Error as error:
+        raise CorruptMetadata(f"{directory / 'data.mdb'} cannot be read: {error}") from error
+
+
+def unpack_devices(data: bytes) -> list[DeviceRecord]:
+    """The devices that the metadata names; CorruptMetadata."""
+    try:
+        return [
+            DeviceRecord(
+                DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
+                ByteCount(part["size_bytes"]),
+            )
+            for part in json.loads(data)
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
+
+
 def _pack_devices(devices: list[DeviceRecord]) -> bytes:
     return json.dumps(
         [
@@ -356,7 +388,7 @@ def _refuse_truncated(path: Path) -> None:
     if problems:
         raise CorruptMetadata(
             f"{path} has {size} bytes but names {(last + 1) * ALIGN}: it is truncated "
-            f"({problems[0]}); restore it from a copy or create the warehouse anew"
+            f"({problems[0]}); run `twfs rebuild`, or create the warehouse anew"
         )
 
 
