@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evicting", "listing", "matching", "opening"),
     ("scanning",),
     ("survivors",),
-    ("check", "putting", "rebuild"),
+    ("check", "erasing", "putting", "rebuild"),
     ("localput",),
     ("warehouse",),
     ("shared",),
