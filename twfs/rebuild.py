@@ -229,9 +229,11 @@ def _likely(directory: Path, without: frozenset[int], old: Salvage | None) -> It
 
 
 def _refuse_needless(sources: _Sources, *, force: bool) -> None:
-    """Raise WarehouseExists if the metadata can be read and is as new as the devices."""
+    """Raise WarehouseExists if the metadata can be read and says of these devices the newest."""
     old = sources.old
-    if not force and old is not None and old.whole and sources.roster.sequence - old.sequence <= 1:
+    if force or old is None or not old.whole or sources.roster.sequence - old.sequence > 1:
+        return
+    if {device.index for device in old.devices} == sources.devices.keys():
         raise WarehouseExists(
             f"the metadata in {sources.directory} can be read and is as new as its devices: use "
             "`twfs check`; --force makes it anew all the same, and brings back evicted blocks too"
