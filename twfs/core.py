@@ -5,10 +5,11 @@ I/O or a commit. What a transaction changed enters memory in the metadata's writ
 after its commit: until then a published block is a miss, and a removed one is condemned.
 """
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,10 +62,19 @@ class Counters:
     evicted_blocks: int = 0
     evicted_bytes: int = 0
     removed_blocks: int = 0
+    erased_blocks: int = 0  # of these two: headers overwritten
     holes: int = 0
     reports: int = 0
     mount_reads: int = 0
     mount_read_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Freed:
+    """Extents of removed blocks, and of these the ones whose headers are to be overwritten."""
+
+    extents: list[Extent] = field(default_factory=list)
+    headers: list[Extent] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -84,6 +94,8 @@ class Core:
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
+    to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
+    erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     io: ThreadPoolExecutor = field(
@@ -226,17 +238,20 @@ class Core:
             self._move_links(removed.heads)
             for key in removed.kept:
                 self._spare(key)
-            over: list[Extent] = []  # limbo whose last lease ended while the commit was under way
+            over = Freed()  # limbo whose last lease ended while the commit was under way
             for _, block in removed.blocks:
                 self.slots.drop(block.slot)
                 if block.slot not in removed.limbo:
                     self.slots.give_back(block.slot)
+                    if block.slot in self.to_erase:
+                        self.to_erase.discard(block.slot)
+                        removed.erase += block.extents[:1]
                 elif self.slots.leases[block.slot]:
                     self.slots.state[block.slot] = slots.LIMBO
                     self.limbo[block.slot] = block.extents
                 else:
                     self.slots.give_back(block.slot)
-                    over += block.extents
+                    self._add_freed(over, block.slot, block.extents)
             self._free_limbo(over)
             if evicted:
                 self.counters.evicted_blocks += len(removed.blocks)
@@ -247,10 +262,11 @@ class Core:
 
     def free_space(self, removed: ledger.Removed) -> None:
         """Let the extents of a removal that no power cut can undo be written again (I19)."""
-        with self.lock:
-            for _, block in removed.blocks:
-                if block.slot not in removed.limbo:
-                    self.allocator.release(block.extents)
+        free = Freed(headers=removed.erase)
+        for _, block in removed.blocks:
+            if block.slot not in removed.limbo:
+                free.extents += block.extents
+        self._hand_out(free)
 
     def _spare(self, key: BlockKey) -> None:
         """Let a condemned block live: it has gained a child, or its removal failed."""
@@ -258,6 +274,7 @@ class Core:
             block = view.block(key)
         if block is not None and self.slots.state[block.slot] == slots.CONDEMNED:
             self.slots.state[block.slot] = slots.LIVE
+            self.to_erase.discard(block.slot)
 
     def _move_links(self, heads: ledger.HeadMoves) -> None:
         """Count heads over blocks anew after heads moved.
@@ -308,25 +325,60 @@ class Core:
         self.slots.leases[pinned] -= 1
         if not self.limbo:
             return
-        over: list[Extent] = []
+        over = Freed()
         for slot in pinned.tolist():
             if slot in self.limbo and self.slots.leases[slot] == 0:
-                over += self.limbo.pop(slot)
+                self._add_freed(over, slot, self.limbo.pop(slot))
                 self.slots.give_back(slot)
         self._free_limbo(over)
 
-    def _free_limbo(self, extents: list[Extent]) -> None:
-        """Queue the end of *extents*' time in limbo; they are free once that is certain (I19)."""
-
-        def free(_: None) -> None:
-            with self.lock:
-                self.allocator.release(extents)
-
-        if extents:
+    def _free_limbo(self, over: Freed) -> None:
+        """Queue the end of *over*'s time in limbo; it is free once that is certain (I19)."""
+        if over.extents:
             with suppress(WarehouseClosed):  # limbo is emptied at the next start too
                 self.metadata.submit(
-                    lambda view: ledger.free_limbo(view, extents), settled=free, urgent=True
-                )
+                    lambda view: ledger.free_limbo(view, over.extents),
+                    settled=lambda _: self._hand_out(over), urgent=True,
+                )  # fmt: skip
+
+    def _add_freed(self, freed: Freed, slot: int, extents: tuple[Extent, ...]) -> None:
+        """Add what the block in *slot* had; whether it is to be erased ends with it."""
+        freed.extents += extents
+        if slot in self.to_erase:
+            self.to_erase.discard(slot)
+            freed.headers += extents[:1]
+
+    def _hand_out(self, freed: Freed) -> None:
+        """Let extents whose removal is certain be reserved again, headers overwritten first."""
+        with self.lock:
+            if freed.headers:
+                under_way = [e for e in self.erasures if not e.done() or e.exception()]
+                with suppress(RuntimeError):  # the warehouse is closing: nothing is reserved more
+                    self.erasures = [*under_way, self.io.submit(self._erase, freed)]
+                    return
+            self.allocator.release(freed.extents)
+
+    def _erase(self, freed: Freed) -> None:
+        """Overwrite the headers and flush, then let the extents go, also when that failed."""
+        zeros = memoryview(mmap.mmap(-1, ALIGN))
+        try:
+            for header in freed.headers:
+                self.devices[header.device].write_from([zeros], header.offset)
+            for index in {header.device for header in freed.headers}:
+                self.flushers[index].flush()
+            with self.lock:
+                self.counters.erased_blocks += len(freed.headers)
+        finally:
+            with self.lock:
+                self.allocator.release(freed.extents)
+
+    def await_erasures(self) -> None:
+        """Wait for headers that are being overwritten; the first error of any of them."""
+        with self.lock:
+            waiting, self.erasures = self.erasures, []
+        wait(waiting)
+        for each in waiting:
+            each.result()
 
     def count_served(self, served: Sequence[Served]) -> None:
         """Add what a holder of a lease says that its readers delivered. Hold the lock."""

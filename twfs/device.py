@@ -48,7 +48,7 @@ from twfs.units import (
     is_aligned,
 )
 
-__all__ = ["Device", "DeviceSpec", "DeviceStatistics", "format_device", "inspect"]
+__all__ = ["Device", "DeviceSpec", "DeviceStatistics", "format_device", "identify", "inspect"]
 
 VECTORS_MAX: Final = 1000  # buffers of one preadv; the kernel's IOV_MAX is 1024
 
@@ -356,6 +356,21 @@ class Device:
             self._closed = True
             self._idle.wait_for(lambda: not self._counts.in_flight)
         os.close(self._descriptor)
+
+
+def identify(path: Path) -> Superblock:
+    """Return the superblock of the device at *path*, from either copy; claims nothing.
+
+    WrongDevice, NotAllowed, CorruptSuperblock, FormatTooNew, FormatTooOld.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        raise refusal(path, error) from error
+    try:
+        return _read_superblock(path, descriptor, [])
+    finally:
+        os.close(descriptor)
 
 
 def _rest(batch: list[memoryview], done: int) -> list[memoryview]:

@@ -99,19 +99,29 @@ def _in_turn(slots: Slots, leaves: IntArray, unreachable: IntArray) -> Iterator[
         leaves, stamps = leaves[~some], stamps[~some]
 
 
-def submit_eviction(core: Core, wanted_bytes: int) -> "list[Future[ledger.Removed]]":
+def submit_eviction(
+    core: Core, wanted_bytes: int, *, erase: bool = False
+) -> "list[Future[ledger.Removed]]":
     """Choose victims and queue their removal; one future per transaction."""
     with core.lock:
         keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes)]
         # One model's together, or victims of two models by turns would be a transaction each.
         keys.sort(key=lambda key: key.model)
-        return submit_condemned(core, keys, evicted=True)
+        return submit_condemned(core, keys, evicted=True, erase=erase)
 
 
 def submit_condemned(
-    core: Core, keys: list[BlockKey], *, evicted: bool
+    core: Core, keys: list[BlockKey], *, evicted: bool, erase: bool = False
 ) -> "list[Future[ledger.Removed]]":
-    """Queue the removal of condemned *keys*, in order; one transaction holds one model's."""
+    """Queue the removal of condemned *keys*, in order; one transaction holds one model's.
+
+    With *erase* their headers are overwritten before the extents are handed out. Hold the lock.
+    """
+    if erase:
+        with core.metadata.read() as view:
+            core.to_erase.update(
+                block.slot for block in map(view.block, keys) if block is not None and block.extents
+            )
     futures = []
     start = 0
     for stop in range(1, len(keys) + 1):
@@ -155,7 +165,9 @@ def _one_done(core: Core) -> None:
         core.evicting -= 1
 
 
-def remove_session(core: Core, model: ModelId, head: PrefixHash) -> ByteCount:
+def remove_session(
+    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False
+) -> ByteCount:
     """Unpublish a session from the tail up, every block that no other head uses.
 
     What hangs below them (incomplete, so under no head) goes too. Leased blocks wait in limbo.
@@ -181,7 +193,7 @@ def remove_session(core: Core, model: ModelId, head: PrefixHash) -> ByteCount:
                 for shard in range(layout.shards)
                 for key in _condemn(core, view, own, BlockKey(model, head, group, shard))
             ]
-        futures = submit_condemned(core, keys, evicted=False)
+        futures = submit_condemned(core, keys, evicted=False, erase=erase)
     return freed_bytes(futures)
 
 

@@ -55,6 +55,7 @@ class Removed:
     blocks: list[tuple[BlockKey, Block]] = field(default_factory=list)
     kept: list[BlockKey] = field(default_factory=list)
     limbo: set[int] = field(default_factory=set)  # slots whose extents a lease may still read
+    erase: list[Extent] = field(default_factory=list)  # begin with headers to be overwritten
     heads: HeadMoves = field(default_factory=HeadMoves)
 
 

@@ -39,13 +39,10 @@ from twfs.errors import (
 )
 from twfs.metafile import read_ahead, refuse_truncated, refuse_unverified
 from twfs.records import FORMAT_VERSION, Extent
-from twfs.secret import SECRET_BYTES
+from twfs.secret import SECRET_BYTES, SECRET_FILE
 from twfs.store import Durability
 from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
-from twfs.units import (
-    ByteCount,
-    DeviceIndex,
-)
+from twfs.units import ByteCount, DeviceIndex
 
 T = TypeVar("T")
 
@@ -153,6 +150,11 @@ class Metadata:
         """
         path = directory / "data.mdb"
         if not path.exists():
+            if (directory.parent / SECRET_FILE).exists():
+                raise NoSuchWarehouse(
+                    f"{directory.parent} has lost its metadata: run `twfs rebuild`, or make an "
+                    "empty warehouse with `twfs create --force`"
+                )
             raise NoSuchWarehouse(
                 f"{directory.parent} holds no warehouse: make one with `twfs create`"
             )
@@ -183,15 +185,8 @@ class Metadata:
         verified: bool = False,
     ) -> "Metadata":  # fmt: skip
         """Lock the directory, look at the file, open it."""
-        lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock_fd = lock_directory(directory)
         try:
-            try:
-                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise WarehouseBusy(
-                    f"{directory.parent} is open in another process: use its daemon's socket, "
-                    "or stop it first"
-                ) from error
             if not creating:
                 refuse_truncated(directory / "data.mdb")
                 if verified:
@@ -276,16 +271,7 @@ class Metadata:
     def devices(self) -> list[DeviceRecord]:
         """The devices, by index."""
         with self.read() as view:
-            try:
-                return [
-                    DeviceRecord(
-                        DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
-                        ByteCount(part["size_bytes"]),
-                    )
-                    for part in json.loads(view.meta("devices") or b"")
-                ]  # fmt: skip
-            except (ValueError, KeyError, TypeError) as error:
-                raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
+            return unpack_devices(view.meta("devices") or b"")
 
     def _write(self) -> None:
         """The writer thread: commit whatever is queued, until told to stop."""
@@ -421,6 +407,53 @@ class Metadata:
             self._users.wait_for(lambda: not self._reading)
         self._environment.close()
         os.close(self._lock_fd)
+
+
+def lock_directory(directory: Path) -> int:
+    """Claim the metadata in *directory*; returns a descriptor to be closed. WarehouseBusy."""
+    lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock_fd)
+        raise WarehouseBusy(
+            f"{directory.parent} is open in another process: use its daemon's socket, "
+            "or stop it first"
+        ) from error
+    return lock_fd
+
+
+@contextmanager
+def peek(directory: Path) -> Iterator[ReadView]:
+    """A look at metadata of which nothing is known; the caller has locked its directory.
+
+    CorruptMetadata; and where the file is damaged in the wrong place, the process may die.
+    """
+    refuse_truncated(directory / "data.mdb")
+    try:
+        with lmdb.open(
+            str(directory), readonly=True, lock=False, max_dbs=len(TABLES) + 1, lib_version=0,
+        ) as environment:  # fmt: skip
+            tables = {name: environment.open_db(name.encode(), create=False) for name in TABLES}
+            tables["children"] = environment.open_db(b"children", dupsort=True, create=False)
+            with environment.begin() as txn:
+                yield ReadView(txn, tables)
+    except lmdb.Error as error:
+        raise CorruptMetadata(f"{directory / 'data.mdb'} cannot be read: {error}") from error
+
+
+def unpack_devices(data: bytes) -> list[DeviceRecord]:
+    """The devices that the metadata names; CorruptMetadata."""
+    try:
+        return [
+            DeviceRecord(
+                DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
+                ByteCount(part["size_bytes"]),
+            )
+            for part in json.loads(data)
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
 
 
 def _nothing(_: object) -> None:

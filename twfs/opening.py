@@ -89,9 +89,7 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         superblock = format_device(spec, warehouse=warehouse, index=index, force=force)
         if fresh:
             undo.callback(spec.path.unlink, missing_ok=True)
-        path = spec.path.resolve()
-        home = directory.resolve()
-        name = str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+        name = path_in(directory, spec.path)
         records.append(DeviceRecord(index, superblock.device, name, superblock.size_bytes))
         start = superblock.data_start
         end = superblock.size_bytes - ALIGN
@@ -103,6 +101,12 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     undo.callback((directory / SECRET_FILE).unlink, missing_ok=True)
     keep_secret(directory, secret)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def path_in(directory: Path, path: Path) -> str:
+    """How the metadata in *directory* names the device at *path*: so that both may be moved."""
+    path, home = path.resolve(), directory.resolve()
+    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
 def open_core(directory: Path, *, lease_ms: int, durability: Durability) -> Core:

@@ -18,7 +18,7 @@ from uuid import UUID
 import msgspec
 import numpy as np
 
-from twfs import check, enrolling, evicting, listing, matching, opening, putting
+from twfs import check, enrolling, erasing, evicting, listing, matching, opening, putting
 from twfs.arena import Arena
 from twfs.core import Core
 from twfs.device import Device
@@ -85,7 +85,7 @@ class Warehouse:
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
         self.scrubber = Scrubber(core)
-        self.verbs: Verbs = {**self.scrubber.verbs()}
+        self.verbs: Verbs = {**self.scrubber.verbs(), **erasing.verbs(core)}
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 

@@ -21,6 +21,7 @@ from twfs_tools.explain import explain
 from twfs_tools.ls import ls
 from twfs_tools.model import app as model_app
 from twfs_tools.output import JsonFlag, complain
+from twfs_tools.rebuild import rebuild
 from twfs_tools.scrub import scrub
 from twfs_tools.serve import mount, serve, unmount
 from twfs_tools.status import status
@@ -39,7 +40,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (create, serve, mount, unmount, status, ls, evict, explain, check, scrub):
+for command in (
+    create, serve, mount, unmount, status, ls, evict, explain, check, scrub, rebuild,
+):  # fmt: skip
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")
 app.add_typer(bench.app, name="bench")

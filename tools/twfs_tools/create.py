@@ -30,6 +30,7 @@ def create(
     as_json: JsonFlag = False,
 ) -> None:
     """Make an empty warehouse in DIRECTORY, on an image of --size or on each --device."""
+    from twfs.secret import SECRET_FILE  # noqa: PLC0415
     from twfs.warehouse import Warehouse  # noqa: PLC0415
 
     specs = device_specs(directory, image, devices or [])
@@ -46,9 +47,14 @@ def create(
         print_json({
             "directory": directory, "uuid": uuid, "devices": paths,
             "total_bytes": space.total_bytes, "free_bytes": space.free_bytes,
+            "secret": directory / SECRET_FILE,
         })  # fmt: skip
     else:
         say(f"warehouse {uuid} in {directory}: {size(space.total_bytes)} on {', '.join(paths)}")
+        say(
+            f"keep a copy of {directory / SECRET_FILE} in a safe place: without it the blocks "
+            "cannot be found again should the metadata be lost"
+        )
 
 
 def device_specs(directory: Path, image: str | None, devices: list[str]) -> "list[DeviceSpec]":

@@ -158,3 +158,45 @@ class Steps:
         self._progress.advance(self._task, count)
         if text is not None:
             self._progress.update(self._task, description=text)
+
+
+class Gauge:
+    """How far something in several phases is, on stderr; nothing where that is no terminal.
+
+    The first estimate of each phase stays as a line. May be shown from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._console = _console(stderr=True)
+        self._estimated: set[str] = set()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, detail="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(
+        self, phase: str, done: int, total: int, detail: str, seconds_left: float | None
+    ) -> None:
+        """Show that *done* of *total* is done in *phase*, and the time that is left."""
+        if not self._console.is_terminal:
+            return
+        if seconds_left is not None:
+            if phase not in self._estimated:
+                self._estimated.add(phase)
+                self._console.print(f"{phase}: about {seconds_left:.0f} s left")
+            detail += f", {seconds_left:.0f} s left"
+        self._progress.update(
+            self._task, description=phase, completed=done, total=total, detail=detail
+        )
