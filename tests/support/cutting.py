@@ -160,7 +160,8 @@ class Cutter:
             with suppress(TwfsError):
                 model = warehouse.open_model(name)
                 assert model.layout == layout
-                assert warehouse.lookup(model, chain_of(model, 2, NEVER_OFFERED)) == 0
+                never = chain_of(model, 2, NEVER_OFFERED)
+                assert warehouse.lookup(model, never) == 0, "a name that nobody put is there"
                 if model.id not in self._load.known:
                     continue
                 names = chance.choice(self._load.known[model.id])
@@ -169,14 +170,16 @@ class Cutter:
                     if lives.get(BlockKey(model.id, names.hash_at(wanted)), (0, True))[1]:
                         break
                     wanted += 1
-                assert read_all(warehouse, model, names) == wanted
+                assert read_all(warehouse, model, names) == wanted, "a match ends elsewhere"
 
     def _go_on(self, warehouse: Warehouse, chance: random.Random) -> None:
         """Use the warehouse that a cut has left: what it takes for free is written."""
         model = warehouse.open_model("m", MHA)
         names = chain_of(model, chance.randrange(1, 20), chance.randrange(100, 200))
         held = put(warehouse, model, names).held
-        assert read_all(warehouse, model, names) == held > 0
+        assert held > 0, "nothing can be put any more"
+        # Room is made in the background, and may take the end of this chain again.
+        assert read_all(warehouse, model, names) <= held, "more is read than was put"
 
 
 def _verified(tables: Path) -> list[str]:
