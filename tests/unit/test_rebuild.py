@@ -52,7 +52,7 @@ from twfs.records import DATA_START, BlockKey, Extent, Header
 from twfs.roster import newest_roster, write_roster
 from twfs.scanning import Cause, Progress
 from twfs.store import Model, PutOutcome
-from twfs.units import ALIGN, ByteCount, ByteOffset
+from twfs.units import ALIGN, ByteCount, ByteOffset, DeviceIndex, Generation
 from twfs.warehouse import Warehouse
 
 SEEDS = int(os.environ.get("TWFS_REBUILD_SEEDS", "5"))
@@ -234,7 +234,7 @@ def test_a_forged_header_in_kv_bytes_is_not_believed(scratch: Path) -> None:
         extent = replace(real.extents[0], offset=DATA_START + 2 * ALIGN + ALIGN + place)
         forged = Header(
             warehouse.uuid, warehouse.devices[0].uuid, MHA.fingerprint, "small", 0, 0, 0,
-            inner.hash_at(0), replace(real, extents=(extent,), generation=real.generation + 5),
+            inner.hash_at(0), replace(real, extents=(extent,), generation=Generation(real.generation + 5)),
         )  # fmt: skip
         body = image_of(warehouse, DATA_START + ALIGN, ALIGN)
         packed = forged.pack(b"not the secret of the warehouse!") + body
@@ -300,10 +300,12 @@ def test_of_two_lives_of_one_block_the_newer_comes_back(scratch: Path) -> None:
         put(warehouse, model, names)
         warehouse.remove(model.id, names.hash_at(2))
         settle(warehouse)
-        warehouse._core.allocator._devices[0].cut(DATA_START, 1 << 20)  # do not reuse the place
+        warehouse._core.allocator._devices[DeviceIndex(0)].cut(
+            DATA_START, 1 << 20
+        )  # do not reuse the place
         put(warehouse, model, other)
         put(warehouse, model, names)
-        warehouse._core.allocator._devices[0].add(DATA_START, 1 << 20)
+        warehouse._core.allocator._devices[DeviceIndex(0)].add(DATA_START, 1 << 20)
         before = state_of(warehouse)
     report = lost_and_rebuilt(scratch)
     assert (report.accepted, rejected(report, Cause.OLDER)) == (7, 3)
