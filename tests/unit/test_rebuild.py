@@ -231,10 +231,11 @@ def test_a_forged_header_in_kv_bytes_is_not_believed(scratch: Path) -> None:
         payload = payloads_of(BIG, chain_of(model, 1, 1))[0].copy()
         place = 4 * ALIGN  # of the forgery in the payload
         inner = chain_of(small, 1, 77)
-        extent = replace(real.extents[0], offset=DATA_START + 2 * ALIGN + ALIGN + place)
+        extent = replace(real.extents[0], offset=ByteOffset(DATA_START + 2 * ALIGN + ALIGN + place))
         forged = Header(
             warehouse.uuid, warehouse.devices[0].uuid, MHA.fingerprint, "small", 0, 0, 0,
-            inner.hash_at(0), replace(real, extents=(extent,), generation=Generation(real.generation + 5)),
+            inner.hash_at(0),
+            replace(real, extents=(extent,), generation=Generation(real.generation + 5)),
         )  # fmt: skip
         body = image_of(warehouse, DATA_START + ALIGN, ALIGN)
         packed = forged.pack(b"not the secret of the warehouse!") + body
