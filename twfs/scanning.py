@@ -5,7 +5,7 @@ is read, the other is looked through. A block that lies whole in its window is v
 is cut by a window's end or lies in several extents is left for `Scan.verify`. Nothing is written.
 
 Memory: WINDOWS_BYTES_MAX for all windows together, VERIFIERS pieces of 16 MiB, and about 200 bytes
-for each header found.
+for each header found (while the metadata is written, about 700).
 """
 
 import struct

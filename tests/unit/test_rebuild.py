@@ -294,21 +294,29 @@ def test_a_genuine_header_replayed_at_its_old_place_in_a_newer_payload_is_not_be
         assert [model for model, *_ in state_of(warehouse).blocks] == ["big"]
 
 
-def test_of_two_lives_of_one_block_the_newer_comes_back(scratch: Path) -> None:
+@pytest.mark.parametrize("newer_lies_first", [False, True])
+def test_of_two_lives_of_one_block_the_newer_comes_back(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, newer_lies_first: bool
+) -> None:
+    monkeypatch.setattr(scanning, "WINDOW_BYTES", 20 * ALIGN)  # each life in one of its own
+    monkeypatch.setattr(scanning, "WINDOW_BYTES_MIN", 20 * ALIGN)
     with open_warehouse(scratch) as warehouse:
         model = warehouse.open_model("m", MHA)
-        names, other = chain_of(model, 3), chain_of(model, 4, 9)
-        put(warehouse, model, names)
-        warehouse.remove(model.id, names.hash_at(2))
-        settle(warehouse)
-        runs = warehouse._core.allocator._devices[DeviceIndex(0)]
-        runs.cut(DATA_START, 1 << 20)  # so that the place is not reused
-        put(warehouse, model, other)
-        put(warehouse, model, names)
-        runs.add(DATA_START, 1 << 20)
+        names = chain_of(model, 3)
+        device = warehouse._core.allocator._devices[DeviceIndex(0)]
         before = state_of(warehouse)
+        for first in (not newer_lies_first, newer_lies_first):
+            if not first:  # so that it comes to lie behind
+                device.cut(DATA_START, 1 << 20)
+            put(warehouse, model, names)
+            if not first:
+                device.add(DATA_START, 1 << 20)
+            before = state_of(warehouse)
+            if first != newer_lies_first:
+                warehouse.remove(model.id, names.hash_at(2))
+                settle(warehouse)
     report = lost_and_rebuilt(scratch)
-    assert (report.accepted, rejected(report, Cause.OLDER)) == (7, 3)
+    assert (report.accepted, rejected(report, Cause.OLDER)) == (3, 3)
     with open_warehouse(scratch) as warehouse:
         assert_back(before, state_of(warehouse), exactly=True)
 

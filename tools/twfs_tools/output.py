@@ -198,5 +198,6 @@ class Gauge:
                 self._console.print(f"{phase}: about {seconds_left:.0f} s left")
             detail += f", {seconds_left:.0f} s left"
         self._progress.update(
-            self._task, description=phase, completed=done, total=total, detail=detail
-        )
+            self._task, description=phase, completed=done, total=total, detail=detail,
+            refresh=done >= total,
+        )  # fmt: skip
