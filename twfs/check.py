@@ -17,13 +17,13 @@ from typing import Final
 from twfs import ledger
 from twfs import slots as states
 from twfs.core import Core
-from twfs.errors import BadPayload, CorruptMetadata, DeviceError
+from twfs.errors import BadPayload, CorruptMetadata, DeviceError, InvalidInput
 from twfs.layout import GroupKind, Layout
 from twfs.payload import aligned_buffer, header_complaint, read_payload
 from twfs.records import Block, BlockKey, Extent, Header, Superblock
 from twfs.store import CheckReport, Finding
 from twfs.tables import ModelRecord, ReadView
-from twfs.units import ALIGN, EXTENTS_MAX, ModelId, PrefixHash, align_up
+from twfs.units import ALIGN, EXTENTS_MAX, HASH_BYTES, ModelId, PrefixHash, align_up
 
 FINDINGS_MAX: Final = 1000  # of one run; who has more needs no more of them
 THREADS: Final = 8  # device reads in flight: headers are small, so queue depth is all
@@ -67,6 +67,8 @@ def take_snapshot(view: ReadView) -> _Snapshot:
             taken.unreadable.append(f"{raw_key.hex()}: {error}")
     for raw_key, child in view.all_children():
         try:
+            if len(child) != HASH_BYTES:
+                raise ValueError(f"a child of {len(child)} bytes")
             taken.children.add((BlockKey.unpack(raw_key), PrefixHash(child)))
         except ValueError as error:
             taken.unreadable.append(f"children of {raw_key.hex()}: {error}")
@@ -161,7 +163,7 @@ def headers_agree(core: Core, taken: _Snapshot) -> Iterator[str]:
             core.devices[first.device].read_into([buffer], first.offset)
             header = Header.unpack(buffer)
             complaint = header_complaint(header, key, block) or misplaced(header, key, block)
-        except (ValueError, DeviceError) as error:
+        except (ValueError, DeviceError, InvalidInput) as error:  # InvalidInput: outside of it
             complaint = str(error)
         if complaint is None or not _unchanged(core, key, block):
             return None

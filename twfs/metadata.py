@@ -34,7 +34,7 @@ from twfs.errors import (
     WarehouseClosed,
 )
 from twfs.records import FORMAT_VERSION, Extent
-from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
+from twfs.tables import LENGTH, TABLES, UNREADABLE, DeviceRecord, ReadView, WriteView
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -122,7 +122,7 @@ class Metadata:
         metadata = cls._open(directory, creating=False)
         try:
             with metadata.read() as view:
-                version = LENGTH.unpack(view.meta("format_version") or bytes(8))[0]
+                version = int.from_bytes(view.meta("format_version") or b"", "little")
             if version > FORMAT_VERSION:
                 raise FormatTooNew(
                     f"{path} has format version {version}, this twfs knows {FORMAT_VERSION}: "
@@ -166,7 +166,7 @@ class Metadata:
 
     @contextmanager
     def read(self) -> Iterator[ReadView]:
-        """A snapshot for a short look; no waiting inside. WarehouseClosed."""
+        """A snapshot for a short look; no waiting inside. WarehouseClosed, CorruptMetadata."""
         with self._users:
             if self._closed:
                 raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
@@ -174,6 +174,10 @@ class Metadata:
         try:
             with self._environment.begin() as txn:
                 yield ReadView(txn, self._tables)
+        except lmdb.Error as error:
+            raise CorruptMetadata(
+                f"{self.directory / 'data.mdb'} cannot be read: {error}; see `twfs check`"
+            ) from error
         finally:
             with self._users:
                 self._reading -= 1
@@ -202,23 +206,21 @@ class Metadata:
         raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
 
     def warehouse(self) -> UUID:
-        """The UUID of the warehouse that this metadata is of."""
+        """The UUID of the warehouse that this metadata is of; CorruptMetadata."""
         with self.read() as view:
-            return UUID(bytes=view.meta("warehouse") or bytes(16))
+            found = view.meta("warehouse") or b""
+        if len(found) != 16:
+            raise CorruptMetadata(f"the warehouse's UUID has {len(found)} bytes instead of 16")
+        return UUID(bytes=found)
 
     def devices(self) -> list[DeviceRecord]:
-        """The devices, by index."""
+        """The devices, by index; CorruptMetadata."""
         with self.read() as view:
-            try:
-                return [
-                    DeviceRecord(
-                        DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
-                        ByteCount(part["size_bytes"]),
-                    )
-                    for part in json.loads(view.meta("devices") or b"")
-                ]  # fmt: skip
-            except (ValueError, KeyError, TypeError) as error:
-                raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
+            data = view.meta("devices") or b""
+        try:
+            return _unpack_devices(data)
+        except UNREADABLE as error:
+            raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
 
     def _write(self) -> None:
         """The writer thread: commit whatever is queued, until told to stop."""
@@ -303,10 +305,30 @@ def _pack_devices(devices: list[DeviceRecord]) -> bytes:
     ).encode()
 
 
+def _unpack_devices(data: bytes) -> list[DeviceRecord]:
+    """Undo _pack_devices; one of UNREADABLE if that did not make *data*."""
+    parts = json.loads(data)
+    if not parts or type(parts) is not list:
+        raise ValueError("it names none")
+    found = []
+    for number, part in enumerate(parts):
+        index, uuid, path, size = (part[name] for name in ("index", "uuid", "path", "size_bytes"))
+        kinds = [type(value) for value in (index, uuid, path, size)]
+        if kinds != [int, str, str, int] or index != number or "\0" in path:
+            raise ValueError(f"row {number} is {part!r:.200}")
+        found.append(DeviceRecord(DeviceIndex(index), UUID(uuid), path, ByteCount(size)))
+    return found
+
+
+DAMAGE: Final = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.InvalidError)
+
+
 def _translated(error: BaseException) -> BaseException:
     """LMDB's errors as ours."""
     if isinstance(error, lmdb.MapFullError):
         return NoSpaceForImage(f"the metadata has reached its limit of {MAP_BYTES} bytes")
+    if isinstance(error, DAMAGE):
+        return CorruptMetadata(f"the metadata is damaged: {error}; see `twfs check`")
     if isinstance(error, lmdb.Error):
         if os.strerror(errno.ENOSPC) in str(error):
             return NoSpaceForImage(f"the filesystem of the metadata is full: {error}")

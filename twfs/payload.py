@@ -9,7 +9,7 @@ from twfs.checksums import lanes_of, xxh3_of
 from twfs.device import Device
 from twfs.errors import BadPayload, DeviceError
 from twfs.records import Block, BlockKey, Header
-from twfs.units import ALIGN, IO_BYTES_MAX, ByteOffset, align_up
+from twfs.units import ALIGN, BLOCK_BYTES_MAX, IO_BYTES_MAX, ByteOffset, align_up
 
 
 def aligned_buffer(byte_count: int) -> memoryview:
@@ -28,11 +28,10 @@ def read_payload(
     The lane sums are for GPUs: they cost ten times what xxh3 does, and prove nothing more here.
     DeviceError if they cannot be read, BadPayload if they are not what the record says.
     """
-    buffer = aligned_buffer(ALIGN + align_up(block.payload_bytes))
+    _check_places(devices, key, block)
+    buffer = aligned_buffer(block.device_bytes)
     at = 0
     for extent in block.extents:
-        if extent.device >= len(devices):
-            raise DeviceError(f"block {key.prefix_hash.hex()} lies on device {extent.device}, gone")
         for done in range(0, extent.length, IO_BYTES_MAX):
             size = min(extent.length - done, IO_BYTES_MAX)
             devices[extent.device].read_into(
@@ -56,6 +55,21 @@ def read_payload(
             f"{block.extents[0]} do not have their checksums"
         )
     return header, payload
+
+
+def _check_places(devices: "tuple[Device, ...]", key: BlockKey, block: Block) -> None:
+    """Raise BadPayload if the record cannot be true, before memory is taken for what it says."""
+    name, wanted = key.prefix_hash.hex(), ALIGN + align_up(block.payload_bytes)
+    if not wanted <= block.device_bytes <= ALIGN + BLOCK_BYTES_MAX:
+        raise BadPayload(
+            f"block {name}: its record says {block.payload_bytes} bytes, in extents of "
+            f"{block.device_bytes}"
+        )
+    for extent in block.extents:
+        if extent.device >= len(devices):
+            raise DeviceError(f"block {name} lies on device {extent.device}, gone")
+        if extent.offset + extent.length > devices[extent.device].size_bytes:
+            raise BadPayload(f"block {name}: its record says {extent}, outside of the device")
 
 
 def header_complaint(header: Header, key: BlockKey, block: Block) -> str | None:
