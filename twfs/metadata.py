@@ -12,6 +12,8 @@ import json
 import os
 import queue
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -30,6 +32,7 @@ from twfs.errors import (
     FormatTooNew,
     NoSpaceForImage,
     NoSuchWarehouse,
+    NotAllowed,
     WarehouseBusy,
     WarehouseClosed,
 )
@@ -112,7 +115,7 @@ class Metadata:
         """Open existing metadata.
 
         NoSuchWarehouse, WarehouseBusy, CorruptMetadata (also for a truncated file, before LMDB
-        could run into SIGBUS), FormatTooNew.
+        could run into SIGBUS), FormatTooNew, NotAllowed under a limit of address space.
         """
         path = directory / "data.mdb"
         if not path.exists():
@@ -156,6 +159,12 @@ class Metadata:
                     lib_version=0, readahead=False, mode=0o600,
                 )  # fmt: skip
                 return cls(directory, lock_fd, environment)
+            except lmdb.MemoryError as error:
+                raise NotAllowed(
+                    f"LMDB could not map {MAP_BYTES >> 30} GiB of address space, of which it uses "
+                    "what it needs: lift the limit on it (ulimit -v unlimited; systemd: LimitAS=) "
+                    "and limit memory instead (MemoryMax=)"
+                ) from error
             except lmdb.Error as error:
                 raise CorruptMetadata(f"{directory / 'data.mdb'} cannot be opened: {error}") from (
                     error
@@ -359,6 +368,63 @@ def _refuse_truncated(path: Path) -> None:
         raise CorruptMetadata(
             f"{path} has {size} bytes but names {(last + 1) * ALIGN}: it is truncated "
             f"({problems[0]}); restore it from a copy or create the warehouse anew"
+        )
+
+
+# Reads every row, and begins a change of every tree: all that LMDB would touch.
+_SCOUT: Final = """
+import sys, lmdb
+try:
+    env = lmdb.open(sys.argv[1], max_dbs=16, map_size=int(sys.argv[2]), lib_version=0)
+    tables = [
+        env.open_db(name.encode(), dupsort=name == "children", create=False)
+        for name in sys.argv[3:]
+    ]
+    with env.begin(write=True) as txn:
+        for table in tables:
+            for row in txn.cursor(db=table):
+                pass
+        for table in tables:
+            txn.put(b"0", b"0", db=table)
+        txn.abort()
+except (lmdb.MemoryError, lmdb.NotFoundError):
+    pass  # no damage: whoever opens it will say what it is
+except lmdb.Error as error:
+    sys.exit(str(error))
+"""
+
+
+def scout(directory: Path) -> None:
+    """Let a child process read and begin to change all tables; CorruptMetadata if it dies of it.
+
+    LMDB ends the process (SIGABRT, SIGSEGV, SIGBUS) on some damage to its pages, and its pages
+    have no checksums. Costs about 60 ms and 3 us a row. Says nothing where there is no metadata,
+    or somebody else has it open: opening it says that better.
+    """
+    path = directory / "data.mdb"
+    try:
+        lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if not path.exists():
+            return
+        _refuse_truncated(path)
+        command = [sys.executable, "-c", _SCOUT, str(directory), str(MAP_BYTES)]
+        done = subprocess.run(
+            [*command, *TABLES, "children"], capture_output=True, text=True, check=False
+        )
+    finally:
+        os.close(lock_fd)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise CorruptMetadata(
+            f"{path} is damaged: a process that read it ended with {done.returncode} ({said}); the "
+            "metadata must be made anew from the devices, or restored from a copy as new as they"
         )
 
 

@@ -21,7 +21,7 @@ from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.formatting import DeviceSpec, format_device
 from twfs.leases import Leases
-from twfs.metadata import Metadata
+from twfs.metadata import Metadata, scout
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.slots import GROWTH_MIN, KEY_BYTES, Slots
 from twfs.tables import DeviceRecord, ReadView, WriteView
@@ -90,8 +90,10 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     Metadata.create(meta, warehouse, records, free)
 
 
-def open_core(directory: Path, *, lease_ms: int) -> Core:
+def open_core(directory: Path, *, lease_ms: int, wary: bool = False) -> Core:
     """Open everything; see Warehouse.open for what may be raised."""
+    if wary:
+        scout(directory / META_DIRECTORY)
     with ExitStack() as undo:
         metadata = Metadata.open(directory / META_DIRECTORY)
         undo.callback(metadata.close)

@@ -92,13 +92,15 @@ class Warehouse:
         opening.create(directory, devices, force=force)
 
     @classmethod
-    def open(cls, directory: Path, *, lease_ms: int = LEASE_MS) -> Self:
+    def open(cls, directory: Path, *, lease_ms: int = LEASE_MS, wary: bool = False) -> Self:
         """Open the warehouse in *directory*, exclusively.
+
+        *wary*: let a child process read the metadata first, for LMDB ends a process on some damage.
 
         NoSuchWarehouse, WarehouseBusy, WrongDevice, CorruptSuperblock, TruncatedDevice,
         CorruptMetadata, FormatTooNew.
         """
-        core = opening.open_core(Path(directory), lease_ms=lease_ms)
+        core = opening.open_core(Path(directory), lease_ms=lease_ms, wary=wary)
         try:
             return cls(core)
         except BaseException:

@@ -93,7 +93,7 @@ class Daemon:
         stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         with trio.open_signal_receiver(*stop_signals) as signals:
             warehouse = await trio.to_thread.run_sync(
-                lambda: Warehouse.open(config.directory, lease_ms=config.lease_ms)
+                lambda: Warehouse.open(config.directory, lease_ms=config.lease_ms, wary=True)
             )
             try:
                 for note in warehouse.notes:
