@@ -93,10 +93,11 @@ def sample_directory() -> Path:
 class Copy:
     """A copy of the sample that may be spoilt, and is as new after `renew`."""
 
-    def __init__(self) -> None:
-        self.directory = sample_directory().with_name(sample_directory().name + "-copy")
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory or Path(tempfile.mkdtemp(dir=sample_directory().parent)) / "w"
         shutil.copytree(sample_directory(), self.directory)
-        atexit.register(shutil.rmtree, self.directory, ignore_errors=True)
+        if directory is None:
+            atexit.register(shutil.rmtree, self.directory.parent, ignore_errors=True)
         self.database = self.directory / "meta" / "data.mdb"
         self._content = self.database.read_bytes()
         self._heat = (self.directory / "heat").read_bytes()
