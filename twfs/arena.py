@@ -98,14 +98,20 @@ class Arena:
         """Make a sealed memfd of *byte_count* bytes (rounded up) and map it.
 
         With *hugetlb* it comes from the kernel's pool of huge pages if that has room; `pages`
-        tells what it became.
+        tells what it became. TooLarge if the process may not have it.
         """
         size = _checked(byte_count)
         if hugetlb:
             arena = cls._shared_hugetlb(-(-size // HUGE_BYTES) * HUGE_BYTES)
             if arena is not None:
                 return arena
-        return cls._of_memfd(MEMFD_NAME, size, 0)
+        try:
+            return cls._of_memfd(MEMFD_NAME, size, 0)
+        except OSError as error:
+            raise TooLarge(
+                f"an arena of {size} bytes cannot be had: {error.strerror}; ask for less, or lift "
+                "the limits of the daemon (ulimit -n, -v)"
+            ) from error
 
     @classmethod
     def _shared_hugetlb(cls, size: int) -> "Arena | None":

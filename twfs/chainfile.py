@@ -20,9 +20,12 @@ from twfs.units import DIGEST_BYTES, HASH_BYTES, KEY_BYTES_MAX, PrefixHash
 CHAIN_NAME: Final = "chain.json"
 CHAIN_FORMAT: Final = "twfs chain 1"
 CHAIN_BYTES_MAX: Final = 64 << 20  # about 130,000 lines of 500 bytes
-HASH_PATTERN: Final = re.compile(rf"^[0-9a-f]{{{2 * HASH_BYTES}}}$")
-BLOCK_PATTERN: Final = re.compile(r"^(\d{5,9})(?:\.g(\d{1,3}))?(?:\.s(\d{1,4}))?\.kv$")
-DETACHED_PATTERN: Final = re.compile(r"^([0-9a-f]{32})(?:\.g(\d{1,3}))?(?:\.s(\d{1,4}))?\.kv$")
+# \Z and not $, which would let a newline follow: a second name for the same thing.
+HASH_PATTERN: Final = re.compile(rf"^[0-9a-f]{{{2 * HASH_BYTES}}}\Z")
+BLOCK_PATTERN: Final = re.compile(r"^(\d{5,9})(?:\.g(\d{1,3}))?(?:\.s(\d{1,4}))?\.kv\Z", re.ASCII)
+DETACHED_PATTERN: Final = re.compile(
+    r"^([0-9a-f]{32})(?:\.g(\d{1,3}))?(?:\.s(\d{1,4}))?\.kv\Z", re.ASCII
+)
 RETENTIONS: Final = tuple(Retention)
 
 
@@ -144,7 +147,7 @@ class ChainFile(msgspec.Struct, frozen=True, dict=True):
         """Read *text*; InvalidInput says where it is not a chain.json."""
         try:
             return msgspec.json.decode(text, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidInput(f"chain.json: {error}") from error
 
     @cached_property

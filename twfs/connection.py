@@ -160,10 +160,13 @@ class Connection:
         rows = []
         try:
             for device in devices:
-                passed = False
-                with suppress(TwfsError):  # a device that is gone makes misses, not a dead client
+                try:
                     descriptors.append(await trio.to_thread.run_sync(device.open_for_reader))
                     passed = True
+                except TooLarge:  # it would see nothing but misses for as long as it is connected
+                    raise
+                except TwfsError:  # a device that is gone makes misses, not a dead client
+                    passed = False
                 path, size = str(device.path), device.size_bytes
                 rows.append(WireDevice(device.index, device.uuid.bytes, path, size, passed))
             welcome = Welcome(

@@ -3,6 +3,7 @@
 All calls block and are thread-safe. It knows superblocks, but nothing of blocks or free space.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -25,6 +26,7 @@ from twfs.errors import (
     FormatTooOld,
     InvalidInput,
     ReadOnly,
+    TooLarge,
     TruncatedDevice,
     WrongDevice,
 )
@@ -325,12 +327,17 @@ class Device:
         """Return a fresh read-only O_DIRECT descriptor, for the caller to pass on and close.
 
         Never a duplicate of the claiming one, which would keep the claim after our death.
-        WrongDevice if the path names another device by now.
+        WrongDevice if the path names another device by now; TooLarge without descriptors to spare.
         """
         with self._using("read") as descriptor:
             try:
                 fresh = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             except OSError as error:
+                if error.errno in {errno.EMFILE, errno.ENFILE}:
+                    raise TooLarge(
+                        f"no descriptor is left for {self.path}: raise the limit (ulimit -n; "
+                        "systemd: LimitNOFILE=), or close clients"
+                    ) from error
                 raise refusal(self.path, error) from error
             mine, theirs = os.fstat(descriptor), os.fstat(fresh)
             same = (

@@ -28,6 +28,33 @@ DTYPE_BITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 
 
+# What JSON may bring for each field. Other kinds would pass the comparisons of sizes (16.0, true),
+# and fail where nobody expects it.
+_TEXT: Final = (str,)
+_NUMBER: Final = (int,)
+_MAYBE_NUMBER: Final = (int, type(None))
+_GROUP_KINDS: Final[Mapping[str, tuple[type, ...]]] = {
+    "kind": _TEXT, "layers": _NUMBER, "kv_heads": _NUMBER, "head_size": _NUMBER, "dtype": _TEXT,
+    "arrangement": _TEXT, "window_tokens": _MAYBE_NUMBER, "layer_bytes": _MAYBE_NUMBER,
+}  # fmt: skip
+_LAYOUT_KINDS: Final[Mapping[str, tuple[type, ...]]] = {
+    "model": _TEXT, "revision": _TEXT, "block_tokens": _NUMBER, "shards": _NUMBER,
+    "replicated": (bool,), "engine": _TEXT, "overrides": (dict,), "groups": (list,),
+}  # fmt: skip
+
+
+def _checked_kinds(
+    data: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]
+) -> Mapping[str, Any]:
+    """Return *data* if its fields are known, and of their kinds; TypeError."""
+    for name, value in data.items():
+        if name not in kinds:
+            raise TypeError(f"there is no field {name!r}")
+        if type(value) not in kinds[name]:
+            raise TypeError(f"{name} is {value!r:.80}")
+    return data
+
+
 def check_model_name(name: str) -> str:
     """Return *name* if it may name a model (and so a directory), else raise InvalidInput."""
     if not NAME_PATTERN.fullmatch(name) or name == "detached":
@@ -195,10 +222,13 @@ class Layout:
     def from_dict(cls, data: Mapping[str, Any]) -> "Layout":
         """Make a layout of *data* (as from JSON); InvalidInput names what does not fit."""
         try:
+            _checked_kinds(data, _LAYOUT_KINDS)
+            overrides = data.get("overrides", {})
+            _checked_kinds(overrides, dict.fromkeys(overrides, _TEXT))
             groups = tuple(
                 Group(
                     **{
-                        **group,
+                        **_checked_kinds(group, _GROUP_KINDS),
                         "kind": GroupKind(group.get("kind", "full")),
                         "arrangement": Arrangement(group["arrangement"]),
                     }

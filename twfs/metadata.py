@@ -12,7 +12,6 @@ the next commit, or for a sync of its own as soon as nothing else is queued.
 
 import errno
 import fcntl
-import json
 import os
 import queue
 import threading
@@ -34,20 +33,27 @@ from twfs.errors import (
     FormatTooOld,
     NoSpaceForImage,
     NoSuchWarehouse,
+    NotAllowed,
     WarehouseBusy,
     WarehouseClosed,
 )
-from twfs.metafile import read_ahead, refuse_truncated, refuse_unverified
+from twfs.metafile import MAP_BYTES, read_ahead, refuse_truncated, refuse_unverified
 from twfs.records import FORMAT_VERSION, Extent
 from twfs.secret import SECRET_BYTES, SECRET_FILE
 from twfs.store import Durability
-from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
-from twfs.units import ByteCount, DeviceIndex
+from twfs.tables import (
+    LENGTH,
+    TABLES,
+    DeviceRecord,
+    ReadView,
+    WriteView,
+    pack_devices,
+    unpack_devices,
+)
 
 T = TypeVar("T")
 
 JOBS_PER_COMMIT_MAX: Final = 256  # bounds how long the first of them waits for the others
-MAP_BYTES: Final = 1 << 40  # address space only; the file grows as it is filled
 BACKLOG_MAX: Final = 4096  # jobs queued; more would only hide that the disk is too slow
 
 
@@ -126,7 +132,7 @@ class Metadata:
             view.set_meta("warehouse", warehouse.bytes)
             view.set_meta("secret", secret)
             view.set_meta("roster", LENGTH.pack(0))
-            view.set_meta("devices", _pack_devices(devices))
+            view.set_meta("devices", pack_devices(devices))
             for extent in free:
                 view.add_free(extent)
             # 0 is no generation, no inode; 1 is the mount's root.
@@ -145,8 +151,9 @@ class Metadata:
         """Open existing metadata; *verified*, after LMDB's own verifier has read all of the file.
 
         NoSuchWarehouse, WarehouseBusy, CorruptMetadata (also for a truncated file, before LMDB
-        could run into SIGBUS), FormatTooNew. A file that is damaged and not verified may end the
-        process: verifying takes about as long as reading all records.
+        could run into SIGBUS), FormatTooNew, NotAllowed under a limit of address space. A file
+        that is damaged and not verified may end the process: verifying takes about as long as
+        reading all records.
         """
         path = directory / "data.mdb"
         if not path.exists():
@@ -161,7 +168,7 @@ class Metadata:
         metadata = cls._open(directory, creating=False, durability=durability, verified=verified)
         try:
             with metadata.read() as view:
-                version = LENGTH.unpack(view.meta("format_version") or bytes(8))[0]
+                version = int.from_bytes(view.meta("format_version") or b"", "little")
             if version > FORMAT_VERSION:
                 raise FormatTooNew(
                     f"{path} has format version {version}, this twfs knows {FORMAT_VERSION}: "
@@ -200,6 +207,12 @@ class Metadata:
                 )  # fmt: skip
                 environment.sync(force=True)  # a relaxed process may have been killed before it did
                 return cls(directory, lock_fd, environment, durability)
+            except lmdb.MemoryError as error:
+                raise NotAllowed(
+                    f"LMDB could not map {MAP_BYTES >> 30} GiB of address space, of which it uses "
+                    "what it needs: lift the limit on it (ulimit -v unlimited; systemd: LimitAS=) "
+                    "and limit memory instead (MemoryMax=)"
+                ) from error
             except lmdb.Error as error:
                 raise CorruptMetadata(f"{directory / 'data.mdb'} cannot be opened: {error}") from (
                     error
@@ -210,7 +223,7 @@ class Metadata:
 
     @contextmanager
     def read(self) -> Iterator[ReadView]:
-        """A snapshot for a short look; no waiting inside. WarehouseClosed."""
+        """A snapshot for a short look; no waiting inside. WarehouseClosed, CorruptMetadata."""
         with self._users:
             if self._closed:
                 raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
@@ -218,6 +231,10 @@ class Metadata:
         try:
             with self._environment.begin() as txn:
                 yield ReadView(txn, self._tables)
+        except lmdb.Error as error:
+            raise CorruptMetadata(
+                f"{self.directory / 'data.mdb'} cannot be read: {error}; see `twfs check`"
+            ) from error
         finally:
             with self._users:
                 self._reading -= 1
@@ -254,9 +271,12 @@ class Metadata:
             self.submit(_nothing, settled=_nothing).result()
 
     def warehouse(self) -> UUID:
-        """The UUID of the warehouse that this metadata is of."""
+        """The UUID of the warehouse that this metadata is of; CorruptMetadata."""
         with self.read() as view:
-            return UUID(bytes=view.meta("warehouse") or bytes(16))
+            found = view.meta("warehouse") or b""
+        if len(found) != 16:
+            raise CorruptMetadata(f"the warehouse's UUID has {len(found)} bytes instead of 16")
+        return UUID(bytes=found)
 
     def secret(self) -> bytes:
         """The warehouse's secret; CorruptMetadata if there is none of its length."""
@@ -269,7 +289,7 @@ class Metadata:
         return secret
 
     def devices(self) -> list[DeviceRecord]:
-        """The devices, by index."""
+        """The devices, by index; CorruptMetadata."""
         with self.read() as view:
             return unpack_devices(view.meta("devices") or b"")
 
@@ -442,42 +462,19 @@ def peek(directory: Path) -> Iterator[ReadView]:
         raise CorruptMetadata(f"{directory / 'data.mdb'} cannot be read: {error}") from error
 
 
-def unpack_devices(data: bytes) -> list[DeviceRecord]:
-    """The devices that the metadata names; CorruptMetadata."""
-    try:
-        return [
-            DeviceRecord(
-                DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
-                ByteCount(part["size_bytes"]),
-            )
-            for part in json.loads(data)
-        ]  # fmt: skip
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
-
-
 def _nothing(_: object) -> None:
     """A job, or what follows one, of which only the end is wanted."""
 
 
-def _pack_devices(devices: list[DeviceRecord]) -> bytes:
-    return json.dumps(
-        [
-            {
-                "index": device.index,
-                "uuid": str(device.uuid),
-                "path": device.path,
-                "size_bytes": device.size_bytes,
-            }
-            for device in devices
-        ]
-    ).encode()
+DAMAGE: Final = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadTxnError, lmdb.InvalidError)
 
 
 def _translated(error: BaseException) -> BaseException:
     """LMDB's errors as ours."""
     if isinstance(error, lmdb.MapFullError):
         return NoSpaceForImage(f"the metadata has reached its limit of {MAP_BYTES} bytes")
+    if isinstance(error, DAMAGE):
+        return CorruptMetadata(f"the metadata is damaged: {error}; see `twfs check`")
     if isinstance(error, lmdb.Error):
         if os.strerror(errno.ENOSPC) in str(error):
             return NoSpaceForImage(f"the filesystem of the metadata is full: {error}")

@@ -29,9 +29,10 @@ from twfs.flushing import Flusher
 from twfs.formatting import DeviceSpec, format_device
 from twfs.leases import Leases
 from twfs.metadata import Metadata
+from twfs.metafile import scout
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
-from twfs.slots import KEY_BYTES, SLOTS_MAX, Slots
+from twfs.slots import GROWTH_MIN, KEY_BYTES, SLOTS_MAX, Slots
 from twfs.store import Durability
 from twfs.tables import DeviceRecord, ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, DeviceIndex
@@ -109,8 +110,12 @@ def path_in(directory: Path, path: Path) -> str:
     return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
-def open_core(directory: Path, *, lease_ms: int, durability: Durability) -> Core:
+def open_core(
+    directory: Path, *, lease_ms: int, durability: Durability, wary: bool = False
+) -> Core:
     """Open everything; see Warehouse.open for what may be raised."""
+    if wary:
+        scout(directory / META_DIRECTORY)
     with ExitStack() as undo:
         metadata = Metadata.open(directory / META_DIRECTORY, durability)
         undo.callback(metadata.close)
@@ -125,7 +130,8 @@ def open_core(directory: Path, *, lease_ms: int, durability: Durability) -> Core
         slots = Slots(directory / HEAT_FILE)
         undo.callback(slots.close)
         with metadata.read() as view:
-            load_slots(view, slots)
+            units = sum(device.data_area[1] // ALIGN for device in devices.values())
+            load_slots(view, slots, units)
         secret = metadata.secret()
         roster = enrolling.settle(metadata, devices.values(), secret, warehouse)
         metadata.submit(_begin).result()
@@ -166,8 +172,12 @@ def _begin(view: WriteView) -> None:
     view.set_meta("boot_id", Path("/proc/sys/kernel/random/boot_id").read_bytes().strip())
 
 
-def load_slots(view: ReadView, slots: Slots) -> None:
-    """Build the arrays in memory from all records; CorruptMetadata if one cannot be."""
+def load_slots(view: ReadView, slots: Slots, units: int) -> None:
+    """Build the arrays in memory from all records; CorruptMetadata if one cannot be.
+
+    *units* is what the devices have of 4 KiB. A block takes two or more, so there were never more
+    slots than that, but for holes; a record that says otherwise would cost memory without limit.
+    """
     keys, rows = bytearray(), bytearray()
     size = BLOCK_DTYPE.itemsize
     for key, value in view.all_blocks():
@@ -179,8 +189,12 @@ def load_slots(view: ReadView, slots: Slots) -> None:
         keys += key
         rows += value[:size]
     records = np.frombuffer(bytes(rows), BLOCK_DTYPE)
-    if len(records) and int(records["slot"].max()) >= SLOTS_MAX:
-        raise CorruptMetadata("a block record names a slot that cannot be: run `twfs check`")
+    slots_max = min(SLOTS_MAX, max(units + len(records) + GROWTH_MIN, slots.had()))
+    if len(records) and int(records["slot"].max()) >= slots_max:
+        raise CorruptMetadata(
+            f"a block record names slot {records['slot'].max()}; there were never more than "
+            f"{slots_max}: the metadata must be made anew from the devices"
+        )
     models = view.models()
     spines = {record.id: record.layout.spine for record in models}
     heads = [

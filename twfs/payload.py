@@ -10,7 +10,7 @@ from twfs.checksums import lanes_of, xxh3_of
 from twfs.device import Device
 from twfs.errors import BadPayload, DeviceError
 from twfs.records import Block, BlockKey, Extent, Header
-from twfs.units import ALIGN, IO_BYTES_MAX, ByteOffset, align_up
+from twfs.units import ALIGN, BLOCK_BYTES_MAX, IO_BYTES_MAX, ByteOffset, align_up
 
 
 def aligned_buffer(byte_count: int) -> memoryview:
@@ -38,13 +38,12 @@ def read_whole(
     """Return header and padded payload of *block* as they lie on the devices: nothing is proved.
 
     *before_each* is called with extent and bytes before every read, of which none exceeds
-    *io_bytes*. DeviceError.
+    *io_bytes*. DeviceError, BadPayload if the record cannot be true.
     """
-    buffer = aligned_buffer(ALIGN + align_up(block.payload_bytes))
+    _check_places(devices, key, block)
+    buffer = aligned_buffer(block.device_bytes)
     at = 0
     for extent in block.extents:
-        if extent.device not in devices:
-            raise DeviceError(f"block {key.prefix_hash.hex()} lies on device {extent.device}, gone")
         for done in range(0, extent.length, io_bytes):
             size = min(extent.length - done, io_bytes)
             if before_each is not None:
@@ -80,6 +79,21 @@ def verified(
             f"{block.extents[0]} do not have their checksums"
         )
     return header, payload
+
+
+def _check_places(devices: "Mapping[int, Device]", key: BlockKey, block: Block) -> None:
+    """Raise BadPayload if the record cannot be true, before memory is taken for what it says."""
+    name, wanted = key.prefix_hash.hex(), ALIGN + align_up(block.payload_bytes)
+    if not wanted <= block.device_bytes <= ALIGN + BLOCK_BYTES_MAX:
+        raise BadPayload(
+            f"block {name}: its record says {block.payload_bytes} bytes, in extents of "
+            f"{block.device_bytes}"
+        )
+    for extent in block.extents:
+        if extent.device not in devices:
+            raise DeviceError(f"block {name} lies on device {extent.device}, gone")
+        if extent.offset + extent.length > devices[extent.device].size_bytes:
+            raise BadPayload(f"block {name}: its record says {extent}, outside of the device")
 
 
 def header_complaint(header: Header, key: BlockKey, block: Block) -> str | None:

@@ -18,6 +18,7 @@ from twfs.errors import InvalidInput, ProtocolError, TooLarge, TwfsError
 from twfs.layout import Layout
 from twfs.leases import Located
 from twfs.messages import (
+    BLOCKS_MAX,
     FRAME_BYTES_MAX,
     LENGTH_BYTES,
     REQUEST_BYTES_MAX,
@@ -294,6 +295,8 @@ def rows_of(
         )
     located: npt.NDArray[np.void] = np.frombuffer(reply.located, LOCATED_DTYPE)
     extents: npt.NDArray[np.void] = np.frombuffer(reply.extents, EXTENT_DTYPE)
+    if not reply.start <= reply.blocks <= BLOCKS_MAX:
+        raise ProtocolError(f"a match of blocks {reply.start} to {reply.blocks}")
     if int(located["extent_count"].sum()) != len(extents):
         raise ProtocolError(f"{len(located)} located blocks with {len(extents)} extents")
     if len(located) and (

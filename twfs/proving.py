@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from twfs.checksums import lanes_of, xxh3_of
-from twfs.errors import BadPayload, DeviceError
+from twfs.errors import BadPayload, DeviceError, InvalidInput
 from twfs.payload import aligned_buffer, header_complaint, read_payload
 from twfs.records import (
     EXTENT_DTYPE,
@@ -225,7 +225,7 @@ def judge_header(
         if sealed_with(subject.secret, data):
             sealed = header
         complaint = header_fault(subject, taken.models.get(key.model), key, block, data)
-    except (ValueError, DeviceError) as error:
+    except (ValueError, DeviceError, InvalidInput) as error:  # InvalidInput: outside of it
         complaint = str(error)
     if complaint is None or not subject.unchanged(key, block):
         return None

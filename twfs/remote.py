@@ -184,7 +184,13 @@ class RemoteNamespace:
 
     def _daemon_statistics(self) -> dict[str, Any]:
         """The warehouse's and the server's statistics; NoDaemon."""
-        statistics: dict[str, Any] = json.loads(self._ask(AskStatus(0), Status).statistics)
+        data = self._ask(AskStatus(0), Status).statistics
+        try:
+            statistics = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"statistics of {len(data)} bytes are no JSON: {error}") from error
+        if not isinstance(statistics, dict):
+            raise ProtocolError("statistics that are no mapping")
         return statistics
 
     def _count(self, request: Request, timeout_s: float | None) -> int:

@@ -15,9 +15,9 @@ from typing import Any, Final
 from uuid import UUID
 
 from twfs.errors import CorruptMetadata, TwfsError
-from twfs.metadata import peek, unpack_devices
+from twfs.metadata import peek
 from twfs.records import FORMAT_VERSION, Block, BlockKey, Extent
-from twfs.tables import LENGTH, DeviceRecord, ReadView
+from twfs.tables import LENGTH, DeviceRecord, ReadView, unpack_devices
 from twfs.units import ByteCount, ByteOffset, DeviceIndex
 
 SECONDS_MIN: Final = 60.0  # a damaged tree may go round for ever

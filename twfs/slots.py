@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from twfs.errors import NoSpaceForImage
+from twfs.errors import CorruptMetadata, NoSpaceForImage
 from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
 from twfs.units import ALIGN, Slot
 
@@ -54,7 +54,7 @@ class Slots:
         self.state: IntArray = np.zeros(0, np.uint8)
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
-        self._grow(max(GROWTH_MIN, os.fstat(self._heat_fd).st_size // STAMP_BYTES))
+        self._grow(GROWTH_MIN)
 
     def __len__(self) -> int:
         return self._count
@@ -62,14 +62,13 @@ class Slots:
     def _grow(self, capacity: int) -> None:
         """Make room for *capacity* slots; the stamps' file is allocated, so no SIGBUS later."""
         byte_count = -(-capacity * STAMP_BYTES // ALIGN) * ALIGN
-        if os.fstat(self._heat_fd).st_size < byte_count:
-            try:
-                os.posix_fallocate(self._heat_fd, 0, byte_count)
-            except OSError as error:
-                raise NoSpaceForImage(
-                    f"the file of last uses cannot grow to {byte_count} bytes: {error.strerror}; "
-                    "make room in the warehouse's directory"
-                ) from error
+        try:
+            os.posix_fallocate(self._heat_fd, 0, byte_count)
+        except OSError as error:
+            raise NoSpaceForImage(
+                f"the file of last uses cannot grow to {byte_count} bytes: {error.strerror}; "
+                "make room in the warehouse's directory"
+            ) from error
         capacity = byte_count // STAMP_BYTES
         self._map = mmap.mmap(self._heat_fd, byte_count)
         self.stamp = np.frombuffer(self._map, np.uint64)
@@ -79,6 +78,10 @@ class Slots:
             new = np.zeros(capacity, old.dtype)
             new[: len(old)] = old
             setattr(self, name, new)
+
+    def had(self) -> int:
+        """Slots that the stamps' file has room for on the disk: so many were once in use."""
+        return os.fstat(self._heat_fd).st_blocks * 512 // STAMP_BYTES
 
     def allot(self, count: int) -> list[Slot]:
         """Return *count* slots in state PENDING; NoSpaceForImage if the stamps' file is full."""
@@ -90,6 +93,7 @@ class Slots:
         self._count += fresh
         self.state[taken] = PENDING
         self.leases[taken] = 0
+        self.stamp[taken] = 0  # the file may have been longer than what was in use
         return [Slot(slot) for slot in taken]
 
     def give_back(self, slot: int) -> None:
@@ -195,7 +199,8 @@ class Slots:
 
         *keys*: the packed keys joined; *records*: BLOCK_DTYPE rows; *starts*: which of them start
         a chain; *heads*: the packed keys of the blocks that stand for the heads. The extents' units
-        are set by the caller where a block has more than one.
+        are set by the caller where a block has more than one. CorruptMetadata if blocks are their
+        own ancestors: nothing that follows parents would ever end.
         """
         count = len(records)
         slots = records["slot"].astype(np.int64)
@@ -218,15 +223,30 @@ class Slots:
             there = (key_array[at] == wanted) & ~starts
             self.parent[slots[there]] = slots[at[there]]
             np.add.at(self.children, slots[at[there]], 1)
-        self._load_links(key_array, slots, heads)
+        self._refuse_rings(slots, self._load_links(key_array, slots, heads))
         used = np.zeros(self._count, np.bool_)
         used[slots] = True
         self._free = [int(slot) for slot in np.flatnonzero(~used)[::-1]]
         self.stamp[: self._count][~used] = 0
         self.stamp[self._count :] = 0
 
-    def _load_links(self, keys: IntArray, slots: IntArray, heads: Iterable[bytes]) -> None:
-        """Count the heads over every block, leaves first."""
+    def _refuse_rings(self, slots: IntArray, waiting: IntArray) -> None:
+        """Raise CorruptMetadata if a way up from one of the blocks *waiting* never ends."""
+        if not len(waiting):
+            return
+        above = len(self.parent)  # what is above a first block: itself, for ever
+        up = np.append(np.where(self.parent == NONE, above, self.parent), above)
+        for _ in range(len(slots).bit_length()):  # as many steps up as there are blocks
+            up = up[up]
+        lost = waiting[up[waiting] != above]
+        if len(lost):
+            raise CorruptMetadata(
+                f"{len(lost)} blocks are their own ancestors, {self.key_of(int(lost[0]))} first: "
+                "the metadata must be made anew from the devices"
+            )
+
+    def _load_links(self, keys: IntArray, slots: IntArray, heads: Iterable[bytes]) -> IntArray:
+        """Count the heads over every block, leaves first; return the slots not come to."""
         wanted = np.array(list(heads), keys.dtype)
         if len(wanted) and len(keys):
             at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -240,6 +260,7 @@ class Slots:
             np.subtract.at(missing, parents, 1)
             touched = np.unique(parents)
             frontier = touched[missing[touched] == 0].astype(np.int64)
+        return slots[missing[slots] > 0]
 
     def statistics(self) -> dict[str, int]:
         """Slots by state, and bytes of the arrays."""

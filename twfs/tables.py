@@ -5,16 +5,25 @@ A view lives as long as its transaction, in the thread that began it. Nothing he
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from twfs.errors import CorruptMetadata
-from twfs.layout import Layout
+from twfs.errors import CorruptMetadata, InvalidInput
+from twfs.layout import Layout, check_model_name
 from twfs.records import Block, BlockKey, Extent
-from twfs.units import ByteCount, ByteOffset, DeviceIndex, Millis, ModelId, PrefixHash
+from twfs.units import (
+    HASH_BYTES,
+    ByteCount,
+    ByteOffset,
+    DeviceIndex,
+    Millis,
+    ModelId,
+    PrefixHash,
+)
 
+UNREADABLE: Final = (ValueError, KeyError, TypeError, RecursionError, InvalidInput, struct.error)
 TABLES: Final = (
     "meta",
     "models",
@@ -41,6 +50,44 @@ class DeviceRecord:
     size_bytes: ByteCount
 
 
+def pack_devices(devices: Sequence[DeviceRecord]) -> bytes:
+    """Return the list of devices as JSON."""
+    return json.dumps(
+        [
+            {
+                "index": device.index,
+                "uuid": str(device.uuid),
+                "path": device.path,
+                "size_bytes": device.size_bytes,
+            }
+            for device in devices
+        ]
+    ).encode()
+
+
+def unpack_devices(data: bytes) -> list[DeviceRecord]:
+    """Undo pack_devices; CorruptMetadata if that did not make *data*."""
+    try:
+        return _unpacked_devices(data)
+    except UNREADABLE as error:
+        raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
+
+
+def _unpacked_devices(data: bytes) -> list[DeviceRecord]:
+    parts = json.loads(data)
+    if not parts or type(parts) is not list:
+        raise ValueError("it names none")
+    found: list[DeviceRecord] = []
+    for number, part in enumerate(parts):
+        index, uuid, path, size = (part[name] for name in ("index", "uuid", "path", "size_bytes"))
+        kinds = [type(value) for value in (index, uuid, path, size)]
+        before = found[-1].index if found else -1  # numbers may have gaps
+        if kinds != [int, str, str, int] or not before < index < 1 << 16 or "\0" in path:
+            raise ValueError(f"row {number} is {part!r:.200}")
+        found.append(DeviceRecord(DeviceIndex(index), UUID(uuid), path, ByteCount(size)))
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
     """A model and epoch; an older epoch's record stays until its blocks are gone."""
@@ -65,15 +112,39 @@ class ModelRecord:
 
     @classmethod
     def unpack(cls, model_id: ModelId, data: bytes) -> "ModelRecord":
-        """Make a record of JSON; ValueError, KeyError or InvalidInput if it is none."""
+        """Make a record of JSON; one of UNREADABLE if it is none."""
         parts = json.loads(data)
+        numbers = [parts["epoch"], parts["created_ms"]]
+        if not all(type(number) is int and 0 <= number < 1 << 64 for number in numbers):
+            raise ValueError(f"epoch and time are {numbers!r:.80}")
+        epoch, created_ms = numbers
         return cls(
             model_id,
-            parts["name"],
-            parts["epoch"],
+            check_model_name(parts["name"]),
+            epoch,
             Layout.from_dict(parts["layout"]),
-            Millis(parts["created_ms"]),
+            Millis(created_ms),
         )
+
+
+def _unreadable(what: str, error: Exception) -> CorruptMetadata:
+    """The error of a row that cannot be what its table holds."""
+    return CorruptMetadata(f"{what} is unreadable: {error}")
+
+
+def _unpacked(form: struct.Struct, data: bytes, what: str) -> tuple[Any, ...]:
+    """The numbers of *data*; CorruptMetadata if it has another length."""
+    try:
+        return form.unpack(data)
+    except struct.error as error:
+        raise _unreadable(what, error) from error
+
+
+def _hash_of(data: bytes) -> PrefixHash:
+    """The 16 bytes *data* of a row; ValueError if it has another length."""
+    if len(data) != HASH_BYTES:
+        raise ValueError(f"a hash of {len(data)} bytes")
+    return PrefixHash(data)
 
 
 class ReadView:
@@ -137,11 +208,17 @@ class ReadView:
                     yield found, value
 
     def children(self, parent: BlockKey) -> list[PrefixHash]:
-        """Hashes of the blocks of the same group and shard whose parent is *parent*."""
+        """Hashes of the blocks of the same group and shard whose parent is *parent*.
+
+        CorruptMetadata if one cannot be read.
+        """
         cursor = self._txn.cursor(db=self._tables["children"])
         if not cursor.set_key(parent.pack()):
             return []
-        return [PrefixHash(value) for value in cursor.iternext_dup()]
+        try:
+            return [_hash_of(value) for value in cursor.iternext_dup()]
+        except ValueError as error:
+            raise _unreadable(f"a child of {parent}", error) from error
 
     def all_children(self) -> Iterator[tuple[bytes, bytes]]:
         """Every (packed parent key, child hash)."""
@@ -167,9 +244,12 @@ class ReadView:
         return found
 
     def all_heads(self) -> Iterator[tuple[ModelId, PrefixHash]]:
-        """Every head of every model."""
+        """Every head of every model; CorruptMetadata if one cannot be read."""
         for key in self._txn.cursor(db=self._tables["heads"]).iternext(keys=True, values=False):
-            yield ModelId(MODEL_KEY.unpack_from(key)[0]), PrefixHash(key[4:])
+            try:
+                yield ModelId(MODEL_KEY.unpack(key[:4])[0]), _hash_of(key[4:])
+            except UNREADABLE as error:
+                raise _unreadable("a head", error) from error
 
     def models(self) -> list[ModelRecord]:
         """All models, older epochs included; CorruptMetadata if one cannot be read."""
@@ -178,35 +258,38 @@ class ReadView:
             try:
                 model_id = ModelId(MODEL_KEY.unpack(key)[0])
                 found.append(ModelRecord.unpack(model_id, value))
-            except (ValueError, KeyError, TypeError, struct.error) as error:
-                raise CorruptMetadata(f"a model's record is unreadable: {error}") from error
+            except UNREADABLE as error:
+                raise _unreadable("a model's record", error) from error
         return found
 
     def model_id(self, name: str) -> ModelId | None:
-        """The id of the present epoch of the model *name*."""
+        """The id of the present epoch of the model *name*; CorruptMetadata."""
         value = self._get("names", name.encode())
-        return None if value is None else ModelId(MODEL_KEY.unpack(value)[0])
+        return None if value is None else ModelId(_unpacked(MODEL_KEY, value, "a model's name")[0])
 
     def runs(self, table: str) -> Iterator[Extent]:
-        """The extents of "free" or "limbo", by place."""
-        for key, value in self._txn.cursor(db=self._tables[table]):
-            device, offset = PLACE_KEY.unpack(key)
-            yield Extent(
-                DeviceIndex(device), ByteOffset(offset), ByteCount(LENGTH.unpack_from(value)[0])
-            )
+        """The extents of "free" or "limbo", by place; CorruptMetadata if one cannot be read."""
+        form = LIMBO if table == "limbo" else LENGTH
+        for extent, _ in self._places(table, form):
+            yield extent
 
     def leased_limbo(self) -> Iterator[Extent]:
-        """The extents of limbo that are not retired."""
-        for key, value in self._txn.cursor(db=self._tables["limbo"]):
-            device, offset = PLACE_KEY.unpack(key)
-            length, retired = LIMBO.unpack(value)
+        """The extents of limbo that are not retired; CorruptMetadata."""
+        for extent, (retired,) in self._places("limbo", LIMBO):
             if not retired:
-                yield Extent(DeviceIndex(device), ByteOffset(offset), ByteCount(length))
+                yield extent
+
+    def _places(self, table: str, form: struct.Struct) -> Iterator[tuple[Extent, tuple[int, ...]]]:
+        """The extents of *table*, each with what follows its length."""
+        for key, value in self._txn.cursor(db=self._tables[table]):
+            device, offset = _unpacked(PLACE_KEY, key, f"a key of {table}")
+            length, *more = _unpacked(form, value, f"a value of {table}")
+            yield Extent(DeviceIndex(device), ByteOffset(offset), ByteCount(length)), tuple(more)
 
     def counter(self, name: str) -> int:
-        """A counter; 0 before its first change."""
+        """A counter; 0 before its first change. CorruptMetadata."""
         value = self._get("counters", name.encode())
-        return 0 if value is None else int(LENGTH.unpack(value)[0])
+        return 0 if value is None else int(_unpacked(LENGTH, value, f"the counter {name}")[0])
 
     def raw(self, table: str) -> Iterator[tuple[bytes, bytes]]:
         """Every (key, value) of a table as it lies there, in key order."""

@@ -100,9 +100,11 @@ class Warehouse:
     @classmethod
     def open(
         cls, directory: Path, *, lease_ms: int = LEASE_MS,
-        durability: Durability | str = Durability.STRICT,
+        durability: Durability | str = Durability.STRICT, wary: bool = False,
     ) -> Self:  # fmt: skip
         """Open the warehouse in *directory*, exclusively; *durability* is "strict" or "relaxed".
+
+        *wary*: let a child process read the metadata first, for LMDB ends a process on some damage.
 
         NoSuchWarehouse, WarehouseBusy, WrongDevice, CorruptSuperblock, TruncatedDevice,
         CorruptMetadata, FormatTooNew, InvalidInput.
@@ -110,7 +112,7 @@ class Warehouse:
         if durability not in list(Durability):
             raise InvalidInput(f"durability is strict or relaxed, not {durability!r}")
         core = opening.open_core(
-            Path(directory), lease_ms=lease_ms, durability=Durability(durability)
+            Path(directory), lease_ms=lease_ms, durability=Durability(durability), wary=wary
         )
         try:
             return cls(core)

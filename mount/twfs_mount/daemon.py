@@ -96,7 +96,10 @@ class Daemon:
         with trio.open_signal_receiver(*stop_signals) as signals:
             warehouse = await trio.to_thread.run_sync(
                 lambda: Warehouse.open(
-                    config.directory, lease_ms=config.lease_ms, durability=config.durability
+                    config.directory,
+                    lease_ms=config.lease_ms,
+                    durability=config.durability,
+                    wary=True,
                 )
             )
             try:

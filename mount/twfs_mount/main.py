@@ -70,7 +70,7 @@ def group_of(value: str) -> int:
     """Return the number of a group; InvalidInput if there is none of that name."""
     try:
         return grp.getgrnam(value).gr_gid
-    except KeyError as error:
+    except (KeyError, ValueError) as error:  # ValueError: a NUL in it
         raise InvalidInput(f"mount option group: there is no group {value!r}") from error
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -28,7 +28,12 @@ PATIENT_S: Final = 20.0  # tests never assert on time: a busy machine must not m
 class Daemon:
     """One warehouse and the process that serves it; start is called by running_daemon."""
 
-    def __init__(self, directory: Path, *, lease_ms: int, arena_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, *, lease_ms: int, arena_bytes: int,
+        wrapper: Sequence[str] = (), environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.wrapper = wrapper
+        self.environment = environment or {}
         self.directory = directory
         self.socket = directory / "socket"
         self.lease_ms = lease_ms
@@ -46,8 +51,12 @@ class Daemon:
         arguments = [str(self.directory), str(self.socket), str(self.lease_ms)]
         paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "support.daemon", *arguments, str(self.arena_bytes)],
-            env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True,
+            [
+                *self.wrapper, sys.executable, "-m", "support.daemon", *arguments,
+                str(self.arena_bytes),
+            ],
+            env={**os.environ, "PYTHONPATH": paths, **self.environment},
+            stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "serving\n"
@@ -100,15 +109,21 @@ def running_daemon(
     device_bytes: int = 64 << 20,
     lease_ms: int = 60_000,
     arena_bytes: int = 256 << 20,
+    wrapper: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Daemon]:
     """Make a warehouse with one image in *directory* and serve it; clean stop and check at the end.
 
-    The warehouse must hold all invariants then, unless the daemon is down.
+    *wrapper* is a command that becomes the daemon (prlimit ...), *environment* goes to it. The
+    warehouse must hold all invariants then, unless the daemon is down.
     """
     if not (directory / "meta" / "data.mdb").exists():
         spec = DeviceSpec(directory / "device0.img", ByteCount(device_bytes))
         Warehouse.create(directory, [spec])
-    daemon = Daemon(directory, lease_ms=lease_ms, arena_bytes=arena_bytes)
+    daemon = Daemon(
+        directory, lease_ms=lease_ms, arena_bytes=arena_bytes, wrapper=wrapper,
+        environment=environment,
+    )  # fmt: skip
     daemon.start()
     try:
         yield daemon

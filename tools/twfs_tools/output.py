@@ -26,7 +26,9 @@ from twfs.layout import Layout
 from twfs.units import ByteCount
 
 UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-SIZE_PATTERN: Final = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:i?B)?$", re.IGNORECASE)
+SIZE_PATTERN: Final = re.compile(
+    r"^([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGTPE]?)(?:i?B)?\Z", re.IGNORECASE
+)
 WIDTH_WITHOUT_TERMINAL: Final = 250  # a pipe has no width, and must not lose columns to one
 
 PLAIN: Final[dict[type, Callable[[Any], Any]]] = {

@@ -137,7 +137,7 @@ def opened(warehouse: Path, socket: Path | None = None) -> Iterator[Target]:
         raise NoDaemon(f"nobody answers on {place.socket}: start the daemon with `twfs serve`")
     from twfs.warehouse import Warehouse  # noqa: PLC0415
 
-    store = Warehouse.open(place.directory)
+    store = Warehouse.open(place.directory, wary=True)
     try:
         yield cast(Target, store)
     finally:
