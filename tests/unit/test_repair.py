@@ -152,6 +152,15 @@ def test_a_lost_payload_inside_a_chain_is_a_hole_and_its_place_retired(scratch: 
     assert repair.run(scratch, data=True).done == ()
 
 
+def test_a_lost_block_without_child_is_dropped(scratch: Path) -> None:
+    names, _ = filled(scratch)
+    with Warehouse.open(scratch) as warehouse:
+        flip_payload(warehouse, block_at(warehouse, warehouse.open_model("m"), names, 5)[1])
+    report = repair.run(scratch, data=True)
+    assert (report.left, report.holes, report.blocks) == ((), 0, report.blocks_before - 1)
+    assert_whole(scratch, names, 5)
+
+
 def test_limbo_of_leases_is_freed_and_what_is_retired_stays(scratch: Path) -> None:
     names, _ = filled(scratch)
     runs = [
