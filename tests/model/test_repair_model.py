@@ -67,6 +67,9 @@ def test_one_repair_mends_all_and_a_second_finds_nothing(
     assert report.left == ()
     assert repair.run(directory, data=True).done == ()
     with open_warehouse(directory) as warehouse:
+        with warehouse._core.metadata.read() as view:
+            for key, block in records_of(warehouse._core).items():
+                assert not block.hole or view.children(key)  # else it is dropped
         for key, block in records_of(warehouse._core).items():
             if not block.hole:
                 layout = warehouse._core.models[key.model].layout

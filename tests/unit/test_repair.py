@@ -14,6 +14,7 @@ import pytest
 from support.breaking import fill
 from support.cli import assert_refused, document, running_daemon, tree_of, twfs
 from support.warehouses import (
+    BIG,
     MHA,
     block_at,
     chain_of,
@@ -27,8 +28,9 @@ from twfs import check, repair
 from twfs.errors import CorruptMetadata, TwfsError
 from twfs.metadata import Metadata
 from twfs.opening import META_DIRECTORY
+from twfs.payload import read_payload
 from twfs.prefix import Names
-from twfs.records import BlockKey, Extent
+from twfs.records import BlockKey, Extent, Header
 from twfs.subject import offline
 from twfs.tables import MODEL_KEY, PLACE_KEY, WriteView
 from twfs.units import ALIGN, ByteCount, ByteOffset, DeviceIndex, Slot
@@ -150,6 +152,15 @@ def test_a_lost_payload_inside_a_chain_is_a_hole_and_its_place_retired(scratch: 
     assert repair.run(scratch, data=True).done == ()
 
 
+def test_a_lost_block_without_child_is_dropped(scratch: Path) -> None:
+    names, _ = filled(scratch)
+    with Warehouse.open(scratch) as warehouse:
+        flip_payload(warehouse, block_at(warehouse, warehouse.open_model("m"), names, 5)[1])
+    report = repair.run(scratch, data=True)
+    assert (report.left, report.holes, report.blocks) == ((), 0, report.blocks_before - 1)
+    assert_whole(scratch, names, 5)
+
+
 def test_limbo_of_leases_is_freed_and_what_is_retired_stays(scratch: Path) -> None:
     names, _ = filled(scratch)
     runs = [
@@ -185,6 +196,52 @@ def test_of_two_blocks_in_one_place_the_proved_one_stays(scratch: Path, first: b
     change(scratch, job)
     assert repair.run(scratch).left == ()
     assert_whole(scratch, names, 5 if first else 4)
+
+
+def test_of_two_sealed_blocks_that_overlap_the_one_whose_payload_is_there_stays(
+    scratch: Path,
+) -> None:
+    """A later block was written into an earlier one's payload, whose header is still whole."""
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("big", BIG)
+        names = chain_of(model, 2)
+        put(warehouse, model, names)
+    with Warehouse.open(scratch) as warehouse:
+        core, device = warehouse._core, warehouse.devices[0]
+        (_, first), (key, block) = (block_at(warehouse, model, names, at) for at in (0, 1))
+        _, payload = read_payload(warehouse.devices, key, block)
+        place = replace(block.extents[0], offset=ByteOffset(first.extents[0].offset + (64 << 10)))
+        moved = replace(block, extents=(place,))
+        header = Header(
+            core.uuid, device.uuid, BIG.fingerprint, "big", 0, 0, 0, key.prefix_hash, moved
+        )
+        with device.path.open("r+b", buffering=0) as file:
+            file.seek(place.offset)
+            file.write(header.pack(core.secret) + bytes(payload))
+        core.metadata.submit(lambda view: view.put_block(key, moved)).result()
+    report = repair.run(scratch)
+    assert (report.left, report.blocks, report.holes) == ((), 2, 1)
+    with open_warehouse(scratch) as warehouse:
+        assert block_at(warehouse, model, names, 0)[1].hole
+        assert put(warehouse, model, names).held == 2
+        assert read_all(warehouse, model, names) == 2
+
+
+def test_a_hole_gets_another_number_where_a_block_has_its(scratch: Path) -> None:
+    names, keys = filled(scratch)
+    with Warehouse.open(scratch) as warehouse:
+        flip_payload(warehouse, block_at(warehouse, warehouse.open_model("m"), names, 1)[1])
+    repair.run(scratch, data=True)
+
+    def job(view: WriteView) -> None:
+        hole, block = view.block(keys[1]), view.block(keys[0])
+        assert hole is not None
+        assert block is not None
+        view.put_block(keys[1], replace(hole, generation=block.generation, ino=block.ino))
+
+    change(scratch, job)
+    assert repair.run(scratch, data=True).left == ()
+    assert_whole(scratch, names, 1)
 
 
 def test_a_lost_secret_comes_back_from_its_file(scratch: Path) -> None:
