@@ -3,11 +3,14 @@
 All calls block and are thread-safe. It knows superblocks, but nothing of blocks or free space.
 """
 
+import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,10 +37,11 @@ from twfs.formatting import (
     format_device,
     inspect,
     refusal,
+    refuses_writes,
     superblock_at,
     usable_bytes,
 )
-from twfs.records import FORMAT_VERSION, ROSTER_BYTES, ROSTER_STARTS, Superblock
+from twfs.records import DATA_START, FORMAT_VERSION, ROSTER_BYTES, ROSTER_STARTS, Superblock
 from twfs.units import (
     ALIGN,
     IO_BYTES_MAX,
@@ -50,6 +54,7 @@ from twfs.units import (
 __all__ = ["Device", "DeviceSpec", "DeviceStatistics", "format_device", "inspect"]
 
 VECTORS_MAX: Final = 1000  # buffers of one preadv; the kernel's IOV_MAX is 1024
+REFUSALS: Final = frozenset({errno.EROFS, errno.EPERM, errno.EACCES})  # of a read-only device
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,11 @@ class Device:
         self._idle = threading.Condition()  # guards what follows
         self._closed = False
         self._failed_flush = ""
+        self._given_up = ""
+        self._begun: dict[int, float] = {}  # I/O in flight: by ticket, when it began (monotonic)
+        self._tickets = 0
+        self._bad_writes = 0  # in a row
+        self._refused = ""
         self._counts = DeviceStatistics()
 
     @classmethod
@@ -101,6 +111,7 @@ class Device:
         descriptor, is_block = claim(path, read_only=read_only)
         try:
             notes: list[str] = []
+            read_only = read_only or (is_block and refuses_writes(descriptor))
             superblock = _read_superblock(path, descriptor, notes)
             found = (superblock.warehouse, superblock.device, superblock.index)
             if found != (warehouse, device, index):
@@ -235,8 +246,8 @@ class Device:
     def _using(self, purpose: str) -> Iterator[int]:
         """Lend the descriptor; close() waits until all are back, so that no number is reused."""
         with self._idle:
-            if self._closed:
-                raise DeviceError(f"{self.path} has been closed")
+            if self._closed or self._given_up:
+                raise DeviceError(f"{self.path} {self._given_up or 'has been closed'}")
             if purpose == "write" and self.read_only:
                 raise ReadOnly(f"{self.path} was opened for reading only")
             if purpose != "read" and self._failed_flush:
@@ -245,13 +256,90 @@ class Device:
                     "final, so check the drive and restart the daemon"
                 )
             self._counts = replace(self._counts, in_flight=self._counts.in_flight + 1)
+            self._tickets += 1
+            ticket = self._tickets
+            self._begun[ticket] = time.monotonic()
         try:
             yield self._descriptor
-        except DeviceError:
+            self._judge_writes(purpose, None)
+        except DeviceError as error:
             self._count(errors=1)
+            self._judge_writes(purpose, error)
             raise
         finally:
+            with self._idle:
+                del self._begun[ticket]
             self._count(in_flight=-1)
+
+    def _judge_writes(self, purpose: str, error: DeviceError | None) -> None:
+        """Note how a write ended; why_no_writes and bad_writes tell."""
+        if purpose != "write":
+            return
+        with self._idle:
+            self._bad_writes = 0 if error is None else self._bad_writes + 1
+            cause = None if error is None else error.__cause__
+            if isinstance(cause, OSError) and cause.errno in REFUSALS:
+                self._refused = f"it refuses writes: {cause.strerror}"
+
+    @property
+    def bad_writes(self) -> int:
+        """Writes that failed since the last one that did not."""
+        return self._bad_writes
+
+    @property
+    def why_no_writes(self) -> str:
+        """Why it takes no more writes, in words; empty if it does."""
+        opened = "it is read-only" if self.read_only else ""
+        return self._failed_flush or self._refused or opened
+
+    @property
+    def failed_flush(self) -> bool:
+        """Whether a flush failed: final for this Device."""
+        return bool(self._failed_flush)
+
+    @property
+    def in_flight_s(self) -> float:
+        """For how many seconds the oldest I/O under way has been."""
+        with self._idle:
+            return time.monotonic() - min(self._begun.values()) if self._begun else 0.0
+
+    def give_up(self, why: str) -> None:
+        """Refuse all calls from now on; what is under way ends when the kernel ends it."""
+        with self._idle:
+            self._given_up = why
+
+    def idle(self) -> bool:
+        """Tell whether no I/O is under way."""
+        with self._idle:
+            return not self._begun
+
+    def stranger(self) -> str:
+        """Why this is not, or no longer, the device that was opened, in words; empty if it is.
+
+        Blocks: one copy of the superblock must be readable, and its own.
+        """
+        try:
+            with self._using("read") as descriptor:
+                held = usable_bytes(descriptor)
+            if held < self.size_bytes:
+                return f"it has {held} bytes and had {self.size_bytes}"
+            copies = self.superblocks()
+        except (DeviceError, OSError) as error:
+            return str(error)
+        for copy in copies:
+            if isinstance(copy, Superblock):
+                own = (copy.warehouse, copy.device) == (self.superblock.warehouse, self.uuid)
+                return "" if own else f"it is device {copy.device} of warehouse {copy.warehouse}"
+        return f"its superblock cannot be read: {copies[0]}"
+
+    def wipe(self) -> None:
+        """Overwrite superblocks and rosters: the device is nobody's then. Blocks; DeviceError."""
+        zeros = memoryview(mmap.mmap(-1, DATA_START))
+        with self._using("write") as descriptor:
+            last = self.size_bytes - ALIGN
+            self._transfer(os.pwritev, "write", descriptor, [zeros[:ALIGN]], last)
+            self._transfer(os.pwritev, "write", descriptor, [zeros], 0)
+        self.flush()
 
     def _count(self, **more: int) -> None:
         """Add to the counters."""
@@ -332,6 +420,7 @@ class Device:
             self._closed = True
             self._idle.wait_for(lambda: not self._counts.in_flight)
         os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def _rest(batch: list[memoryview], done: int) -> list[memoryview]:

@@ -35,6 +35,7 @@ from twfs.units import ALIGN, ByteCount, DeviceIndex, Millis
 DEVICE_BYTES_MIN: Final = 16 << 20  # below that the superblocks' megabytes are most of the device
 BLKDISCARD: Final = 0x1277
 BLKSSZGET: Final = 0x1268
+BLKROGET: Final = 0x125E
 BLKID_SECONDS_MAX: Final = 10.0  # a dying device must not hold up `twfs create` for ever
 PROBE_BYTES: Final = 128 << 10  # every signature that we know lies in here
 # Magic bytes that tell what a device carries, for machines without blkid: (offset, bytes, words).
@@ -112,6 +113,12 @@ def claim(path: Path, *, read_only: bool = False) -> tuple[int, bool]:
         os.close(descriptor)
         raise
     return descriptor, is_block
+
+
+def refuses_writes(descriptor: int) -> bool:
+    """Tell whether a block device is set read-only; it can be opened for writing all the same."""
+    answer = fcntl.ioctl(descriptor, BLKROGET, bytes(4))
+    return int.from_bytes(answer, "little") != 0
 
 
 def superblock_at(descriptor: int, offset: int) -> Superblock | str:

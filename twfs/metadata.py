@@ -8,7 +8,6 @@ is no device I/O and no waiting inside a transaction.
 
 import errno
 import fcntl
-import json
 import os
 import queue
 import struct
@@ -37,11 +36,7 @@ from twfs.errors import (
 from twfs.records import FORMAT_VERSION, Extent
 from twfs.secret import SECRET_BYTES
 from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
-from twfs.units import (
-    ALIGN,
-    ByteCount,
-    DeviceIndex,
-)
+from twfs.units import ALIGN
 
 T = TypeVar("T")
 
@@ -100,7 +95,8 @@ class Metadata:
             view.set_meta("warehouse", warehouse.bytes)
             view.set_meta("secret", secret)
             view.set_meta("roster", LENGTH.pack(0))
-            view.set_meta("devices", _pack_devices(devices))
+            view.set_devices(devices)
+            view.set_counter("device", max((device.index for device in devices), default=-1) + 1)
             for extent in free:
                 view.add_free(extent)
             # 0 is no generation, no inode; 1 is the mount's root.
@@ -229,16 +225,7 @@ class Metadata:
     def devices(self) -> list[DeviceRecord]:
         """The devices, by index."""
         with self.read() as view:
-            try:
-                return [
-                    DeviceRecord(
-                        DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
-                        ByteCount(part["size_bytes"]),
-                    )
-                    for part in json.loads(view.meta("devices") or b"")
-                ]  # fmt: skip
-            except (ValueError, KeyError, TypeError) as error:
-                raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
+            return view.devices()
 
     def _write(self) -> None:
         """The writer thread: commit whatever is queued, until told to stop."""
@@ -307,20 +294,6 @@ class Metadata:
             self._users.wait_for(lambda: not self._reading)
         self._environment.close()
         os.close(self._lock_fd)
-
-
-def _pack_devices(devices: list[DeviceRecord]) -> bytes:
-    return json.dumps(
-        [
-            {
-                "index": device.index,
-                "uuid": str(device.uuid),
-                "path": device.path,
-                "size_bytes": device.size_bytes,
-            }
-            for device in devices
-        ]
-    ).encode()
 
 
 def _translated(error: BaseException) -> BaseException:

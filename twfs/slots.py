@@ -49,6 +49,7 @@ class Slots:
         self.leases: IntArray = np.zeros(0, np.int32)
         self.position: IntArray = np.zeros(0, np.uint32)
         self.units: IntArray = np.zeros(0, np.uint32)  # of 4 KiB on the devices
+        self.device: IntArray = np.zeros(0, np.uint16)  # that the block begins on
         self.state: IntArray = np.zeros(0, np.uint8)
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
@@ -71,8 +72,8 @@ class Slots:
         capacity = byte_count // STAMP_BYTES
         self._map = mmap.mmap(self._heat_fd, byte_count)
         self.stamp = np.frombuffer(self._map, np.uint64)
-        for name in ("key", "parent", "children", "links", "leases", "position", "units", "state",
-                     "detached", "hole"):  # fmt: skip
+        for name in ("key", "parent", "children", "links", "leases", "position", "units",
+                     "device", "state", "detached", "hole"):  # fmt: skip
             old = getattr(self, name)
             new = np.zeros(capacity, old.dtype)
             new[: len(old)] = old
@@ -102,12 +103,13 @@ class Slots:
 
     def set_live(
         self, slot: int, key: bytes, parent: int | None, *, position: int, units: int,
-        now_ms: int, detached: bool,
+        now_ms: int, detached: bool, device: int = 0,
     ) -> None:  # fmt: skip
         """Enter a block that has just been published; its parent gains a child."""
         self.key[slot] = np.void(key)
         self.position[slot] = position
         self.units[slot] = units
+        self.device[slot] = device
         self.children[slot] = 0
         self.links[slot] = 0
         self.detached[slot] = detached
@@ -205,6 +207,7 @@ class Slots:
         self.state[slots] = LIVE
         self.position[slots] = records["position"]
         self.units[slots] = records["units"]
+        self.device[slots] = records["device"]
         self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
         self.hole[slots] = (records["flags"] & FLAG_HOLE) != 0
         parents = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES).copy()
@@ -245,7 +248,7 @@ class Slots:
         names = ("free", "pending", "live", "condemned", "limbo")
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
         arrays = (self.stamp, self.key, self.parent, self.children, self.links, self.leases,
-                  self.position, self.units, self.state, self.detached, self.hole)  # fmt: skip
+                  self.position, self.units, self.device, self.state, self.detached, self.hole)  # fmt: skip
         return figures | {"slots_bytes": sum(array.nbytes for array in arrays)}
 
     def persist(self) -> None:

@@ -5,15 +5,24 @@ A view lives as long as its transaction, in the thread that began it. Nothing he
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 from uuid import UUID
 
 from twfs.errors import CorruptMetadata
 from twfs.layout import Layout
-from twfs.records import Block, BlockKey, Extent
-from twfs.units import ByteCount, ByteOffset, DeviceIndex, Millis, ModelId, PrefixHash
+from twfs.records import DATA_START, Block, BlockKey, Extent
+from twfs.units import (
+    ALIGN,
+    ByteCount,
+    ByteOffset,
+    DeviceIndex,
+    Millis,
+    ModelId,
+    PrefixHash,
+)
 
 TABLES: Final = (
     "meta",
@@ -29,6 +38,8 @@ MODEL_KEY: Final = struct.Struct(">I")
 PLACE_KEY: Final = struct.Struct(">HQ")  # device, offset: ordered by place
 LENGTH: Final = struct.Struct("<Q")
 LIMBO: Final = struct.Struct("<QQ")  # length; 0 = a lease may read it, 1 = retired
+ONLINE: Final = "online"
+DRAINING: Final = "draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,42 @@ class DeviceRecord:
     uuid: UUID
     path: str
     size_bytes: ByteCount
+    draining: bool = False  # being emptied, also after a restart
+
+    @property
+    def data_area(self) -> tuple[ByteOffset, ByteCount]:
+        """Offset and length of what blocks may take, also while the device itself is away."""
+        return DATA_START, ByteCount(self.size_bytes - ALIGN - DATA_START)
+
+
+def pack_devices(devices: Sequence[DeviceRecord]) -> bytes:
+    """Return the list of devices as JSON."""
+    return json.dumps(
+        [
+            {
+                "index": device.index,
+                "uuid": str(device.uuid),
+                "path": device.path,
+                "size_bytes": device.size_bytes,
+                "state": DRAINING if device.draining else ONLINE,
+            }
+            for device in devices
+        ]
+    ).encode()
+
+
+def unpack_devices(data: bytes) -> list[DeviceRecord]:
+    """Make the list of devices of its JSON; CorruptMetadata if it is none."""
+    try:
+        return [
+            DeviceRecord(
+                DeviceIndex(part["index"]), UUID(part["uuid"]), part["path"],
+                ByteCount(part["size_bytes"]), part.get("state", ONLINE) == DRAINING,
+            )
+            for part in json.loads(data)
+        ]  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptMetadata(f"the list of devices is unreadable: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +135,10 @@ class ReadView:
         """A value of the meta table."""
         return self._get("meta", name.encode())
 
+    def devices(self) -> list[DeviceRecord]:
+        """The devices, by index; CorruptMetadata if their list cannot be read."""
+        return unpack_devices(self.meta("devices") or b"")
+
     def _get(self, table: str, key: bytes) -> bytes | None:
         value: bytes | None = self._txn.get(key, db=self._tables[table])
         return value
@@ -127,6 +178,14 @@ class ReadView:
     def all_blocks(self) -> Iterator[tuple[bytes, bytes]]:
         """Every (packed key, packed record), in key order."""
         yield from self._txn.cursor(db=self._blocks).iternext(keys=True, values=True)
+
+    def blocks_behind(self, key: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Up to *limit* (packed key, packed record), in key order, behind the packed *key*."""
+        cursor = self._txn.cursor(db=self._blocks)
+        if not cursor.set_range(key):
+            return []
+        found = list(islice(cursor.iternext(keys=True, values=True), limit + 1))
+        return [pair for pair in found if pair[0] != key][:limit]
 
     def children(self, parent: BlockKey) -> list[PrefixHash]:
         """Hashes of the blocks of the same group and shard whose parent is *parent*."""
@@ -214,6 +273,10 @@ class WriteView(ReadView):
     def set_meta(self, name: str, value: bytes) -> None:
         """Set a value of the meta table."""
         self._put("meta", name.encode(), value)
+
+    def set_devices(self, devices: Sequence[DeviceRecord]) -> None:
+        """Replace the list of devices."""
+        self.set_meta("devices", pack_devices(sorted(devices, key=lambda each: each.index)))
 
     def put_block(self, key: BlockKey, block: Block) -> None:
         """Add or replace a record."""
@@ -313,6 +376,12 @@ class WriteView(ReadView):
             PLACE_KEY.pack(extent.device, extent.offset),
             LIMBO.pack(extent.length, retired),
         )
+
+    def forget_device(self, device: DeviceIndex) -> None:
+        """Take out all that is noted of *device* but its blocks: free runs and limbo."""
+        for table in ("free", "limbo"):
+            for extent in [each for each in self.runs(table) if each.device == device]:
+                self._txn.delete(PLACE_KEY.pack(device, extent.offset), db=self._tables[table])
 
     def drop_limbo(self, extent: Extent) -> None:
         """Undo add_limbo."""
