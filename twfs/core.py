@@ -217,9 +217,7 @@ class Core:
                 "no device takes the roster: all are offline; see `twfs device list`"
             )  # fmt: skip
 
-    def release_after(
-        self, extents: Sequence[Extent], writes: "Sequence[Future[None]]"
-    ) -> None:
+    def release_after(self, extents: Sequence[Extent], writes: "Sequence[Future[None]]") -> None:
         """Make reserved *extents* free once *writes* to them, which hang, ended. Hold the lock."""
         left = len(writes)
 

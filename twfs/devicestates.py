@@ -32,7 +32,7 @@ HANG_SECONDS: Final = 10.0  # far above a drive's worst pause, well below a pers
 BAD_WRITES_MAX: Final = 3  # in a row: one bad sector is no bad drive
 LOOK_SECONDS: Final = 0.25  # who waits for I/O looks this often whether the device is given up
 WRITE_THREADS: Final = 4  # writes in flight; more gain nothing on one drive (facts: 2 to 4)
-READ_THREADS: Final = 8  # of the mount, reports and drains; engines read themselves
+READ_THREADS: Final = 16  # of the mount, reports and drains; engines read themselves
 
 
 class DeviceState(StrEnum):
@@ -138,7 +138,7 @@ class Standings:
         self.flushers: dict[int, Flusher] = {}
         self.offline: frozenset[int] = frozenset()
         self.dry: frozenset[int] = frozenset()  # nothing is allotted there
-        self.on_change: Callable[[], None] = lambda: None  # called under the lock
+        self.serial = 0  # grows with every change
         self.follow()
 
     def follow(self) -> None:
@@ -146,14 +146,12 @@ class Standings:
         with self._lock:
             there = [each for _, each in sorted(self.all.items()) if not each.offline]
             self.devices = {each.index: each.device for each in there if each.device is not None}
-            self.flushers = {
-                each.index: each.flusher for each in there if each.flusher is not None
-            }
+            self.flushers = {each.index: each.flusher for each in there if each.flusher is not None}
             self.offline = frozenset(self.all) - frozenset(self.devices)
             online = [each.index for each in there if each.state is DeviceState.ONLINE]
             self.dry = frozenset(self.all) - frozenset(online)
             self._allocator.allot_on(online)
-            self.on_change()
+            self.serial += 1
 
     def replace(self, index: int, standing: Standing | None) -> None:
         """Put *standing* in the place of device *index*; None takes it out."""
@@ -243,7 +241,10 @@ class Standings:
         """
         if not indices or any(index not in self.devices for index in indices):
             raise DeviceError(f"device {sorted(indices)} offline: see `twfs device list`")
-        future = self._submitted(self.all[min(indices)].readers, call, *args, **kwargs)
+        standing = self.all.get(min(indices))
+        if standing is None:
+            raise DeviceError(f"device {min(indices)} has been taken out")
+        future = self._submitted(standing.readers, call, *args, **kwargs)
         if self.wait({future: indices}):
             raise DeviceError(f"a device of {sorted(indices)} went offline during a read")
         if future.cancelled():

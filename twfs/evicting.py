@@ -6,7 +6,7 @@ the lease check, and are condemned there and then: nobody matches them any more.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Final
 
@@ -284,19 +284,25 @@ def spoil(core: Core, key: BlockKey, generation: int) -> bool:
         block = view.block(key)
     if block is None or not core.standings.are_there(each.device for each in block.extents):
         return False
-    return forget(core, key, generation)
+    return bool(forget(core, [(key, generation)]))
 
 
-def forget(core: Core, key: BlockKey, generation: int) -> bool:
-    """Make a hole of a block, wherever it lies; False if it has changed meanwhile. Waits."""
+def forget(core: Core, lost: Sequence[tuple[BlockKey, int]]) -> int:
+    """Make holes of blocks, by key and generation, wherever they lie; waits.
 
-    def after(before: Block | None) -> None:
-        if before is not None:
-            with core.lock:
+    Returns of how many: those that have changed meanwhile stay.
+    """
+
+    def job(view: WriteView) -> list[Block]:
+        spoilt = [ledger.spoil(view, key, generation) for key, generation in lost]
+        return [before for before in spoilt if before is not None]
+
+    def after(spoilt: list[Block]) -> None:
+        with core.lock:
+            for before in spoilt:
                 core.counters.holes += 1
                 core.slots.units[before.slot] = 0
                 core.slots.hole[before.slot] = True
-                core.changes += 1
+            core.changes += 1
 
-    future = core.metadata.submit(lambda view: ledger.spoil(view, key, generation), after)
-    return future.result() is not None
+    return len(core.metadata.submit(job, after).result())

@@ -102,6 +102,11 @@ class Leases:
         self._owners[number] = _Owner(uid, self._bytes_max if bytes_max is None else bytes_max)
         return number
 
+    @property
+    def age_max_ms(self) -> int:
+        """The longest that a lease can last, however often it is renewed."""
+        return AGE_TERMS_MAX * self.term_ms
+
     def allow(self, bytes_per_owner_max: ByteCount) -> None:
         """Let owners to come lease so much."""
         self._bytes_max = bytes_per_owner_max

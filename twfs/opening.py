@@ -79,6 +79,12 @@ def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> No
         undo.pop_all()
 
 
+def name_of(directory: Path, path: Path) -> str:
+    """How the metadata names the device at *path*: relative if inside the warehouse."""
+    path, home = path.resolve(), directory.resolve()
+    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+
+
 def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, force: bool) -> None:
     """Format the devices, then make the metadata of an empty warehouse."""
     warehouse = uuid.uuid4()
@@ -89,9 +95,7 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         superblock = format_device(spec, warehouse=warehouse, index=index, force=force)
         if fresh:
             undo.callback(spec.path.unlink, missing_ok=True)
-        path = spec.path.resolve()
-        home = directory.resolve()
-        name = str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+        name = name_of(directory, spec.path)
         records.append(DeviceRecord(index, superblock.device, name, superblock.size_bytes))
         start = superblock.data_start
         end = superblock.size_bytes - ALIGN

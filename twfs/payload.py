@@ -29,6 +29,14 @@ def read_payload(
     The lane sums are for GPUs: they cost ten times what xxh3 does, and prove nothing more here.
     DeviceError if they cannot be read, BadPayload if they are not what the record says.
     """
+    header, buffer = read_whole(devices, key, block, lanes=lanes)
+    return header, buffer[ALIGN : ALIGN + block.payload_bytes]
+
+
+def read_whole(
+    devices: "Mapping[int, Device]", key: BlockKey, block: Block, *, lanes: bool = False
+) -> tuple[Header, memoryview]:
+    """As read_payload, but with all that lies on the device: header, payload and padding."""
     buffer = aligned_buffer(ALIGN + align_up(block.payload_bytes))
     at = 0
     for extent in block.extents:
@@ -56,7 +64,7 @@ def read_payload(
             f"block {key.prefix_hash.hex()}: its {block.payload_bytes} bytes at "
             f"{block.extents[0]} do not have their checksums"
         )
-    return header, payload
+    return header, buffer
 
 
 def header_complaint(header: Header, key: BlockKey, block: Block) -> str | None:

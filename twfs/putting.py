@@ -340,7 +340,9 @@ class Put:
         try:
             future: Future[ledger.Published] = self._core.metadata.submit(
                 lambda view: ledger.publish(
-                    view, self._model, [(self._key(index), block) for index, block in candidates],
+                    view,
+                    self._model,
+                    [(self._key(index), block) for index, block in candidates],
                     self._core.standings.offline,
                 ),
                 after,

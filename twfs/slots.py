@@ -248,7 +248,8 @@ class Slots:
         names = ("free", "pending", "live", "condemned", "limbo")
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
         arrays = (self.stamp, self.key, self.parent, self.children, self.links, self.leases,
-                  self.position, self.units, self.device, self.state, self.detached, self.hole)  # fmt: skip
+                  self.position, self.units, self.device, self.state, self.detached,
+                  self.hole)  # fmt: skip
         return figures | {"slots_bytes": sum(array.nbytes for array in arrays)}
 
     def persist(self) -> None:

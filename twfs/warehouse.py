@@ -36,11 +36,12 @@ from twfs.layout import Layout, check_model_name
 from twfs.leases import Located
 from twfs.localput import LocalPort
 from twfs.match import Match
+from twfs.members import Members
 from twfs.operating import Verbs, operate
 from twfs.prefix import Names
 from twfs.putting import Put
-from twfs.readers.select import DeviceSource, Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
+from twfs.sources import Sources
 from twfs.store import (
     BlockInfo,
     CheckReport,
@@ -70,18 +71,15 @@ class Warehouse:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._owner = core.leases.add_owner(os.getuid(), core.allocator.total_bytes)
-        self._sources = {
-            device.index: DeviceSource(device.open_for_reader(), device.path, device.size_bytes)
-            for device in core.devices.values()
-        }
-        self._readers = Readers(self._sources)
+        self._sources = Sources(core.standings)
+        self._members = Members(core)
         self._arena: Arena | None = None
         self._puts = ThreadPoolExecutor(2, "twfs-put")
         self._closing = threading.Event()
         self._idle = threading.Condition()  # guards the next two, and the arena
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
-        self.verbs: Verbs = {}
+        self.verbs: Verbs = {**self._members.verbs()}
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 
@@ -94,13 +92,14 @@ class Warehouse:
         opening.create(directory, devices, force=force)
 
     @classmethod
-    def open(cls, directory: Path, *, lease_ms: int = LEASE_MS) -> Self:
+    def open(cls, directory: Path, *, lease_ms: int = LEASE_MS, degraded: bool = True) -> Self:
         """Open the warehouse in *directory*, exclusively.
 
-        NoSuchWarehouse, WarehouseBusy, WrongDevice, CorruptSuperblock, TruncatedDevice,
-        CorruptMetadata, FormatTooNew.
+        Without a device that is missing, damaged, another's or read-only, which `notes` tells,
+        while another takes writes; unless *degraded* is False. NoSuchWarehouse, WarehouseBusy,
+        WrongDevice, CorruptSuperblock, TruncatedDevice, CorruptMetadata, FormatTooNew, ReadOnly.
         """
-        core = opening.open_core(Path(directory), lease_ms=lease_ms)
+        core = opening.open_core(Path(directory), lease_ms=lease_ms, degraded=degraded)
         try:
             return cls(core)
         except BaseException:
@@ -119,13 +118,21 @@ class Warehouse:
 
     @property
     def devices(self) -> Mapping[int, Device]:
-        """Its devices, by index."""
+        """Its devices that are there, by number."""
         return self._core.devices
 
     @property
     def notes(self) -> list[str]:
-        """What was found at open that an operator should know."""
-        return [note for device in self._core.devices.values() for note in device.notes]
+        """What an operator should know: devices that are offline, read-only or damaged."""
+        return [
+            f"device {each.index} ({each.record.path}): {note}"
+            for each in self._core.standings.all.values()
+            for note in each.notes
+        ]
+
+    def resume(self) -> None:
+        """Go on with drains that were under way when the warehouse was closed, or killed."""
+        self._members.resume()
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +164,7 @@ class Warehouse:
         tends = 0
         while not self._closing.wait(TEND_SECONDS):
             tends += 1
+            self._core.standings.look()
             with self._core.lock:
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
@@ -175,11 +183,10 @@ class Warehouse:
             self._idle.wait_for(lambda: not self._busy)
         self._closing.set()
         self._tender.join()
+        self._members.close()
         self._puts.shutdown()
-        self._readers.close()
+        self._sources.close()
         opening.close_core(self._core)
-        for source in self._sources.values():
-            os.close(source.fd)
         if self._arena is not None:
             self._arena.close()
 
@@ -220,7 +227,7 @@ class Warehouse:
         if located is None:
             return Match(
                 self, b"", model, names, start, start, np.zeros(0, LOCATED_DTYPE),
-                np.zeros(0, EXTENT_DTYPE), self._readers,
+                np.zeros(0, EXTENT_DTYPE), self._sources.now(),
             )  # fmt: skip
         return self._match_of(model, names, located)
 
@@ -234,7 +241,7 @@ class Warehouse:
     def _match_of(self, model: Model, names: Names, located: Located) -> Match:
         return Match(
             self, located.token, model, names, located.start, located.blocks, located.located,
-            located.extents, self._readers,
+            located.extents, self._sources.now(),
         )  # fmt: skip
 
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
@@ -452,18 +459,7 @@ class Warehouse:
             }
         figures["space"] = asdict(self.space())
         figures["metadata"] = core.metadata.statistics()
-        figures["devices"] = [
-            {
-                "index": device.index,
-                "uuid": str(device.uuid),
-                "path": str(device.path),
-                "size_bytes": device.size_bytes,
-                "notes": device.notes,
-                **asdict(device.statistics()),
-                **core.flushers[device.index].statistics(),
-            }
-            for device in core.devices.values()
-        ]
-        figures["readers"] = self._readers.statistics()
+        figures["devices"] = self._members.listed()
+        figures["readers"] = self._sources.now().statistics()
         figures["arena"] = None if self._arena is None else self._arena.statistics()
         return figures
