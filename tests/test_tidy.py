@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("members",),
     ("warehouse",),
     ("shared",),
-    ("answers",),
+    ("answers", "greeting"),
     ("connection",),
     ("server",),
     ("channel", "remote"),

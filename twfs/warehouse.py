@@ -56,6 +56,7 @@ from twfs.store import (
     SessionInfo,
     Space,
 )
+from twfs.tables import DeviceRecord
 from twfs.units import ByteCount, ModelId, PrefixHash, align_up
 from twfs.upload import check_payloads, upload
 
@@ -120,6 +121,14 @@ class Warehouse:
     def devices(self) -> Mapping[int, Device]:
         """Its devices that are there, by number."""
         return self._core.devices
+
+    def table(self) -> list[tuple[DeviceRecord, Path, Device | None]]:
+        """All devices, by number, and where they are; None for one that is offline."""
+        core = self._core
+        return [
+            (each.record, core.directory / each.record.path, core.devices.get(index))
+            for index, each in sorted(core.standings.all.items())
+        ]
 
     @property
     def notes(self) -> list[str]:

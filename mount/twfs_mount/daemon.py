@@ -75,6 +75,7 @@ class DaemonConfig:
     arena_bytes: int = ARENA_BYTES
     payload_bytes: int = PAYLOAD_BYTES
     lease_ms: int = LEASE_MS
+    degraded: bool = True  # serve without devices that are missing or damaged
 
 
 class Daemon:
@@ -93,11 +94,13 @@ class Daemon:
         stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         with trio.open_signal_receiver(*stop_signals) as signals:
             warehouse = await trio.to_thread.run_sync(
-                lambda: Warehouse.open(config.directory, lease_ms=config.lease_ms)
+                lambda: Warehouse.open(
+                    config.directory, lease_ms=config.lease_ms, degraded=config.degraded
+                )
             )
             try:
                 for note in warehouse.notes:
-                    log.info("%s", note)
+                    log.warning("%s", note)
                 await self._run_open(warehouse, signals)
             finally:
                 await self._close(warehouse)

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arena-bytes", type=int, help="memory for the uploads of all clients")
     add("--payload-bytes", type=int, help="memory for verified payloads of the mount")
     add("--lease-ms", type=int, help="how long a lease lasts unless renewed")
+    add("--no-degraded", action="store_true", help="do not start without all devices")
     add("--debug", action="store_true", help="log every refused request")
     where = made.add_mutually_exclusive_group()
     where.add_argument("--foreground", "-f", action="store_true", help="stay; the default")
@@ -113,8 +114,9 @@ def config_of(given: argparse.Namespace) -> "DaemonConfig":
             raise InvalidInput(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     mountpoint = None if given.mountpoint is None else str(Path(given.mountpoint).absolute())
     return DaemonConfig(
-        given.directory.absolute(), mountpoint, socket, options=MountOptions(**fields), **sizes
-    )
+        given.directory.absolute(), mountpoint, socket, options=MountOptions(**fields),
+        degraded=not given.no_degraded, **sizes,
+    )  # fmt: skip
 
 
 def run(given: argparse.Namespace, on_ready: Callable[[], None]) -> int:

@@ -32,6 +32,7 @@ def daemon_command(
     options: str = "",
     socket: Path | None = None,
     arena_bytes: int | None = None,
+    degraded: bool = True,
 ) -> list[str]:
     """Return the command line of the daemon; without *mountpoint* it serves its socket alone."""
     command = [sys.executable, "-m", "twfs_mount.main", str(directory)]
@@ -42,6 +43,8 @@ def daemon_command(
         command += ["--socket", str(socket)]
     if arena_bytes is not None:
         command += ["--arena-bytes", str(arena_bytes)]
+    if not degraded:
+        command += ["--no-degraded"]
     return command
 
 

@@ -22,6 +22,13 @@ SocketAt = Annotated[
 ArenaOption = Annotated[
     str | None, typer.Option("--arena-bytes", help="Memory for the uploads of all clients.")
 ]
+DegradedFlag = Annotated[
+    bool,
+    typer.Option(
+        "--degraded/--no-degraded",
+        help="Start without devices that are missing or damaged: their blocks are misses.",
+    ),
+]
 MountOptions = Annotated[
     str, typer.Option("-o", help="ro, allow_other, uid=, gid=, group=, file_mode=, dir_mode=.")
 ]
@@ -37,6 +44,7 @@ def serve(
     options: MountOptions = "",
     *,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="Serve the socket alone.")] = False,
+    degraded: DegradedFlag = True,
 ) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C ends it."""
     if no_mount and mountpoint is not None:
@@ -44,7 +52,7 @@ def serve(
     _become(
         daemon_command(
             directory, mountpoint, options=options, socket=socket,
-            arena_bytes=parse_size(arena) if arena is not None else None,
+            arena_bytes=parse_size(arena) if arena is not None else None, degraded=degraded,
         )
     )  # fmt: skip
 
@@ -65,12 +73,13 @@ def mount(
         bool,
         typer.Option("--foreground/--background", help="Stay, or come back once it is mounted."),
     ] = False,
+    degraded: DegradedFlag = True,
     as_json: JsonFlag = False,
 ) -> None:
     """Start the daemon with a mount; its log is DIRECTORY/daemon.log when in the background."""
     command = daemon_command(
         directory, mountpoint, options=options, socket=socket,
-        arena_bytes=parse_size(arena) if arena is not None else None,
+        arena_bytes=parse_size(arena) if arena is not None else None, degraded=degraded,
     )  # fmt: skip
     if foreground:
         _become(command)
