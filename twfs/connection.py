@@ -362,13 +362,14 @@ class Connection:
             return partial(self._begin, request)
         if isinstance(request, ReadPayload):
             return partial(self._read_payload, request)
-        if isinstance(request, ReportBlock | AskDevices):
-            answer = self._report if isinstance(request, ReportBlock) else self._devices
-            return partial(answer, request)
+        if isinstance(request, ReportBlock):
+            return partial(self._report, request)
         return partial(self._ask, request)
 
-    async def _ask(self, request: AnyRequest) -> AnyReply:
+    async def _ask(self, request: AnyRequest) -> AnyReply | None:
         shared = self._shared
+        if isinstance(request, AskDevices):
+            return await self._devices(request)
         if isinstance(request, AskStatus):
             statistics = await trio.to_thread.run_sync(
                 shared.warehouse.statistics, limiter=shared.tools
