@@ -369,7 +369,8 @@ class Connection:
     async def _ask(self, request: AnyRequest) -> AnyReply | None:
         shared = self._shared
         if isinstance(request, AskDevices):
-            return await self._devices(request)
+            await self._devices(request)
+            return None
         if isinstance(request, AskStatus):
             statistics = await trio.to_thread.run_sync(
                 shared.warehouse.statistics, limiter=shared.tools

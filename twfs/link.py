@@ -132,13 +132,14 @@ class Link:
     arena: Arena | None
     stale: bool = False  # a read of a device failed since the table was asked for
     asked_s: float = 0.0  # when that was, monotonic
+    unknown: set[int] = field(default_factory=set)  # devices that the last table did not have
     asking: threading.Lock = field(default_factory=threading.Lock)
 
     def knows(self, numbers: Iterable[int]) -> bool:
         """Tell whether all these devices are known; asks for them if one is not.
 
-        Also if a read has failed since: the device may be another one by now. At most once in
-        TABLE_SECONDS, and for as long at most.
+        Also if a read has failed since: the device may be another one by now. Waits TABLE_SECONDS
+        at most; where asking did not help before, it asks once in that time.
         """
         wanted = set(numbers)
         known = wanted <= self.devices.sizes.keys()
@@ -147,14 +148,18 @@ class Link:
         with self.asking:
             known = wanted <= self.devices.sizes.keys()
             now_s = time.monotonic()
-            if (known and not self.stale) or now_s - self.asked_s < TABLE_SECONDS:
+            fresh = not wanted <= self.devices.sizes.keys() | self.unknown
+            if known and not self.stale:
+                return True
+            if not fresh and now_s - self.asked_s < TABLE_SECONDS:
                 return known
             self.asked_s, self.stale = now_s, False
             with suppress(NoDaemon):
                 answer = self.channel.call_for_devices(AskDevices(0), TABLE_SECONDS)
                 if answer is not None:
                     self.devices.follow(answer[0].devices, answer[1])
-            return wanted <= self.devices.sizes.keys()
+            self.unknown = wanted - self.devices.sizes.keys()
+            return not self.unknown
 
     def ask(self, request: Request) -> AnyReply:
         """Return the reply to one step of a put; the connection ends if it takes too long."""
