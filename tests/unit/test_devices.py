@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from support.daemon import running_daemon
 from support.loops import loop_device, needs_loops
 from support.mounting import until
 from support.warehouses import (
@@ -23,6 +24,7 @@ from support.warehouses import (
     flip_payload,
     make_warehouse,
     open_warehouse,
+    payloads_of,
     put,
     read_all,
     records_of,
@@ -43,7 +45,7 @@ from twfs.errors import (
 )
 from twfs.formatting import DeviceSpec, inspect
 from twfs.prefix import Names
-from twfs.store import Model, PutOutcome
+from twfs.store import Model, PutOutcome, ReadOutcome
 from twfs.units import ALIGN, ByteCount, DeviceIndex
 from twfs.warehouse import Warehouse
 
@@ -429,6 +431,64 @@ def test_a_block_that_changes_during_its_move_stays_as_it_is(scratch: Path) -> N
         generations = [block.generation for block in records_of(core).values()]
         assert len(set(generations)) == len(generations)
         assert read_all(warehouse, model, names) == 12
+
+
+def test_clients_of_a_daemon_whose_device_is_cut_off_hit_up_to_there_and_again_later(
+    scratch: Path,
+) -> None:
+    make_warehouse(scratch, TWO)
+    with running_daemon(scratch) as daemon, daemon.client() as client:
+        model = client.open_model("m", MHA)
+        names = chain_of(model, 12)
+        assert client.put(model, names, payloads_of(MHA, names)).held == 12
+        path = scratch / "device1.img"
+        image = path.read_bytes()
+        os.truncate(path, 0)
+        into = [bytearray(MHA.block_bytes()) for _ in range(12)]
+        with client.match(model, names) as match:
+            report = match.read_into(into)
+        wanted = (ReadOutcome.HIT, ReadOutcome.DEVICE_ERROR) * 6
+        assert report.outcomes == wanted
+        until(lambda: client.lookup(model, names) == 1, "the report puts it offline")
+        assert client.operate("device-list")[1]["state"] == "offline"
+        late = daemon.client()  # it gets no descriptor of that device
+        with late, late.match(model, names) as match:
+            assert match.blocks == 1
+        other = chain_of(model, 8, 4)
+        assert client.put(model, other, payloads_of(MHA, other)).held == 8
+        path.write_bytes(image)
+        assert client.operate("device-online", device=1)["state"] == "online"
+        assert client.statistics()["counters"]["holes"] == 0
+        with daemon.client() as fresh, fresh.match(model, names) as match:
+            assert match.read_into(into).blocks == 12
+        with client.match(model, names) as match:
+            assert match.read_into(into).blocks == 12
+        assert [bytes(each) for each in into] == [e.tobytes() for e in payloads_of(MHA, names)]
+
+
+def test_a_device_without_descriptor_makes_misses_and_no_dead_client(scratch: Path) -> None:
+    """The daemon still has the image open; its name is gone, so nobody else can open it."""
+    make_warehouse(scratch, TWO)
+    with running_daemon(scratch) as daemon:
+        with daemon.client() as first:
+            model = first.open_model("m", MHA)
+            names = chain_of(model, 12)
+            assert first.put(model, names, payloads_of(MHA, names)).held == 12
+        (scratch / "device1.img").rename(scratch / "away")
+        with daemon.client() as client, client.match(model, names) as match:
+            into = [bytearray(MHA.block_bytes()) for _ in range(12)]
+            assert match.read_into(into).outcomes == (
+                (ReadOutcome.HIT, ReadOutcome.DEVICE_ERROR) * 6
+            )
+            (scratch / "away").rename(scratch / "device1.img")
+
+            def all_hit() -> bool:
+                with client.match(model, names) as again:
+                    return again.read_into(into).blocks == 12
+
+            until(all_hit, "the client asks for the devices again")
+            assert client.statistics()["client"]["reconnects"] == 0
+            assert client.statistics()["counters"]["holes"] == 0
 
 
 @needs_loops
