@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,7 @@ from twfs.messages import (
     FRAME_BYTES_MAX,
     PROTOCOL_VERSION,
     AnyReply,
+    DeviceTable,
     Failed,
     Hello,
     Piece,
@@ -33,6 +34,7 @@ from twfs.messages import (
 from twfs.protocol import FrameBuffer, decode_reply, encode, error_of
 
 DESCRIPTORS_MAX: Final = 253  # the kernel's SCM_MAX_FD
+PASSED_SPACE: Final = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
 RECEIVE_BYTES: Final = 256 << 10
 LATE_MAX: Final = 4096  # replies given up on; more outstanding ones mean a daemon that is lost
 GONE: Final = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
@@ -73,15 +75,12 @@ def greet(
 def _receive_welcome(sock: socket.socket, descriptors: list[int], deadline: float) -> Welcome:
     """Receive the answer to the hello; descriptors are appended as they come."""
     frames = FrameBuffer(FRAME_BYTES_MAX)
-    space = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
     while (body := frames.next_body()) is None:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        data, ancillary, flags, _ = sock.recvmsg(RECEIVE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, passed in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                numbers = array.array("i")
-                numbers.frombytes(passed[: len(passed) // numbers.itemsize * numbers.itemsize])
-                descriptors.extend(numbers)
+        data, ancillary, flags, _ = sock.recvmsg(
+            RECEIVE_BYTES, PASSED_SPACE, socket.MSG_CMSG_CLOEXEC
+        )
+        descriptors += _descriptors_in(ancillary)
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError("the daemon passed more descriptors than this process may have")
         if not data:
@@ -95,15 +94,25 @@ def _receive_welcome(sock: socket.socket, descriptors: list[int], deadline: floa
     return reply
 
 
+def _descriptors_in(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a message; they are the caller's to close."""
+    numbers = array.array("i")
+    for level, kind, passed in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers.frombytes(passed[: len(passed) // numbers.itemsize * numbers.itemsize])
+    return list(numbers)
+
+
 class _Waiter:
     """One request's replies as they come."""
 
-    __slots__ = ("done", "id", "replies")
+    __slots__ = ("descriptors", "done", "id", "replies")
 
     def __init__(self, message_id: int) -> None:
         self.id = message_id
         self.done = False  # no further reply is to come
         self.replies: deque[AnyReply] = deque()
+        self.descriptors: list[int] = []  # that came with a table of devices
 
 
 class Channel:
@@ -120,6 +129,7 @@ class Channel:
         self._late: set[int] = set()
         self._leading = False
         self._dead: TwfsError | None = None
+        self._passed: list[int] = []  # descriptors of a reply that is not there whole
         self._users = 0
         self._sent = 0
         self._received = 0
@@ -134,6 +144,26 @@ class Channel:
         waiter = self._enter()
         try:
             return self._wait(waiter, deadline) if self._post(waiter, request, deadline) else None
+        finally:
+            self._leave(waiter)
+
+    def call_for_devices(
+        self, request: Request, timeout_s: float
+    ) -> tuple[DeviceTable, list[int]] | None:
+        """As call, for the table of devices; its descriptors are the caller's to close.
+
+        None too if they did not all come, for want of descriptors in this process.
+        """
+        deadline = _deadline(timeout_s)
+        waiter = self._enter()
+        try:
+            reply = self._wait(waiter, deadline) if self._post(waiter, request, deadline) else None
+            if isinstance(reply, DeviceTable):
+                wanted = sum(device.passed for device in reply.devices)
+                if len(waiter.descriptors) == wanted:
+                    descriptors, waiter.descriptors = waiter.descriptors, []
+                    return reply, descriptors
+            return None
         finally:
             self._leave(waiter)
 
@@ -211,6 +241,7 @@ class Channel:
         """Close the descriptor once no thread polls it: its number may be another's next."""
         if self._dead is not None and not self._users:
             self._sock.close()
+            _close_all(self._passed)
 
     @contextmanager
     def _using(self) -> Iterator[None]:
@@ -317,7 +348,9 @@ class Channel:
     def _receive(self) -> bool:
         """Hand out what one receive gives; False if there is nothing now, or ever. Lead first."""
         try:
-            data = self._sock.recv(RECEIVE_BYTES)
+            data, ancillary, _, _ = self._sock.recvmsg(
+                RECEIVE_BYTES, PASSED_SPACE, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return False
         except OSError as error:
@@ -327,10 +360,13 @@ class Channel:
             self.end(NoDaemon("the daemon has closed the connection"))
             return False
         try:
+            # The kernel never joins what two messages passed, so they are all of the next table.
+            self._passed += _descriptors_in(ancillary)
             self._frames.feed(data)
             while (body := self._frames.next_body()) is not None:
                 self._hand_out(decode_reply(body))
         except ProtocolError as error:
+            _close_all(self._passed)
             self.end(error)
             return False
         return True
@@ -340,6 +376,11 @@ class Channel:
         with self._changed:
             self._received += 1
             waiter = self._waiting.get(reply.id)
+            if isinstance(reply, DeviceTable):
+                if waiter is not None:
+                    waiter.descriptors += self._passed
+                    self._passed = []
+                _close_all(self._passed)
             if waiter is not None:
                 waiter.replies.append(reply)
                 self._changed.notify_all()
@@ -358,6 +399,7 @@ class Channel:
         with self._changed:
             del self._waiting[waiter.id]
             unread = list(waiter.replies)
+            _close_all(waiter.descriptors)
             if not (waiter.done or (unread and _is_last(unread[-1]))):
                 self._late.add(waiter.id)
             flooded = len(self._late) > LATE_MAX
@@ -365,6 +407,12 @@ class Channel:
             self.on_late(reply)
         if flooded:
             self.end(NoDaemon(f"more than {LATE_MAX} requests were not answered in time"))
+
+
+def _close_all(descriptors: list[int]) -> None:
+    """Close descriptors that nobody takes."""
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 def _is_last(reply: AnyReply) -> bool:

@@ -65,17 +65,16 @@ def extents_tile(subject: Subject, taken: Snapshot) -> Iterator[str]:
             return parts[kind[number]][0]
         return f"block {taken.name(int(owned['row'][number]))}"
 
-    for device in subject.devices.values():
-        start, length = device.data_area
-        mine = np.flatnonzero(owned["device"] == device.index)
+    for index, (start, length) in subject.areas.items():
+        mine = np.flatnonzero(owned["device"] == index)
         offsets, ends = owned["offset"][mine], owned["offset"][mine] + owned["length"][mine]
         inside = (ends > start) & (offsets < start + length)
         for at in np.flatnonzero(~inside & (kind[mine] > 0)).tolist():  # a block's is I4
-            yield f"device {device.index}: {name(mine[at])} at {offsets[at]} is outside"
+            yield f"device {index}: {name(mine[at])} at {offsets[at]} is outside"
         mine, offsets, ends = mine[inside], offsets[inside], ends[inside]
         before = np.maximum.accumulate(np.concatenate([np.array([start], np.int64), ends]))
         for at in np.flatnonzero(offsets != before[:-1]).tolist():
-            lies = f"device {device.index}: "
+            lies = f"device {index}: "
             if offsets[at] > before[at]:
                 yield f"{lies}{offsets[at] - before[at]} bytes at {before[at]} belong to nothing"
             elif at:
@@ -84,10 +83,10 @@ def extents_tile(subject: Subject, taken: Snapshot) -> Iterator[str]:
                 yield f"{lies}{name(mine[at])} at {offsets[at]} begins outside"
         if before[-1] < start + length:
             missing = start + length - before[-1]
-            yield f"device {device.index}: {missing} bytes at {before[-1]} belong to nothing"
+            yield f"device {index}: {missing} bytes at {before[-1]} belong to nothing"
         elif before[-1] > start + length and kind[mine[int(np.argmax(ends))]]:
-            yield f"device {device.index}: {name(mine[int(np.argmax(ends))])} ends outside"
-    for number in np.flatnonzero(~np.isin(owned["device"], list(subject.devices))).tolist():
+            yield f"device {index}: {name(mine[int(np.argmax(ends))])} ends outside"
+    for number in np.flatnonzero(~np.isin(owned["device"], list(subject.areas))).tolist():
         if kind[number]:
             yield f"{name(number)} on device {owned['device'][number]}, which is not there"
 
@@ -96,10 +95,9 @@ def outside(subject: Subject, taken: Snapshot) -> IntArray:
     """Tell which of taken.extents leave the data areas."""
     runs = taken.extents
     inside = np.zeros(len(runs), np.bool_)
-    for device in subject.devices.values():
-        start, length = device.data_area
+    for index, (start, length) in subject.areas.items():
         inside |= (
-            (runs["device"] == device.index)
+            (runs["device"] == index)
             & (runs["offset"] >= start)
             & (runs["offset"] + runs["length"] <= start + length)
         )
@@ -126,8 +124,12 @@ def extents_fit(subject: Subject, taken: Snapshot) -> Iterator[str]:
 
 
 def with_header(subject: Subject, taken: Snapshot) -> IntArray:
-    """The rows whose header can be looked at: their first extent is inside a data area."""
-    bad = taken.extents["row"][outside(subject, taken)]
+    """The rows whose header can be looked at: inside a data area, of devices that are there.
+
+    Blocks on a device that is offline are misses, which breaks nothing.
+    """
+    away = ~np.isin(taken.extents["device"], list(subject.devices))
+    bad = taken.extents["row"][outside(subject, taken) | away]
     return np.setdiff1d(np.flatnonzero(taken.rows["extent_count"] > 0), bad)
 
 

@@ -210,6 +210,9 @@ class Client(RemoteNamespace):
         before_s: float, asked: int,
     ) -> Match:  # fmt: skip
         """Return the match that *reply* grants, its lease counted from *before_s* on."""
+        if not link.knows(_devices_of(reply)):
+            self._give_back(link, reply)
+            return self._miss(model, names, reply.start, "unknown device")
         try:
             located, extents = rows_of(reply, link.devices.sizes, asked)
         except ProtocolError as error:
@@ -229,6 +232,10 @@ class Client(RemoteNamespace):
             self, reply.token, model, names, reply.start, reply.blocks, located, extents,
             link.devices.readers,
         )  # fmt: skip
+
+    def _give_back(self, link: Link, reply: LocatedBlocks) -> None:
+        """Release the lease of *reply*, which is of no use here."""
+        link.channel.tell(ReleaseLease(0, reply.token), self._match_timeout_s)
 
     def _miss(self, model: Model, names: Names, start: int, cause: str | None) -> Match:
         """Return a match of nothing, counted under *cause*."""
@@ -262,6 +269,8 @@ class Client(RemoteNamespace):
     def _joined(self, link: Link, reply: LocatedBlocks, before_s: float) -> Match:
         """Return the match of a lease that was joined; NoDaemon, ProtocolError, LeaseEnded."""
         model = self._model_numbered(ModelId(reply.model))
+        if not link.knows(_devices_of(reply)):
+            raise LeaseEnded("its blocks are on a device that this client does not have yet")
         located, extents = rows_of(reply, link.devices.sizes, reply.blocks)
         names = Located(
             reply.token, model.id, reply.start, reply.blocks, located, extents, reply.term_ms
@@ -416,6 +425,7 @@ class Client(RemoteNamespace):
         """See LeaseHolder.report."""
         link = self._connector.now
         if link is not None:
+            link.stale = link.stale or outcome is ReadOutcome.DEVICE_ERROR
             link.channel.tell(
                 ReportBlock(0, key.pack(), generation, outcome), self._match_timeout_s
             )
@@ -451,6 +461,15 @@ def _cause_of(answer: AnyReply | TwfsError | None) -> str | None:
     if isinstance(answer, NoDaemon):
         return "no daemon"
     return None if isinstance(answer, Counted) else "refused"
+
+
+def _devices_of(reply: LocatedBlocks) -> list[int]:
+    """The numbers of the devices that *reply* names; what is no row is found out by rows_of."""
+    whole = len(reply.extents) // EXTENT_DTYPE.itemsize
+    numbers: list[int] = np.unique(
+        np.frombuffer(reply.extents, EXTENT_DTYPE, whole)["device"]
+    ).tolist()
+    return numbers
 
 
 def _boottime_s() -> float:

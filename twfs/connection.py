@@ -8,7 +8,7 @@ import array
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Final
@@ -18,6 +18,7 @@ import trio
 from twfs.answers import ANSWERS, OPERATORS_ONLY, status_of
 from twfs.arena import Arena
 from twfs.errors import LeaseEnded, NotAllowed, ProtocolError, TooLarge, TwfsError
+from twfs.greeting import Handed, hand_out, hello_of, make_arena
 from twfs.leases import Located
 from twfs.messages import (
     HELLO_BYTES_MAX,
@@ -27,11 +28,12 @@ from twfs.messages import (
     AbandonPut,
     AnyReply,
     AnyRequest,
+    AskDevices,
     AskStatus,
     BeginPut,
     Counted,
+    DeviceTable,
     Done,
-    Hello,
     JoinLease,
     LookupNames,
     MatchNames,
@@ -46,7 +48,6 @@ from twfs.messages import (
     ReportBlock,
     TouchNames,
     Welcome,
-    WireDevice,
     WriteBlocks,
 )
 from twfs.protocol import (
@@ -64,13 +65,12 @@ from twfs.protocol import (
 )
 from twfs.shared import OpenPut, Shared, names_asked, peer_of
 from twfs.store import ArenaBlock, Served
-from twfs.units import ModelId, align_up
+from twfs.units import ModelId
 
 log = logging.getLogger(__name__)
 
 REQUESTS_MAX: Final = 64  # of one client in flight; a further one waits unread
 PUTS_MAX: Final = 64  # of one client open at once: each holds reservations
-DESCRIPTORS_MAX: Final = 253  # the kernel's SCM_MAX_FD
 RECEIVE_BYTES: Final = 256 << 10
 HELLO_SECONDS_MAX: Final = 5.0
 FRAME_SECONDS_MAX: Final = 10.0  # from a frame's first byte to its last: no hoarding of memory
@@ -143,69 +143,37 @@ class Connection:
 
     async def _welcome(self, body: bytes) -> bool:
         """Answer the hello with the device table and the descriptors; False if the peer left."""
-        shared, hello = self._shared, decode_request(body)
-        if not isinstance(hello, Hello):
-            raise ProtocolError(f"the first message is a {type(hello).__name__}, not a Hello")
-        if hello.version != PROTOCOL_VERSION:
-            raise ProtocolError(
-                f"the client speaks version {hello.version} of the protocol and the daemon "
-                f"{PROTOCOL_VERSION}: install the same twfs on both sides"
-            )
-        devices = shared.warehouse.devices.values()
-        if len(devices) >= DESCRIPTORS_MAX:
-            raise TooLarge(f"{len(devices)} devices: a client can be handed {DESCRIPTORS_MAX - 1}")
-        await self._make_arena(hello)
+        shared, hello = self._shared, hello_of(decode_request(body))
+        self._arena = await make_arena(shared, hello, self._uid)
+        self._arena_bytes = 0 if self._arena is None else self._arena.byte_count
         self._owner = shared.warehouse.add_owner(self._uid)
-        descriptors: list[int] = []
-        rows = []
+        handed = await self._hand_out()
         try:
-            for device in devices:
-                try:
-                    descriptors.append(await trio.to_thread.run_sync(device.open_for_reader))
-                    passed = True
-                except TooLarge:  # it would see nothing but misses for as long as it is connected
-                    raise
-                except TwfsError:  # a device that is gone makes misses, not a dead client
-                    passed = False
-                path, size = str(device.path), device.size_bytes
-                rows.append(WireDevice(device.index, device.uuid.bytes, path, size, passed))
             welcome = Welcome(
-                hello.id, PROTOCOL_VERSION, shared.warehouse.uuid.bytes, tuple(rows),
+                hello.id, PROTOCOL_VERSION, shared.warehouse.uuid.bytes, handed.rows,
                 self._arena_bytes,
             )  # fmt: skip
-            own = [] if self._arena is None else [self._arena.fd]
-            passing = array.array("i", [fd for fd in (*descriptors, *own) if fd is not None])
-            frame = encode(welcome)
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passing)] if passing else []
-            sent = await self._sock.sendmsg([frame], ancillary)
-            await self._send_bytes(memoryview(frame)[sent:])
-        except OSError:
-            return False
+            fd = None if self._arena is None else self._arena.fd
+            own = [] if fd is None else [fd]
+            await self._send(welcome, [*handed.descriptors, *own])
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            handed.close()
         self._frames.limit = REQUEST_BYTES_MAX
         return True
 
-    async def _make_arena(self, hello: Hello) -> None:
-        """Make the arena that *hello* asks for, within what all clients together may have."""
-        shared = self._shared
-        if not hello.arena_bytes:
-            return
-        byte_count = align_up(hello.arena_bytes)
-        if shared.arena_bytes + byte_count > shared.arena_bytes_max:
-            raise TooLarge(
-                f"an arena of {byte_count} bytes: {shared.arena_bytes} of {shared.arena_bytes_max} "
-                "are given out; ask for less, or start the daemon with larger arena_bytes"
+    async def _hand_out(self) -> Handed:
+        """The table of devices with a descriptor of each, to be closed by the caller."""
+        async with self._shared.tables:
+            return await trio.to_thread.run_sync(
+                hand_out, self._shared.warehouse, limiter=self._shared.commits
             )
-        shared.arena_bytes += byte_count
-        self._arena_bytes = byte_count
-        hugetlb = hello.hugetlb and self._uid in {0, os.geteuid()}
-        make = lambda: Arena.shared(byte_count, hugetlb=hugetlb)  # noqa: E731
-        self._arena = await trio.to_thread.run_sync(make, limiter=shared.commits)
-        shared.arena_bytes += self._arena.byte_count - byte_count  # huge pages round up
-        self._arena_bytes = self._arena.byte_count
-        shared.arenas[self._arena.pages] += 1
+
+    async def _devices(self, request: AskDevices) -> None:
+        handed = await self._hand_out()
+        try:
+            await self._send(DeviceTable(request.id, handed.rows), handed.descriptors)
+        finally:
+            handed.close()
 
     async def _next_body(self) -> bytes | None:
         """Receive up to the next whole frame; None when the peer has left."""
@@ -286,26 +254,31 @@ class Connection:
         finally:
             self._in_flight.release()
 
-    async def _send(self, reply: AnyReply) -> None:
-        """Send *reply*; a peer that does not take it in time is dropped."""
+    async def _send(self, reply: AnyReply, passing: Sequence[int] = ()) -> None:
+        """Send *reply*, with descriptors; a peer that does not take it in time is dropped."""
         try:
             frame = encode(reply)
         except TooLarge as error:
-            frame = encode(failure_of(reply.id, error))
-        await self._send_bytes(memoryview(frame))
+            frame, passing = encode(failure_of(reply.id, error)), ()
+        await self._send_bytes(memoryview(frame), passing)
 
-    async def _send_bytes(self, data: memoryview) -> None:
+    async def _send_bytes(self, data: memoryview, passing: Sequence[int]) -> None:
         """Send *data* whole, or end the connection."""
-        if not self._sending.locked():  # mostly the socket takes it all, and at once
+        if (
+            not passing and not self._sending.locked()
+        ):  # mostly the socket takes it all, and at once
             with suppress(OSError):
                 sent = os.write(self._sock.fileno(), data)
                 self._shared.sent_bytes += sent
                 data = data[sent:]
             if not data:
                 return
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passing))]
         async with self._sending:
             with trio.move_on_after(SEND_SECONDS_MAX) as scope:
                 try:
+                    if passing:  # they come with the first byte
+                        data = data[await self._sock.sendmsg([data], ancillary) :]
                     while data:
                         sent = await self._sock.send(data)
                         self._shared.sent_bytes += sent
@@ -393,8 +366,11 @@ class Connection:
             return partial(self._report, request)
         return partial(self._ask, request)
 
-    async def _ask(self, request: AnyRequest) -> AnyReply:
+    async def _ask(self, request: AnyRequest) -> AnyReply | None:
         shared = self._shared
+        if isinstance(request, AskDevices):
+            await self._devices(request)
+            return None
         if isinstance(request, AskStatus):
             statistics = await trio.to_thread.run_sync(
                 shared.warehouse.statistics, limiter=shared.tools

@@ -19,8 +19,10 @@ from uuid import UUID
 import numpy as np
 
 from twfs import ledger, slots
+from twfs.counters import Counters
 from twfs.device import Device
-from twfs.errors import NoSuchModel, StaleEpoch, WarehouseClosed
+from twfs.devicestates import Standings
+from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
@@ -30,43 +32,16 @@ from twfs.roster import Roster, write_roster
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
-from twfs.units import ALIGN, DeviceIndex, Generation, Ino, Millis, ModelId
+from twfs.units import ALIGN, Generation, Ino, Millis, ModelId
 
 T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
-IO_THREADS: Final = 4  # writes in flight; more gain nothing on one drive (facts: 2 to 4)
 
 
 def wall_ms() -> Millis:
     """Wall clock in milliseconds."""
     return Millis(time.time_ns() // 1_000_000)
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since open; every distinct path has a number."""
-
-    matches: int = 0
-    matched_blocks: int = 0
-    asked_blocks: int = 0
-    shortened_matches: int = 0  # the client may lease no more
-    digest_mismatches: int = 0
-    puts: int = 0
-    published_blocks: int = 0
-    present_blocks: int = 0
-    collisions: int = 0
-    failed_blocks: int = 0
-    no_room_blocks: int = 0
-    written_bytes: int = 0
-    evicted_blocks: int = 0
-    evicted_bytes: int = 0
-    removed_blocks: int = 0
-    erased_blocks: int = 0  # of these two: headers overwritten
-    holes: int = 0
-    reports: int = 0
-    mount_reads: int = 0
-    mount_read_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -78,19 +53,28 @@ class Freed:
 
 
 @dataclass(slots=True)
+class Left:
+    """A place that a block has left while pins numbered up to *last_pin* may read it."""
+
+    extents: tuple[Extent, ...]
+    last_pin: int
+    holders: int  # of these pins, how many have not ended
+
+
+@dataclass(slots=True)
 class Core:
     """All parts of one open warehouse; see the module's docstring."""
 
     directory: Path
     uuid: UUID
     metadata: Metadata
-    devices: dict[int, Device]  # replaced whole, never changed: readers take no lock
+    standings: Standings  # of the devices
     allocator: Allocator
     slots: Slots
     leases: Leases
     secret: bytes
     roster: Roster  # as it is on the devices
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock  # the one that guards the standings too
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
@@ -98,10 +82,7 @@ class Core:
     erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
-    io: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(IO_THREADS, "twfs-io")
-    )
-    flushers: dict[DeviceIndex, Flusher] = field(default_factory=dict)
+    left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
     changes: int = 0  # grows with everything that a listing would show
     reserved_bytes: int = 0
     evicting: int = 0  # background transactions under way
@@ -111,6 +92,18 @@ class Core:
     _numbers: threading.Lock = field(default_factory=threading.Lock)
     _enrolling: threading.Lock = field(default_factory=threading.Lock)
     _enrolled: bool = False  # anything since open
+    erasers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "twfs-erase"))
+    _pins: int = 0
+
+    @property
+    def devices(self) -> dict[int, Device]:
+        """The devices that are there, by number; replaced whole, so readers take no lock."""
+        return self.standings.devices
+
+    @property
+    def flushers(self) -> dict[int, Flusher]:
+        """The shared flushes of the devices that are there."""
+        return self.standings.flushers
 
     def record(self, model_id: ModelId) -> ModelRecord:
         """The record of a model in any epoch; StaleEpoch if that is over and gone, NoSuchModel."""
@@ -206,23 +199,66 @@ class Core:
         self.roster = roster
         return result
 
+    def write_roster(self, roster: Roster) -> None:
+        """Make *roster* durable on every device that takes it; DeviceError if none does, TooLarge.
+
+        Waits for no device that hangs.
+        """
+        futures = {
+            self.standings.write(
+                index, write_roster, [device], roster, self.secret, self.uuid
+            ): (index,)
+            for index, device in self.devices.items()
+        }  # fmt: skip
+        stuck = self.standings.wait(futures)
+        ended = [each for each in futures if each not in stuck and not each.cancelled()]
+        failed = [each.exception() for each in ended if each.exception() is not None]
+        if len(ended) == len(failed):
+            raise failed[0] or DeviceError("") if failed else DeviceError(
+                "no device takes the roster: all are offline; see `twfs device list`"
+            )  # fmt: skip
+
+    def release_after(self, extents: Sequence[Extent], writes: "Sequence[Future[None]]") -> None:
+        """Make reserved *extents* free once *writes* to them, which hang, ended. Hold the lock."""
+        left = len(writes)
+
+        def ended(_: object) -> None:
+            nonlocal left
+            with self.lock:
+                left -= 1
+                if not left:
+                    self.allocator.release(extents)
+
+        if not writes:
+            self.allocator.release(extents)
+        for write in writes:
+            write.add_done_callback(ended)
+
+    def adopt_device(self, add: Callable[[Roster], T]) -> T:
+        """Run *add* with the present roster, which cannot change meanwhile."""
+        with self._enrolling:
+            return add(self.roster)
+
     def enter(self, published: ledger.Published, now_ms: Millis) -> None:
         """Let memory follow a publish that is committed."""
         with self.lock:
             for entered in published.entered:
                 self._enter_one(entered, now_ms)
+            self.leave_places(published.replaced)
+            self.counters.replaced_blocks += len(published.replaced)
             for child, parent in published.adopted:
                 if self.slots.parent[child] == slots.NONE:
                     self.slots.adopt(child, parent)
             if published.attached:
                 self.slots.detached[published.attached] = False
-            self._move_links(published.heads)
+            self.slots.move_heads(published.heads.added, published.heads.dropped)
             self.changes += 1
 
     def _enter_one(self, entered: ledger.Entered, now_ms: Millis) -> None:
         block = entered.block
         units = block.device_bytes // ALIGN
         if entered.filled:
+            self.slots.device[block.slot] = block.extents[0].device
             self.slots.units[block.slot] = units
             self.slots.hole[block.slot] = False
             self.slots.use([block.slot], now_ms)
@@ -230,12 +266,13 @@ class Core:
             self.slots.set_live(
                 block.slot, entered.key.pack(), entered.parent_slot, position=block.position,
                 units=units, now_ms=now_ms, detached=block.detached,
+                device=block.extents[0].device,
             )  # fmt: skip
 
     def leave(self, removed: ledger.Removed, *, evicted: bool) -> None:
         """Let memory follow a removal that is committed; its space waits for `free_space`."""
         with self.lock:
-            self._move_links(removed.heads)
+            self.slots.move_heads(removed.heads.added, removed.heads.dropped)
             for key in removed.kept:
                 self._spare(key)
             over = Freed()  # limbo whose last lease ended while the commit was under way
@@ -276,61 +313,64 @@ class Core:
             self.slots.state[block.slot] = slots.LIVE
             self.to_erase.discard(block.slot)
 
-    def _move_links(self, heads: ledger.HeadMoves) -> None:
-        """Count heads over blocks anew after heads moved.
-
-        A head that moves along its chain changes nothing below the nearer end, so that a turn
-        costs its own blocks, and evicting a tail costs that tail.
-        """
-        both = set(heads.added) & set(heads.dropped)
-        added = [slot for slot in heads.added if slot not in both]
-        dropped = {slot for slot in heads.dropped if slot not in both}
-        rising: set[int] = set()
-        for head in added:
-            met = self._meet(head, dropped)
-            if met is None:
-                rising.add(head)
-            else:
-                self.slots.link_head(head, 1, met)
-                dropped.discard(met)
-        for head in dropped:
-            met = self._meet(head, rising)
-            self.slots.link_head(head, -1, met)
-            if met is not None:
-                rising.discard(met)
-        for head in rising:
-            self.slots.link_head(head, 1)
-
-    def _meet(self, slot: int, ends: set[int]) -> int | None:
-        """The first of *ends* on the way from *slot* to the root."""
-        parent = self.slots.parent
-        at = slot
-        while ends and at != slots.NONE:
-            if at in ends:
-                return at
-            at = int(parent[at])
-        return None
-
     def end_leases(self, ended: list[Ended]) -> None:
         """Count down the slots of leases that are over; frees limbo. Hold the lock."""
         for lease in ended:
-            self.unpin(lease.slots)
+            self.unpin(lease.slots, lease.pin)
 
-    def pin(self, pinned: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> None:
-        """Keep the blocks in these slots (each named once) from eviction. Hold the lock."""
+    def pin(self, pinned: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> int:
+        """Keep the blocks in these slots (each named once) from eviction. Hold the lock.
+
+        Returns the number of this pin, which unpin wants.
+        """
         self.slots.leases[pinned] += 1
+        self._pins += 1
+        return self._pins
 
-    def unpin(self, pinned: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> None:
-        """Undo pin; the last one out of limbo frees its extents. Hold the lock."""
+    def unpin(self, pinned: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", pin: int) -> None:
+        """Undo *pin*; the last one out of limbo frees its extents. Hold the lock."""
         self.slots.leases[pinned] -= 1
-        if not self.limbo:
+        if not self.limbo and not self.left:
             return
         over = Freed()
         for slot in pinned.tolist():
+            if slot in self.left:
+                over.extents += self._unpin_left(slot, pin)
             if slot in self.limbo and self.slots.leases[slot] == 0:
                 self._add_freed(over, slot, self.limbo.pop(slot))
                 self.slots.give_back(slot)
         self._free_limbo(over)
+
+    def leave_places(self, places: Sequence[tuple[int, tuple[Extent, ...]]]) -> None:
+        """Keep the extents that blocks (by slot) had until now for those who may read them still.
+
+        They are in limbo already, and free when all pins of now have ended: not when the slot has
+        none, for a hot block always has one. Hold the lock.
+        """
+        over = Freed()
+        for slot, extents in places:
+            holders = int(self.slots.leases[slot])
+            if holders:
+                self.left.setdefault(slot, []).append(Left(extents, self._pins, holders))
+            else:
+                over.extents += extents
+        self._free_limbo(over)
+
+    def _unpin_left(self, slot: int, pin: int) -> list[Extent]:
+        """Count *pin* off the places left by *slot*'s block; returns those nobody reads now."""
+        over: list[Extent] = []
+        kept = []
+        for left in self.left[slot]:
+            left.holders -= pin <= left.last_pin
+            if left.holders:
+                kept.append(left)
+            else:
+                over += left.extents
+        if kept:
+            self.left[slot] = kept
+        else:
+            del self.left[slot]
+        return over
 
     def _free_limbo(self, over: Freed) -> None:
         """Queue the end of *over*'s time in limbo; it is free once that is certain (I19)."""
@@ -354,7 +394,7 @@ class Core:
             if freed.headers:
                 under_way = [e for e in self.erasures if not e.done() or e.exception()]
                 with suppress(RuntimeError):  # the warehouse is closing: nothing is reserved more
-                    self.erasures = [*under_way, self.io.submit(self._erase, freed)]
+                    self.erasures = [*under_way, self.erasers.submit(self._erase, freed)]
                     return
             self.allocator.release(freed.extents)
 

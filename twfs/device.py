@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +21,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs.errors import (
-    CorruptSuperblock,
     DeviceError,
-    FormatTooNew,
-    FormatTooOld,
     InvalidInput,
     ReadOnly,
     TooLarge,
@@ -36,11 +34,13 @@ from twfs.formatting import (
     claim,
     format_device,
     inspect,
+    read_superblock,
     refusal,
+    refuses_writes,
     superblock_at,
     usable_bytes,
 )
-from twfs.records import FORMAT_VERSION, ROSTER_BYTES, ROSTER_STARTS, Superblock
+from twfs.records import DATA_START, FORMAT_VERSION, ROSTER_BYTES, ROSTER_STARTS, Superblock
 from twfs.units import (
     ALIGN,
     IO_BYTES_MAX,
@@ -53,6 +53,7 @@ from twfs.units import (
 __all__ = ["Device", "DeviceSpec", "DeviceStatistics", "format_device", "identify", "inspect"]
 
 VECTORS_MAX: Final = 1000  # buffers of one preadv; the kernel's IOV_MAX is 1024
+REFUSALS: Final = frozenset({errno.EROFS, errno.EPERM, errno.EACCES})  # of a read-only device
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,11 @@ class Device:
         self._idle = threading.Condition()  # guards what follows
         self._closed = False
         self._failed_flush = ""
+        self._given_up = ""
+        self._begun: dict[int, float] = {}  # I/O in flight: by ticket, when it began (monotonic)
+        self._tickets = 0
+        self._bad_writes = 0  # in a row
+        self._refused = ""
         self._counts = DeviceStatistics()
 
     @classmethod
@@ -105,7 +111,8 @@ class Device:
         descriptor, is_block = claim(path, read_only=read_only)
         try:
             notes: list[str] = []
-            superblock = _read_superblock(path, descriptor, notes)
+            read_only = read_only or (is_block and refuses_writes(descriptor))
+            superblock = read_superblock(path, descriptor, notes)
             last = superblock_at(descriptor, max(usable_bytes(descriptor) - ALIGN, 0))
             if either_copy and isinstance(last, Superblock) and (
                 last.warehouse, last.device, last.index, last.version
@@ -261,8 +268,8 @@ class Device:
     def _using(self, purpose: str) -> Iterator[int]:
         """Lend the descriptor; close() waits until all are back, so that no number is reused."""
         with self._idle:
-            if self._closed:
-                raise DeviceError(f"{self.path} has been closed")
+            if self._closed or self._given_up:
+                raise DeviceError(f"{self.path} {self._given_up or 'has been closed'}")
             if purpose == "write" and self.read_only:
                 raise ReadOnly(f"{self.path} was opened for reading only")
             if purpose != "read" and self._failed_flush:
@@ -271,13 +278,90 @@ class Device:
                     "final, so check the drive and restart the daemon"
                 )
             self._counts = replace(self._counts, in_flight=self._counts.in_flight + 1)
+            self._tickets += 1
+            ticket = self._tickets
+            self._begun[ticket] = time.monotonic()
         try:
             yield self._descriptor
-        except DeviceError:
+            self._judge_writes(purpose, None)
+        except DeviceError as error:
             self._count(errors=1)
+            self._judge_writes(purpose, error)
             raise
         finally:
+            with self._idle:
+                del self._begun[ticket]
             self._count(in_flight=-1)
+
+    def _judge_writes(self, purpose: str, error: DeviceError | None) -> None:
+        """Note how a write ended; why_no_writes and bad_writes tell."""
+        if purpose != "write":
+            return
+        with self._idle:
+            self._bad_writes = 0 if error is None else self._bad_writes + 1
+            cause = None if error is None else error.__cause__
+            if isinstance(cause, OSError) and cause.errno in REFUSALS:
+                self._refused = f"it refuses writes: {cause.strerror}"
+
+    @property
+    def bad_writes(self) -> int:
+        """Writes that failed since the last one that did not."""
+        return self._bad_writes
+
+    @property
+    def why_no_writes(self) -> str:
+        """Why it takes no more writes, in words; empty if it does."""
+        opened = "it is read-only" if self.read_only else ""
+        return self._failed_flush or self._refused or opened
+
+    @property
+    def failed_flush(self) -> bool:
+        """Whether a flush failed: final for this Device."""
+        return bool(self._failed_flush)
+
+    @property
+    def in_flight_s(self) -> float:
+        """For how many seconds the oldest I/O under way has been."""
+        with self._idle:
+            return time.monotonic() - min(self._begun.values()) if self._begun else 0.0
+
+    def give_up(self, why: str) -> None:
+        """Refuse all calls from now on; what is under way ends when the kernel ends it."""
+        with self._idle:
+            self._given_up = why
+
+    def idle(self) -> bool:
+        """Tell whether no I/O is under way."""
+        with self._idle:
+            return not self._begun
+
+    def stranger(self) -> str:
+        """Why this is not, or no longer, the device that was opened, in words; empty if it is.
+
+        Blocks: one copy of the superblock must be readable, and its own.
+        """
+        try:
+            with self._using("read") as descriptor:
+                held = usable_bytes(descriptor)
+            if held < self.size_bytes:
+                return f"it has {held} bytes and had {self.size_bytes}"
+            copies = self.superblocks()
+        except (DeviceError, OSError) as error:
+            return str(error)
+        for copy in copies:
+            if isinstance(copy, Superblock):
+                own = (copy.warehouse, copy.device) == (self.superblock.warehouse, self.uuid)
+                return "" if own else f"it is device {copy.device} of warehouse {copy.warehouse}"
+        return f"its superblock cannot be read: {copies[0]}"
+
+    def wipe(self) -> None:
+        """Overwrite superblocks and rosters: the device is nobody's then. Blocks; DeviceError."""
+        zeros = memoryview(mmap.mmap(-1, DATA_START))
+        with self._using("write") as descriptor:
+            last = self.size_bytes - ALIGN
+            self._transfer(os.pwritev, "write", descriptor, [zeros[:ALIGN]], last)
+            self._transfer(os.pwritev, "write", descriptor, [zeros], 0)
+        self.flush()
 
     def _count(self, **more: int) -> None:
         """Add to the counters."""
@@ -363,6 +447,7 @@ class Device:
             self._closed = True
             self._idle.wait_for(lambda: not self._counts.in_flight)
         os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def identify(path: Path) -> Superblock:
@@ -375,7 +460,7 @@ def identify(path: Path) -> Superblock:
     except OSError as error:
         raise refusal(path, error) from error
     try:
-        return _read_superblock(path, descriptor, [])
+        return read_superblock(path, descriptor, [])
     finally:
         os.close(descriptor)
 
@@ -388,28 +473,3 @@ def _rest(batch: list[memoryview], done: int) -> list[memoryview]:
             rest.append(view[done:])
         done = max(done - view.nbytes, 0)
     return rest
-
-
-def _read_superblock(path: Path, descriptor: int, notes: list[str]) -> Superblock:
-    """Return the first copy that is whole, and note if it is the last one."""
-    last_offset = max(usable_bytes(descriptor) - ALIGN, 0)
-    first, last = superblock_at(descriptor, 0), superblock_at(descriptor, last_offset)
-    superblock = last if isinstance(first, str) else first
-    if isinstance(superblock, str):
-        raise CorruptSuperblock(
-            f"{path} has no whole superblock (first: {first}; last: {last}): it is no device of "
-            "twfs, or must be restored"
-        )
-    if superblock.version < FORMAT_VERSION:
-        raise FormatTooOld(
-            f"{path} has format version {superblock.version}, and this twfs reads {FORMAT_VERSION} "
-            "only: create the warehouse anew"
-        )
-    if superblock.version > FORMAT_VERSION:
-        raise FormatTooNew(
-            f"{path} has format version {superblock.version}, and this twfs knows up to "
-            f"{FORMAT_VERSION}: upgrade twfs"
-        )
-    if isinstance(first, str):
-        notes.append(f"first superblock copy is corrupt; the copy at offset {last_offset} is used")
-    return superblock

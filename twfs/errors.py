@@ -234,6 +234,20 @@ class WarehouseClosed(TwfsError):
     exit_code = 32
 
 
+class NoSuchDevice(TwfsError):
+    """The warehouse has no device of that number."""
+
+    errno = _errno.ENODEV
+    exit_code = 40
+
+
+class DeviceNotEmpty(TwfsError):
+    """A device that is to be removed still holds blocks, or leases may still read there."""
+
+    errno = _errno.EBUSY
+    exit_code = 41
+
+
 class EqualityFailed(TwfsError):
     """The demo's loaded KV, logits or tokens differ from what was saved."""
 

@@ -6,7 +6,7 @@ the lease check, and are condemned there and then: nobody matches them any more.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Final
 
@@ -33,7 +33,7 @@ _Turn = tuple[bool, int, int, int]
 
 def low_water_bytes(core: Core) -> int:
     """Free bytes below which eviction begins in the background."""
-    return min(core.allocator.total_bytes // LOW_WATER_PARTS, LOW_WATER_BYTES_MAX)
+    return min(core.allocator.allotted_bytes // LOW_WATER_PARTS, LOW_WATER_BYTES_MAX)
 
 
 def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
@@ -43,7 +43,22 @@ def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
     equals the deepest. A parent follows its last child within the same choice, in its turn.
     """
     core.expire()
-    return _choose(core, core.slots.leaves(), bytes_max=wanted_bytes)
+    leaves, slots = core.slots.leaves(), core.slots
+    victims: list[int] = []
+    offline = list(core.standings.offline)
+    if offline:  # they make no room, and would be missed when their device is back
+        there = leaves[~np.isin(slots.device[leaves], offline)]
+        victims = _choose(core, there, bytes_max=wanted_bytes)
+        wanted_bytes -= _room_bytes(core, victims)
+        leaves = slots.leaves()
+    return victims + (_choose(core, leaves, bytes_max=wanted_bytes) if wanted_bytes > 0 else [])
+
+
+def _room_bytes(core: Core, victims: list[int]) -> int:
+    """Bytes that may be allotted again once *victims* are gone; all, if nothing ever may."""
+    dry = list(core.standings.dry) if core.allocator.allotted_bytes else []
+    made = ~np.isin(core.slots.device[victims], dry)
+    return int(core.slots.units[victims][made].sum()) * ALIGN
 
 
 def _choose(
@@ -54,6 +69,7 @@ def _choose(
     unreachable = slots.unreachable()
     rising: list[_Turn] = []  # parents whose last child has been condemned here
     missing: dict[int, int] = {}
+    dry = core.standings.dry if core.allocator.allotted_bytes else frozenset()
     victims: list[int] = []
     freed = 0
     turns = _in_turn(slots, leaves, unreachable)
@@ -67,7 +83,8 @@ def _choose(
             break
         slots.state[slot] = states.CONDEMNED
         victims.append(slot)
-        freed += int(slots.units[slot]) * ALIGN
+        if slots.device[slot] not in dry:  # what is freed there makes no room
+            freed += int(slots.units[slot]) * ALIGN
         parent = int(slots.parent[slot])
         if parent == states.NONE:
             continue
@@ -260,22 +277,44 @@ def judge(core: Core, key: BlockKey, generation: int) -> bool:
     if block is None or block.generation != generation or block.hole:
         return False
     try:
-        read_payload(core.devices, key, block, lanes=True)
+        core.standings.read(
+            {extent.device for extent in block.extents},
+            lambda: read_payload(core.devices, key, block, lanes=True),
+        )
     except (BadPayload, DeviceError):
         return spoil(core, key, generation)
     return False
 
 
 def spoil(core: Core, key: BlockKey, generation: int) -> bool:
-    """Make a hole of a block whose bytes are lost; False if it has changed meanwhile."""
+    """Make a hole of a block whose bytes are lost; False if it has changed meanwhile.
 
-    def after(before: Block | None) -> None:
-        if before is not None:
-            with core.lock:
+    Or if a device that it lies on is not there any more: that goes offline then, and its blocks
+    are misses until it is back, not lost.
+    """
+    with core.metadata.read() as view:
+        block = view.block(key)
+    if block is None or not core.standings.are_there(each.device for each in block.extents):
+        return False
+    return bool(forget(core, [(key, generation)]))
+
+
+def forget(core: Core, lost: Sequence[tuple[BlockKey, int]]) -> int:
+    """Make holes of blocks, by key and generation, wherever they lie; waits.
+
+    Returns of how many: those that have changed meanwhile stay.
+    """
+
+    def job(view: WriteView) -> list[Block]:
+        spoilt = [ledger.spoil(view, key, generation) for key, generation in lost]
+        return [before for before in spoilt if before is not None]
+
+    def after(spoilt: list[Block]) -> None:
+        with core.lock:
+            for before in spoilt:
                 core.counters.holes += 1
                 core.slots.units[before.slot] = 0
                 core.slots.hole[before.slot] = True
-                core.changes += 1
+            core.changes += 1
 
-    future = core.metadata.submit(lambda view: ledger.spoil(view, key, generation), after)
-    return future.result() is not None
+    return len(core.metadata.submit(job, after).result())

@@ -247,7 +247,7 @@ class Allocator:
         self._devices = {
             index: _FreeRuns(index, data_areas[index], extents) for index, extents in runs.items()
         }
-        self._order = list(self._devices.values())
+        self._order = list(self._devices.values())  # those that blocks are allotted on
         self._turn = 0
         self._reservations = self._short_reservations = self._blocks = self._split_blocks = 0
 
@@ -261,7 +261,11 @@ class Allocator:
         for length in lengths:
             assert is_aligned(length), f"length {length} is not aligned"
             assert length >= FIRST_EXTENT_MIN, f"a block of {length} bytes has no payload"
-        dealing = _Dealing(self._order, self._turn, lengths)
+        if not self._order:
+            self._reservations += 1
+            self._short_reservations += bool(lengths)
+            return []
+        dealing = _Dealing(self._order, self._turn % len(self._order), lengths)
         blocks: list[tuple[Extent, ...]] = []
         for length in lengths:
             extents = dealing.place(length)
@@ -274,6 +278,22 @@ class Allocator:
         self._short_reservations += len(blocks) < len(lengths)
         self._blocks += len(blocks)
         return blocks
+
+    def allot_on(self, devices: Iterable[DeviceIndex]) -> None:
+        """Reserve on *devices* alone from now on; free runs of the others stay known."""
+        wanted = set(devices)
+        self._order = [of for index, of in sorted(self._devices.items()) if index in wanted]
+
+    def add_device(self, device: DeviceIndex, area: tuple[ByteOffset, ByteCount]) -> None:
+        """Let the allocator know an empty *device*; allot_on says when it is reserved on."""
+        assert device not in self._devices, device
+        free = Extent(device, area[0], area[1])
+        self._devices[device] = _FreeRuns(device, area, [free])
+
+    def remove_device(self, device: DeviceIndex) -> None:
+        """Forget a *device* and its free runs."""
+        self._order = [of for of in self._order if of.index != device]
+        del self._devices[device]
 
     def release(self, extents: Iterable[Extent]) -> None:
         """Make *extents* free again, merged with their neighbours.
@@ -292,12 +312,17 @@ class Allocator:
 
     @property
     def free_bytes(self) -> ByteCount:
-        """Free bytes of all devices."""
+        """Free bytes of the devices that blocks are allotted on."""
         return ByteCount(sum(device.free_bytes for device in self._order))
 
     @property
     def total_bytes(self) -> ByteCount:
         """Bytes of all data areas, free or not."""
+        return ByteCount(sum(device.area[1] for device in self._devices.values()))
+
+    @property
+    def allotted_bytes(self) -> ByteCount:
+        """Bytes of the data areas that blocks are allotted on, free or not."""
         return ByteCount(sum(device.area[1] for device in self._order))
 
     def free_bytes_of(self, device: DeviceIndex) -> ByteCount:
@@ -306,12 +331,12 @@ class Allocator:
 
     def runs(self) -> Iterator[Extent]:
         """All free runs by device and offset; the allocator must not change meanwhile."""
-        for device in self._order:
+        for _, device in sorted(self._devices.items()):
             for offset, length in device.by_offset.items():
                 yield Extent(device.index, ByteOffset(offset), ByteCount(length))
 
     def largest_run(self) -> ByteCount:
-        """Length of the largest free run of all devices, 0 if nothing is free."""
+        """Length of the largest free run that may be allotted, 0 if nothing is free."""
         return ByteCount(max((device.largest() for device in self._order), default=0))
 
     def statistics(self) -> AllocatorStatistics:
@@ -319,7 +344,7 @@ class Allocator:
         return AllocatorStatistics(
             total_bytes=self.total_bytes,
             free_bytes=self.free_bytes,
-            runs=sum(len(device.by_offset) for device in self._order),
+            runs=sum(len(device.by_offset) for device in self._devices.values()),
             largest_run_bytes=self.largest_run(),
             reservations=self._reservations,
             short_reservations=self._short_reservations,

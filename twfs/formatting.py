@@ -19,8 +19,11 @@ from typing import Final
 from uuid import UUID, uuid4
 
 from twfs.errors import (
+    CorruptSuperblock,
     DeviceError,
     DeviceInUse,
+    FormatTooNew,
+    FormatTooOld,
     InvalidInput,
     NoSpaceForImage,
     NotAllowed,
@@ -29,12 +32,13 @@ from twfs.errors import (
     WarehouseBusy,
     WrongDevice,
 )
-from twfs.records import DATA_START, Superblock
+from twfs.records import DATA_START, FORMAT_VERSION, Superblock
 from twfs.units import ALIGN, ByteCount, DeviceIndex, Millis
 
 DEVICE_BYTES_MIN: Final = 16 << 20  # below that the superblocks' megabytes are most of the device
 BLKDISCARD: Final = 0x1277
 BLKSSZGET: Final = 0x1268
+BLKROGET: Final = 0x125E
 BLKID_SECONDS_MAX: Final = 10.0  # a dying device must not hold up `twfs create` for ever
 PROBE_BYTES: Final = 128 << 10  # every signature that we know lies in here
 # Magic bytes that tell what a device carries, for machines without blkid: (offset, bytes, words).
@@ -114,6 +118,12 @@ def claim(path: Path, *, read_only: bool = False) -> tuple[int, bool]:
     return descriptor, is_block
 
 
+def refuses_writes(descriptor: int) -> bool:
+    """Tell whether a block device is set read-only; it can be opened for writing all the same."""
+    answer = fcntl.ioctl(descriptor, BLKROGET, bytes(4))
+    return int.from_bytes(answer, "little") != 0
+
+
 def superblock_at(descriptor: int, offset: int) -> Superblock | str:
     """Return the superblock at *offset*, or what is wrong with it."""
     with mmap.mmap(-1, ALIGN) as buffer:
@@ -122,6 +132,31 @@ def superblock_at(descriptor: int, offset: int) -> Superblock | str:
             return Superblock.unpack(bytes(buffer[:count]))
         except (OSError, ValueError) as error:
             return str(error)
+
+
+def read_superblock(path: Path, descriptor: int, notes: list[str]) -> Superblock:
+    """Return the first copy that is whole, and note if it is the last one."""
+    last_offset = max(usable_bytes(descriptor) - ALIGN, 0)
+    first, last = superblock_at(descriptor, 0), superblock_at(descriptor, last_offset)
+    superblock = last if isinstance(first, str) else first
+    if isinstance(superblock, str):
+        raise CorruptSuperblock(
+            f"{path} has no whole superblock (first: {first}; last: {last}): it is no device of "
+            "twfs, or must be restored"
+        )
+    if superblock.version < FORMAT_VERSION:
+        raise FormatTooOld(
+            f"{path} has format version {superblock.version}, and this twfs reads {FORMAT_VERSION} "
+            "only: create the warehouse anew"
+        )
+    if superblock.version > FORMAT_VERSION:
+        raise FormatTooNew(
+            f"{path} has format version {superblock.version}, and this twfs knows up to "
+            f"{FORMAT_VERSION}: upgrade twfs"
+        )
+    if isinstance(first, str):
+        notes.append(f"first superblock copy is corrupt; the copy at offset {last_offset} is used")
+    return superblock
 
 
 def usable_bytes(descriptor: int) -> int:

@@ -56,6 +56,7 @@ class _Lease:
     deadline_ms: int
     last_deadline_ms: int
     bytes: ByteCount
+    pin: int
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class Ended:
     """A lease that is over: its slots are to be counted down."""
 
     slots: "npt.NDArray[Any]"
+    pin: int  # the number of the pin that kept them
 
 
 def boottime_ms() -> int:
@@ -100,6 +102,15 @@ class Leases:
         self._owners[number] = _Owner(uid, self._bytes_max if bytes_max is None else bytes_max)
         return number
 
+    @property
+    def age_max_ms(self) -> int:
+        """The longest that a lease can last, however often it is renewed."""
+        return AGE_TERMS_MAX * self.term_ms
+
+    def allow(self, bytes_per_owner_max: ByteCount) -> None:
+        """Let owners to come lease so much."""
+        self._bytes_max = bytes_per_owner_max
+
     @staticmethod
     def new_token() -> bytes:
         """Return a token that nobody can guess."""
@@ -122,15 +133,16 @@ class Leases:
             )
 
     def grant(
-        self, located: Located, slots: "npt.NDArray[Any]", lease_bytes: ByteCount, owner: int
-    ) -> None:
-        """Enter the lease *located.token* over *slots*, held by *owner*."""
+        self, located: Located, slots: "npt.NDArray[Any]", lease_bytes: ByteCount, owner: int,
+        pin: int = 0,
+    ) -> None:  # fmt: skip
+        """Enter the lease *located.token* over *slots*, pinned by *pin*, held by *owner*."""
         now = boottime_ms()
         deadline = now + self.term_ms
         of = self._owners[owner]
         self._leases[located.token] = _Lease(
             located, slots, of.uid, {owner: 1}, deadline, now + AGE_TERMS_MAX * self.term_ms,
-            lease_bytes,
+            lease_bytes, pin,
         )  # fmt: skip
         of.tokens.add(located.token)
         of.bytes += lease_bytes
@@ -191,7 +203,7 @@ class Leases:
         if lease.owners:
             return None
         del self._leases[token]
-        return Ended(lease.slots)
+        return Ended(lease.slots, lease.pin)
 
     def end_owner(self, owner: int) -> list[Ended]:
         """End all parts of *owner*, whose connection has closed."""

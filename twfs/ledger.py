@@ -5,7 +5,7 @@ so that the arrays in memory can follow once it is durable. They may be run twic
 nothing but the view.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -14,7 +14,7 @@ from twfs.layout import GroupKind, Layout
 from twfs.records import Block, BlockKey, Extent
 from twfs.store import PutOutcome
 from twfs.tables import ModelRecord, WriteView
-from twfs.units import ByteCount, Millis, ModelId, PrefixHash
+from twfs.units import ByteCount, Generation, Millis, ModelId, PrefixHash
 
 NO_PARENT: Final = bytes(16)
 
@@ -46,6 +46,7 @@ class Published:
     adopted: list[tuple[int, int]] = field(default_factory=list)  # (child's slot, parent's slot)
     attached: list[int] = field(default_factory=list)
     heads: HeadMoves = field(default_factory=HeadMoves)
+    replaced: list[tuple[int, tuple[Extent, ...]]] = field(default_factory=list)  # slot, old place
 
 
 @dataclass(slots=True)
@@ -159,12 +160,14 @@ class _Chains:
 
 
 def publish(
-    view: WriteView, model: ModelRecord, candidates: Sequence[tuple[BlockKey, Block]]
-) -> Published:
+    view: WriteView, model: ModelRecord, candidates: Sequence[tuple[BlockKey, Block]],
+    offline: Collection[int] = (),
+) -> Published:  # fmt: skip
     """Make *candidates* (of one group and shard) visible, in chain order; one outcome each.
 
     A name that exists with the same digest is PRESENT and keeps its bytes, one with another is a
-    COLLISION; what would make the tree untrue (itself its parent, a position not behind its
+    COLLISION; but one on a device of *offline* is replaced as if it were a hole, and its old place
+    goes to limbo. What would make the tree untrue (itself its parent, a position not behind its
     parent's) is FAILED. StaleEpoch if the epoch has ended since the put began.
     """
     if view.model_id(model.name) != model.id:
@@ -175,7 +178,7 @@ def publish(
     chains = _Chains(view, model, done.heads)
     touched: list[PrefixHash] = []
     for key, block in candidates:
-        outcome = _enter(chains, key, block, done, touched)
+        outcome = _enter(chains, key, block, done, touched, offline)
         done.outcomes.append(outcome)
     for run in merged(
         extent for entered in done.entered for extent in entered.block.extents
@@ -195,16 +198,21 @@ def publish(
     return done
 
 
-def _enter(
-    chains: _Chains, key: BlockKey, block: Block, done: Published, touched: list[PrefixHash]
-) -> PutOutcome:
+def _enter(  # noqa: PLR0917 - the state of one publish
+    chains: _Chains, key: BlockKey, block: Block, done: Published, touched: list[PrefixHash],
+    offline: Collection[int],
+) -> PutOutcome:  # fmt: skip
     """Enter one block, or say why not."""
     view, layout = chains.view, chains.layout
     existing = view.block(key)
     if existing is not None and (existing.digest, existing.key) != (block.digest, block.key):
         return PutOutcome.COLLISION
     if existing is not None and not existing.hole:
-        return PutOutcome.PRESENT
+        if not any(extent.device in offline for extent in existing.extents):
+            return PutOutcome.PRESENT
+        done.replaced.append((existing.slot, existing.extents))
+        for extent in existing.extents:
+            view.add_limbo(extent)
     if existing is not None:
         kept = replace(
             block, slot=existing.slot, detached=existing.detached,
@@ -315,6 +323,38 @@ def empty_limbo(view: WriteView) -> list[Extent]:
     extents = list(view.leased_limbo())
     free_limbo(view, extents)
     return extents
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A block that has been copied to *extents* under *generation*."""
+
+    key: BlockKey
+    before: Block
+    generation: Generation
+    extents: tuple[Extent, ...]
+
+
+def move(view: WriteView, moves: Sequence[Move]) -> list[bool]:
+    """Let blocks lie where they were copied to; tells which did not change meanwhile.
+
+    Their old places are in limbo until nobody reads them; see Core.leave_places.
+    """
+    done = []
+    taken: list[Extent] = []
+    for each in moves:
+        block = view.block(each.key)
+        same = block is not None and block.generation == each.before.generation and not block.hole
+        done.append(same)
+        if block is not None and same:
+            moved = replace(block, generation=each.generation, extents=each.extents)
+            view.put_block(each.key, moved)
+            taken += each.extents
+            for extent in block.extents:
+                view.add_limbo(extent)
+    for run in merged(taken):
+        view.take_free(run)
+    return done
 
 
 def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:

@@ -6,10 +6,11 @@ A link lives until its connection ends; the next connection is another link. Thr
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -20,6 +21,7 @@ from twfs.errors import InvalidInput, NoDaemon, ProtocolError, TwfsError
 from twfs.messages import (
     AbandonPut,
     AnyReply,
+    AskDevices,
     BeginPut,
     Done,
     Failed,
@@ -28,6 +30,7 @@ from twfs.messages import (
     PutDone,
     Request,
     Welcome,
+    WireDevice,
     WriteBlocks,
 )
 from twfs.prefix import Names
@@ -38,40 +41,84 @@ from twfs.units import ByteCount, DeviceIndex, ModelId
 
 PUT_SECONDS_MAX: Final = 60.0  # for one step of a put: a window written, a commit durable
 ATTEMPT_SECONDS: Final = 0.1  # a dead daemon is asked for this often at most
+TABLE_SECONDS: Final = 1.0  # for the table of devices, which is asked for this often at most
 ABANDON_SECONDS_MAX: Final = 5.0  # then the connection is closed, which abandons too
 
 
 class Devices:
-    """The devices of one warehouse as descriptors, and the readers on them."""
+    """The devices of one warehouse as descriptors, and the readers on them; they follow its table.
 
-    def __init__(self, welcome: Welcome, descriptors: Sequence[int]) -> None:
-        self.identity = _identity(welcome)
-        passed = [device for device in welcome.devices if device.passed]
-        self._descriptors = list(descriptors)
-        self.sizes = {device.index: device.size_bytes for device in passed}
-        self.readers = Readers(
-            {
-                DeviceIndex(device.index): DeviceSource(
-                    descriptor, Path(device.path), ByteCount(device.size_bytes)
-                )
-                for device, descriptor in zip(passed, descriptors, strict=True)
-            }
-        )
+    Thread-safe.
+    """
+
+    def __init__(
+        self, warehouse: bytes, rows: Sequence[WireDevice], descriptors: Sequence[int]
+    ) -> None:
+        self.warehouse = warehouse
+        self.rows = tuple(rows)
+        self.sizes = {row.index: row.size_bytes for row in rows}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sources = _sources_of(rows, descriptors)
+        self.readers = Readers(self._sources)
 
     def are_those_of(self, welcome: Welcome) -> bool:
         """Tell whether a new connection has brought the same devices."""
-        return self.identity == _identity(welcome)
+        return (self.warehouse, self.rows) == (welcome.warehouse, welcome.devices)
+
+    def follow(self, rows: Sequence[WireDevice], descriptors: Sequence[int]) -> None:
+        """Take a newer table and its descriptors over; reads under way go on."""
+        with self._lock:
+            fresh = _sources_of(rows, descriptors)
+            if self._closed:
+                _close_fds(fresh.values())
+                return
+            sources: dict[DeviceIndex, DeviceSource] = {}
+            for index in [DeviceIndex(row.index) for row in rows]:
+                now, before = fresh.get(index), self._sources.get(index)
+                if now is not None and before is not None and _same(now, before):
+                    os.close(now.fd)
+                    now = before
+                kept = now or before  # one that is offline, or was not passed: what we have
+                if kept is not None:
+                    sources[index] = kept
+            gone = [each for index, each in self._sources.items() if sources.get(index) != each]
+            self._sources = sources
+            self.rows = tuple(rows)
+            self.sizes = {row.index: row.size_bytes for row in rows}
+            self.readers.follow(sources, [partial(os.close, each.fd) for each in gone])
 
     def close(self) -> None:
         """Wait for reads under way, and close the descriptors. Idempotent."""
         self.readers.close()
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        with self._lock:
+            self._closed = True
+            _close_fds(self._sources.values())
+            self._sources = {}
 
 
-def _identity(welcome: Welcome) -> tuple[Any, ...]:
-    """What makes two device tables the same."""
-    return (welcome.warehouse, welcome.devices)
+def _sources_of(
+    rows: Sequence[WireDevice], descriptors: Sequence[int]
+) -> dict[DeviceIndex, DeviceSource]:
+    """Devices to read from, of the rows that were passed and their descriptors."""
+    passed = [row for row in rows if row.passed]
+    return {
+        DeviceIndex(row.index): DeviceSource(fd, Path(row.path), ByteCount(row.size_bytes))
+        for row, fd in zip(passed, descriptors, strict=True)
+    }
+
+
+def _same(one: DeviceSource, other: DeviceSource) -> bool:
+    """Tell whether two descriptors lead to one device."""
+    a, b = os.fstat(one.fd), os.fstat(other.fd)
+    return (a.st_dev, a.st_ino, a.st_rdev, one.path, one.size_bytes) == (
+        b.st_dev, b.st_ino, b.st_rdev, other.path, other.size_bytes,
+    )  # fmt: skip
+
+
+def _close_fds(sources: Iterable[DeviceSource]) -> None:
+    for source in sources:
+        os.close(source.fd)
 
 
 @dataclass(slots=True)
@@ -83,6 +130,36 @@ class Link:
     warehouse: UUID
     devices: Devices
     arena: Arena | None
+    stale: bool = False  # a read of a device failed since the table was asked for
+    asked_s: float = 0.0  # when that was, monotonic
+    unknown: set[int] = field(default_factory=set)  # devices that the last table did not have
+    asking: threading.Lock = field(default_factory=threading.Lock)
+
+    def knows(self, numbers: Iterable[int]) -> bool:
+        """Tell whether all these devices are known; asks for them if one is not.
+
+        Also if a read has failed since: the device may be another one by now. Waits TABLE_SECONDS
+        at most; where asking did not help before, it asks once in that time.
+        """
+        wanted = set(numbers)
+        known = wanted <= self.devices.sizes.keys()
+        if known and not self.stale:
+            return True
+        with self.asking:
+            known = wanted <= self.devices.sizes.keys()
+            now_s = time.monotonic()
+            fresh = not wanted <= self.devices.sizes.keys() | self.unknown
+            if known and not self.stale:
+                return True
+            if not fresh and now_s - self.asked_s < TABLE_SECONDS:
+                return known
+            self.asked_s, self.stale = now_s, False
+            with suppress(NoDaemon):
+                answer = self.channel.call_for_devices(AskDevices(0), TABLE_SECONDS)
+                if answer is not None:
+                    self.devices.follow(answer[0].devices, answer[1])
+            self.unknown = wanted - self.devices.sizes.keys()
+            return not self.unknown
 
     def ask(self, request: Request) -> AnyReply:
         """Return the reply to one step of a put; the connection ends if it takes too long."""
@@ -155,7 +232,7 @@ def open_link(
         for descriptor in descriptors:
             os.close(descriptor)
     else:
-        devices = Devices(welcome, descriptors)
+        devices = Devices(welcome.warehouse, welcome.devices, descriptors)
     return Link(number, channel, UUID(bytes=welcome.warehouse), devices, arena)
 
 

@@ -198,18 +198,21 @@ def read_block(core: Core, info: BlockInfo) -> memoryview:
             block = view.block(info.key)
         if (
             block is None
-            or block.generation != info.block.generation
+            or block.ino != info.block.ino  # a block that was moved is the same one
             or block.hole
             or core.slots.state[block.slot] != states.LIVE
         ):
             raise BlockGone(f"block {info.key.prefix_hash.hex()} has been evicted")
         pinned = np.array([block.slot], np.int64)
-        core.pin(pinned)
+        pin = core.pin(pinned)
     try:
-        _, payload = read_payload(core.devices, info.key, block)
+        payload = core.standings.read(
+            {extent.device for extent in block.extents},
+            lambda: read_payload(core.devices, info.key, block)[1],
+        )
     finally:
         with core.lock:
-            core.unpin(pinned)
+            core.unpin(pinned, pin)
     with core.lock:
         core.counters.mount_reads += 1
         core.counters.mount_read_bytes += len(payload)

@@ -290,7 +290,7 @@ class Match:
             for extent in self._extents_of(int(self._first_extent[at]), int(row["extent_count"])):
                 length = min(extent.length, left)
                 if length > skip:
-                    path = self._readers.sources[extent.device].path
+                    path = self._path_of(extent.device)
                     runs.append((path, ByteOffset(extent.offset + skip), ByteCount(length - skip)))
                 left, skip = left - length, max(skip - length, 0)
             blocks.append(
@@ -303,6 +303,11 @@ class Match:
                 )
             )  # fmt: skip
         return blocks
+
+    def _path_of(self, device: DeviceIndex) -> Path:
+        """Where the daemon has *device*; nowhere if it has just been taken out."""
+        source = self._readers.sources.get(device)
+        return Path("/dev/null") if source is None else source.path
 
     def renew(self) -> bool:
         """Ask for a full lease term again; False if it is over or at its age limit."""

@@ -24,7 +24,7 @@ from twfs.records import (
     EXTENT_DTYPE,
     FLAG_HOLE,
     LOCATED_DTYPE,
-    Extent,
+    Block,
 )
 from twfs.store import Explanation
 from twfs.tables import ReadView
@@ -82,6 +82,8 @@ def usable(
     good = (core.slots.state[records["slot"]] == states.LIVE) & (
         (records["flags"] & FLAG_HOLE) == 0
     )
+    if core.standings.offline:
+        good &= _on_devices(core, values, records)
     digests = np.ascontiguousarray(records["digest"]).view("<u8").reshape(count, 4)
     wanted = np.frombuffer(names.digests, "<u8", 4 * count, 32 * first).reshape(count, 4)
     same = (digests == wanted).all(axis=1)
@@ -101,6 +103,17 @@ def usable(
     elif records["key_bytes"].any():
         good &= records["key_bytes"] == 0
     return count if good.all() else int(good.argmin())
+
+
+def _on_devices(core: Core, values: list[bytes], records: "npt.NDArray[Any]") -> Any:
+    """Tell which of *records* lie on devices that are there, with all their extents."""
+    offline = list(core.standings.offline)
+    there = ~np.isin(records["device"], offline)
+    for at in np.flatnonzero(records["extent_count"] > 1).tolist():
+        count = int(records["extent_count"][at])
+        extents = np.frombuffer(values[at], EXTENT_DTYPE, count, BLOCK_FIXED.size)
+        there[at] = not np.isin(extents["device"], offline).any()
+    return there
 
 
 def boundary(layout: Layout, found: list[Found], start: int) -> int:
@@ -254,8 +267,7 @@ def match_located(
         located = Located(
             Leases.new_token(), model, start, stop, rows, extents, core.leases.term_ms
         )
-        core.pin(used)
-        core.leases.grant(located, used, lease_bytes, owner)
+        core.leases.grant(located, used, lease_bytes, owner, core.pin(used))
         core.counters.matched_blocks += stop - start
         _use(core, used, needed)
         return located
@@ -337,9 +349,9 @@ def _cause(core: Core, model: ModelId, names: Names, index: int) -> str:
                     return f"{where} has another digest: two prefixes share this name"
                 if core.slots.state[int(row["slot"])] != states.LIVE:
                     return f"{where} is just being evicted"
-                extent = Extent.unpack_from(raw, BLOCK_FIXED.size)
-                if extent.device not in core.devices:
-                    return f"{where} lies on device {extent.device}, which is not there"
+                for extent in Block.unpack(raw).extents:
+                    if extent.device in core.standings.offline:
+                        return f"{where} lies on device {extent.device}, which is offline"
     return (
         f"a window or state group lacks what a match of {index + 1} blocks needs: "
         "its blocks were never put at this boundary, or were evicted"

@@ -308,6 +308,10 @@ class CheckAll(Request, frozen=True):
     data: bool = False
 
 
+class AskDevices(Request, frozen=True):
+    """The table of devices as it is now, with descriptors."""
+
+
 class AskStatus(Request, frozen=True):
     """Namespace.statistics, with the server's own under `server`."""
 
@@ -336,6 +340,12 @@ class Welcome(Reply, frozen=True):
     warehouse: _Hash
     devices: tuple[WireDevice, ...]
     arena_bytes: _U64
+
+
+class DeviceTable(Reply, frozen=True):
+    """The devices; a descriptor of each that is passed comes with the first byte."""
+
+    devices: tuple[WireDevice, ...]
 
 
 class Failed(Reply, frozen=True):
@@ -462,10 +472,10 @@ AnyRequest = (
     | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut | ListModels
     | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
     | RemoveSession | RetainSession | EvictBytes | ExplainNames | AskSpace | CheckAll | AskStatus
-    | AskChanges | Operate
+    | AskChanges | AskDevices | Operate
 )  # fmt: skip
 AnyReply = (
-    Welcome | Failed | Done | Opened | Counted | LocatedBlocks | PutBegun | PutDone | ModelRows
-    | HashRows | KeyRows | SessionRows | BlockRows | Piece | Explained | SpaceFigures | Checked
-    | Status | Operated
+    Welcome | DeviceTable | Failed | Done | Opened | Counted | LocatedBlocks | PutBegun | PutDone
+    | ModelRows | HashRows | KeyRows | SessionRows | BlockRows | Piece | Explained | SpaceFigures
+    | Checked | Status | Operated
 )  # fmt: skip

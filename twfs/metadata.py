@@ -41,15 +41,7 @@ from twfs.metafile import MAP_BYTES, read_ahead, refuse_truncated, refuse_unveri
 from twfs.records import FORMAT_VERSION, Extent
 from twfs.secret import SECRET_BYTES, SECRET_FILE
 from twfs.store import Durability
-from twfs.tables import (
-    LENGTH,
-    TABLES,
-    DeviceRecord,
-    ReadView,
-    WriteView,
-    pack_devices,
-    unpack_devices,
-)
+from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
 
 T = TypeVar("T")
 
@@ -132,7 +124,8 @@ class Metadata:
             view.set_meta("warehouse", warehouse.bytes)
             view.set_meta("secret", secret)
             view.set_meta("roster", LENGTH.pack(0))
-            view.set_meta("devices", pack_devices(devices))
+            view.set_devices(devices)
+            view.set_counter("device", max((device.index for device in devices), default=-1) + 1)
             for extent in free:
                 view.add_free(extent)
             # 0 is no generation, no inode; 1 is the mount's root.
@@ -291,7 +284,7 @@ class Metadata:
     def devices(self) -> list[DeviceRecord]:
         """The devices, by index; CorruptMetadata."""
         with self.read() as view:
-            return unpack_devices(view.meta("devices") or b"")
+            return view.devices()
 
     def _write(self) -> None:
         """The writer thread: commit whatever is queued, until told to stop."""

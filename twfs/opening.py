@@ -1,31 +1,37 @@
 """Create a warehouse, and open one: devices, metadata, and the state in memory built from them.
 
-Everything that is found wrong here is an error with one sentence, before anything is changed.
+Everything that is found wrong here is an error with one sentence, before anything is changed;
+but a device that cannot be used is offline, as long as another can be written to.
 """
 
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 import numpy as np
 
 from twfs import enrolling, ledger
 from twfs.core import Core
 from twfs.device import Device
+from twfs.devicestates import Standing, Standings
 from twfs.errors import (
     CorruptMetadata,
     FormatTooNew,
     FormatTooOld,
     InvalidInput,
     NotAllowed,
+    ReadOnly,
+    TwfsError,
+    WarehouseBusy,
     WarehouseExists,
 )
 from twfs.extents import Allocator
-from twfs.flushing import Flusher
 from twfs.formatting import DeviceSpec, format_device
 from twfs.leases import Leases
 from twfs.metadata import Metadata
@@ -75,6 +81,12 @@ def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> No
         undo.pop_all()
 
 
+def name_of(directory: Path, path: Path) -> str:
+    """How the metadata names the device at *path*: relative if inside the warehouse."""
+    path, home = path.resolve(), directory.resolve()
+    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+
+
 def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, force: bool) -> None:
     """Format the devices, then make the metadata of an empty warehouse."""
     meta, gone = directory / META_DIRECTORY, directory / GONE_DIRECTORY
@@ -90,7 +102,7 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         superblock = format_device(spec, warehouse=warehouse, index=index, force=force)
         if fresh:
             undo.callback(spec.path.unlink, missing_ok=True)
-        name = path_in(directory, spec.path)
+        name = name_of(directory, spec.path)
         records.append(DeviceRecord(index, superblock.device, name, superblock.size_bytes))
         start = superblock.data_start
         end = superblock.size_bytes - ALIGN
@@ -104,15 +116,55 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def path_in(directory: Path, path: Path) -> str:
-    """How the metadata in *directory* names the device at *path*: so that both may be moved."""
-    path, home = path.resolve(), directory.resolve()
-    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+def open_device(directory: Path, known: DeviceRecord, warehouse: UUID) -> Standing:
+    """Open one device as it can be: for reading only where it takes no writes, else not at all.
+
+    What only the operator's set-up forbids is raised: WarehouseBusy, NotAllowed, FormatTooNew,
+    FormatTooOld.
+    """
+    path = directory / known.path
+
+    def opened(*, read_only: bool) -> Standing:
+        device = Device.open(
+            path, warehouse=warehouse, device=known.uuid, index=known.index, read_only=read_only
+        )
+        return Standing(known, device)
+
+    try:
+        return opened(read_only=False)
+    except (ReadOnly, NotAllowed):
+        return opened(read_only=True)
+    except (WarehouseBusy, FormatTooNew, FormatTooOld):
+        raise
+    except TwfsError as error:
+        return Standing(known, None, offline=str(error), cause=error)
+
+
+def open_devices(
+    directory: Path, metadata: Metadata, undo: ExitStack, *, degraded: bool
+) -> dict[int, Standing]:
+    """Open all devices; what is wrong with one is raised if no other can be written to.
+
+    Unless *degraded* it is raised at once.
+    """
+    warehouse = metadata.warehouse()
+    standings: dict[int, Standing] = {}
+    for known in metadata.devices():
+        standing = open_device(directory, known, warehouse)
+        undo.callback(standing.close)
+        standings[known.index] = standing
+    bad = [each for each in standings.values() if each.offline or each.read_only]
+    if bad and (not degraded or len(bad) == len(standings)):
+        if bad[0].cause is not None:
+            raise bad[0].cause
+        raise ReadOnly(f"{directory / bad[0].record.path} takes no writes: {bad[0].read_only}")
+    return standings
 
 
 def open_core(
-    directory: Path, *, lease_ms: int, durability: Durability, wary: bool = False
-) -> Core:
+    directory: Path, *, lease_ms: int, durability: Durability = Durability.STRICT,
+    wary: bool = False, degraded: bool = True,
+) -> Core:  # fmt: skip
     """Open everything; see Warehouse.open for what may be raised."""
     if wary:
         scout(directory / META_DIRECTORY)
@@ -120,49 +172,45 @@ def open_core(
         metadata = Metadata.open(directory / META_DIRECTORY, durability)
         undo.callback(metadata.close)
         warehouse = metadata.warehouse()
-        devices: dict[int, Device] = {}
-        for known in metadata.devices():
-            device = Device.open(
-                directory / known.path, warehouse=warehouse, device=known.uuid, index=known.index
-            )  # fmt: skip
-            undo.callback(device.close)
-            devices[device.index] = device
+        standings = open_devices(directory, metadata, undo, degraded=degraded)
+        devices = [each.device for each in standings.values() if each.device is not None]
         slots = Slots(directory / HEAT_FILE)
         undo.callback(slots.close)
         with metadata.read() as view:
-            units = sum(device.data_area[1] // ALIGN for device in devices.values())
+            units = sum(each.record.data_area[1] // ALIGN for each in standings.values())
             load_slots(view, slots, units)
         secret = metadata.secret()
-        roster = enrolling.settle(metadata, devices.values(), secret, warehouse)
+        roster = enrolling.settle(metadata, devices, secret, warehouse)
         metadata.submit(_begin).result()
         metadata.settle()  # what it freed is free for certain
         with metadata.read() as view:
             allocator = Allocator(
-                {each.index: each.data_area for each in devices.values()}, view.runs("free")
+                {each.index: each.record.data_area for each in standings.values()},
+                view.runs("free"),
             )
             records = view.models()
+        lock = threading.RLock()
         core = Core(
-            directory, warehouse, metadata, devices, allocator, slots,
-            Leases(lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS)), secret, roster,
+            directory, warehouse, metadata, Standings(lock, allocator, standings.values()),
+            allocator, slots, Leases(lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS)),
+            secret, roster, lock,
         )  # fmt: skip
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
         core.models = {record.id: record for record in records}
         for record in sorted(records, key=lambda record: record.epoch):
             core.current[record.name] = record.id
-        core.flushers = {each.index: Flusher(each) for each in devices.values()}
         undo.pop_all()
         return core
 
 
 def close_core(core: Core) -> None:
     """Finish what is under way and let go of everything."""
-    core.io.shutdown()
+    core.erasers.shutdown()
     core.metadata.close()
     with core.lock:
         core.slots.close()
-    for device in core.devices.values():
-        device.close()
+    core.standings.close()
 
 
 def _begin(view: WriteView) -> None:

@@ -74,9 +74,11 @@ class Put:
         self._payload_bytes = model.layout.block_bytes(group)
         self._layers = model.layout.summed_layers(group)
         self._pinned = np.zeros(0, np.int64)
+        self._pin = 0
         self._reserved: dict[int, Block] = {}  # by index; checksums come with the bytes
         self._written: dict[int, Block] = {}
         self._failed: set[int] = set()
+        self._stuck: dict[int, list[Future[None]]] = {}  # writes that hang, by index
         self._outcomes: dict[int, PutOutcome] = {}
         self._touched: set[DeviceIndex] = set()
         self._changed = threading.Condition()  # guards what was written, and the next two
@@ -108,7 +110,9 @@ class Put:
                         self._outcomes[index] = PutOutcome.COLLISION
                         refused.add(self._names.hash_at(index))
                         continue
-                    if not block.hole:
+                    # What lies on a device that is offline is stored anew: engines go on then.
+                    offline = self._core.standings.offline
+                    if not block.hole and not any(e.device in offline for e in block.extents):
                         self._outcomes[index] = PutOutcome.PRESENT
                         continue
                 lacking.append(index)
@@ -118,7 +122,7 @@ class Put:
                 if parent is not None and slots.state[parent.slot] == states.LIVE:
                     found.add(int(parent.slot))
         self._pinned = np.array(sorted(found), np.int64)
-        self._core.pin(self._pinned)
+        self._pin = self._core.pin(self._pinned)
         return lacking
 
     def _digest(self, index: int) -> Digest:
@@ -136,6 +140,11 @@ class Put:
         WarehouseFull if there is something lacking and none of it fits.
         """
         core = self._core
+        if lacking and not core.allocator.allotted_bytes:
+            raise WarehouseFull(
+                "no device takes blocks: all are read-only, draining or offline; see `twfs device "
+                "list`, and bring one back or add one"
+            )
         need = ByteCount(ALIGN + align_up(self._payload_bytes))
         extents: list[tuple[Extent, ...]] = []
         try:
@@ -202,20 +211,33 @@ class Put:
             if self._sealed:  # its extents may be somebody else's by now
                 raise InvalidInput("blocks for a put that has been published or abandoned")
             self._writing += 1
-        futures: list[Future[None]] = []
+        runs: dict[Future[None], _Run] = {}
         try:
             headers = aligned_buffer(ALIGN * max(1, len(blocks)))
             for run in self._plan(arena, headers, blocks):
-                futures.append(  # noqa: PERF401 - so that it has those begun before one fails
-                    self._core.io.submit(self._write_run, arena, headers, blocks, run)
+                future = self._core.standings.write(
+                    run.device, self._write_run, arena, headers, blocks, run
                 )
+                runs[future] = run
         finally:
-            wait(futures)
+            stuck = self._core.standings.wait({each: (run.device,) for each, run in runs.items()})
             with self._changed:
+                for future in stuck:  # its extents are not free before it has ended
+                    for number in runs[future].indices:
+                        self._stuck.setdefault(blocks[number].index, []).append(future)
                 self._writing -= 1
                 self._changed.notify_all()
-        for future in futures:
-            future.result()
+        for future, run in runs.items():
+            if future in stuck or self._gone(future):
+                with self._changed:
+                    self._failed.update(blocks[number].index for number in run.indices)
+            else:
+                future.result()
+
+    @staticmethod
+    def _gone(future: "Future[None]") -> bool:
+        """Tell whether I/O was not done because its device is offline."""
+        return future.cancelled() or isinstance(future.exception(), DeviceError)
 
     def _seal(self) -> None:
         """Take no more bytes, and wait for those on their way."""
@@ -283,8 +305,9 @@ class Put:
                     block.index, record, layer_sums
                 )
         try:
-            self._core.devices[run.device].write_from(run.buffers, run.offset)
+            self._core.standings.device(run.device).write_from(run.buffers, run.offset)
         except DeviceError:
+            self._core.standings.look()
             bad.update(blocks[number].index for number in run.indices)
         with self._changed:
             self._written.update(whole)
@@ -292,7 +315,7 @@ class Put:
             self._touched.add(run.device)
 
     def _header(self, index: int, block: Block, layer_sums: tuple[int, ...]) -> bytes:
-        device = self._core.devices[block.extents[0].device]
+        device = self._core.standings.device(block.extents[0].device)
         return Header(
             self._core.uuid, device.uuid, self._model.layout.fingerprint, self._model.name,
             self._model.epoch, self._group, self._shard, self._names.hash_at(index), block,
@@ -317,7 +340,10 @@ class Put:
         try:
             future: Future[ledger.Published] = self._core.metadata.submit(
                 lambda view: ledger.publish(
-                    view, self._model, [(self._key(index), block) for index, block in candidates]
+                    view,
+                    self._model,
+                    [(self._key(index), block) for index, block in candidates],
+                    self._core.standings.offline,
                 ),
                 after,
             )
@@ -335,20 +361,13 @@ class Put:
 
     def _flush(self) -> None:
         """Flush every device that was written to; a failure is final for its blocks."""
-        touched = sorted(self._touched)
-        futures = [self._core.io.submit(self._core.flushers[i].flush) for i in touched[1:]]
-        for place, device in enumerate(touched):
-            try:
-                if place == 0:
-                    self._core.flushers[device].flush()
-                else:
-                    futures[place - 1].result()
-            except DeviceError:
-                self._failed |= {
-                    index
-                    for index, block in self._written.items()
-                    if any(extent.device == device for extent in block.extents)
-                }
+        bad = self._core.standings.flush(set(self._touched))
+        if bad:
+            self._failed |= {
+                index
+                for index, block in self._written.items()
+                if any(extent.device in bad for extent in block.extents)
+            }
 
     def _candidates(self) -> list[tuple[int, Block]]:
         """What may be published: written whole, and not below a block of this put that was not."""
@@ -384,10 +403,10 @@ class Put:
         for index, block in self._reserved.items():
             core.reserved_bytes -= block.device_bytes
             if index not in published:
-                core.allocator.release(block.extents)
+                core.release_after(block.extents, self._stuck.get(index, []))
             if index not in published or block.slot not in (kept_slots or ()):
                 core.slots.give_back(block.slot)
-        core.unpin(self._pinned)
+        core.unpin(self._pinned, self._pin)
         self._ended = True
 
     def abandon(self) -> None:

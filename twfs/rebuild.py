@@ -31,7 +31,7 @@ from twfs.errors import (
     WrongDevice,
 )
 from twfs.metadata import Metadata, lock_directory
-from twfs.opening import HEAT_FILE, META_DIRECTORY, path_in
+from twfs.opening import HEAT_FILE, META_DIRECTORY, name_of
 from twfs.records import Block, BlockKey, Extent, Superblock
 from twfs.roster import Roster, newest_roster
 from twfs.salvaging import Salvage, salvage
@@ -283,7 +283,7 @@ def _build(
     meta = sources.directory / NEW_DIRECTORY
     records = [
         DeviceRecord(
-            DeviceIndex(number), device.uuid, path_in(sources.directory, device.path),
+            DeviceIndex(number), device.uuid, name_of(sources.directory, device.path),
             device.size_bytes,
         )
         for number, device in sources.devices.items()

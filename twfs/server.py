@@ -49,6 +49,7 @@ async def serve(
     listener, made = _listen(socket_path, mode, group)
     warehouse.scrubber.resume()
     shared = Shared(warehouse, arena_bytes)
+    warehouse.resume()
     try:
         async with trio.open_nursery() as nursery:
             task_status.started()

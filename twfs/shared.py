@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMMITS_MAX: Final = 32  # threads waiting for commits; group commit wants many
 WRITES_MAX: Final = 8  # threads writing to devices
 TOOLS_MAX: Final = 4  # threads listing, checking, evicting: never in the way of puts
+TABLES_MAX: Final = 4  # clients that devices are being opened for: bounds descriptors
 READS_MAX: Final = 8  # payloads held in memory for read_block
 
 
@@ -43,6 +44,7 @@ class Shared:
     commits: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(COMMITS_MAX))
     writes: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(WRITES_MAX))
     tools: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(TOOLS_MAX))
+    tables: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(TABLES_MAX))
     reads: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(READS_MAX))
 
     def statistics(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Slots:
         self.leases: IntArray = np.zeros(0, np.int32)
         self.position: IntArray = np.zeros(0, np.uint32)
         self.units: IntArray = np.zeros(0, np.uint32)  # of 4 KiB on the devices
+        self.device: IntArray = np.zeros(0, np.uint16)  # that the block begins on
         self.state: IntArray = np.zeros(0, np.uint8)
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
@@ -72,8 +73,8 @@ class Slots:
         capacity = byte_count // STAMP_BYTES
         self._map = mmap.mmap(self._heat_fd, byte_count)
         self.stamp = np.frombuffer(self._map, np.uint64)
-        for name in ("key", "parent", "children", "links", "leases", "position", "units", "state",
-                     "detached", "hole"):  # fmt: skip
+        for name in ("key", "parent", "children", "links", "leases", "position", "units",
+                     "device", "state", "detached", "hole"):  # fmt: skip
             old = getattr(self, name)
             new = np.zeros(capacity, old.dtype)
             new[: len(old)] = old
@@ -108,12 +109,13 @@ class Slots:
 
     def set_live(
         self, slot: int, key: bytes, parent: int | None, *, position: int, units: int,
-        now_ms: int, detached: bool,
+        now_ms: int, detached: bool, device: int = 0,
     ) -> None:  # fmt: skip
         """Enter a block that has just been published; its parent gains a child."""
         self.key[slot] = np.void(key)
         self.position[slot] = position
         self.units[slot] = units
+        self.device[slot] = device
         self.children[slot] = 0
         self.links[slot] = 0
         self.detached[slot] = detached
@@ -159,6 +161,41 @@ class Slots:
         while at not in (NONE, stop):
             self.links[at] += step
             at = int(self.parent[at])
+
+    def move_heads(self, became: Sequence[int], ceased: Sequence[int]) -> None:
+        """Count heads over blocks anew after heads moved.
+
+        A head that moves along its chain changes nothing below the nearer end, so that a turn
+        costs its own blocks, and evicting a tail costs that tail.
+        """
+        both = set(became) & set(ceased)
+        added = [slot for slot in became if slot not in both]
+        dropped = {slot for slot in ceased if slot not in both}
+        rising: set[int] = set()
+        for head in added:
+            met = self._meet(head, dropped)
+            if met is None:
+                rising.add(head)
+            else:
+                self.link_head(head, 1, met)
+                dropped.discard(met)
+        for head in dropped:
+            met = self._meet(head, rising)
+            self.link_head(head, -1, met)
+            if met is not None:
+                rising.discard(met)
+        for head in rising:
+            self.link_head(head, 1)
+
+    def _meet(self, slot: int, ends: set[int]) -> int | None:
+        """The first of *ends* on the way from *slot* to the root."""
+        parent = self.parent
+        at = slot
+        while ends and at != NONE:
+            if at in ends:
+                return at
+            at = int(parent[at])
+        return None
 
     def models(self) -> IntArray:
         """The model number of the block in each slot."""
@@ -212,6 +249,7 @@ class Slots:
         self.state[slots] = LIVE
         self.position[slots] = records["position"]
         self.units[slots] = records["units"]
+        self.device[slots] = records["device"]
         self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
         self.hole[slots] = (records["flags"] & FLAG_HOLE) != 0
         parents = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES).copy()
@@ -268,7 +306,8 @@ class Slots:
         names = ("free", "pending", "live", "condemned", "limbo")
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
         arrays = (self.stamp, self.key, self.parent, self.children, self.links, self.leases,
-                  self.position, self.units, self.state, self.detached, self.hole)  # fmt: skip
+                  self.position, self.units, self.device, self.state, self.detached,
+                  self.hole)  # fmt: skip
         return figures | {
             "slots_bytes": sum(array.nbytes for array in arrays),
             "failed_persists": self._failed_persists,

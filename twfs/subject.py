@@ -30,6 +30,11 @@ class Subject:
     metadata: Metadata
     devices: Mapping[int, Device]
 
+    @property
+    def areas(self) -> Mapping[int, tuple[int, int]]:
+        """Offset and length of the data area of every device, there or not."""
+        return {index: device.data_area for index, device in self.devices.items()}
+
     def unchanged(self, key: BlockKey, block: Block) -> bool:
         """Tell whether the record is still the one that was looked at."""
         del key, block
@@ -51,6 +56,12 @@ class Live(Subject):
     def of(cls, core: Core) -> "Live":
         """The warehouse that *core* is the state of."""
         return cls(core.directory, core.uuid, core.secret, core.metadata, core.devices, core)
+
+    @property
+    def areas(self) -> Mapping[int, tuple[int, int]]:
+        """See Subject."""
+        standings = self.core.standings.all
+        return {index: each.record.data_area for index, each in standings.items()}
 
     def unchanged(self, key: BlockKey, block: Block) -> bool:
         """See Subject; a block that is being removed has changed."""

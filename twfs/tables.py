@@ -12,8 +12,9 @@ from uuid import UUID
 
 from twfs.errors import CorruptMetadata, InvalidInput
 from twfs.layout import Layout, check_model_name
-from twfs.records import Block, BlockKey, Extent
+from twfs.records import DATA_START, Block, BlockKey, Extent
 from twfs.units import (
+    ALIGN,
     HASH_BYTES,
     ByteCount,
     ByteOffset,
@@ -38,6 +39,8 @@ MODEL_KEY: Final = struct.Struct(">I")
 PLACE_KEY: Final = struct.Struct(">HQ")  # device, offset: ordered by place
 LENGTH: Final = struct.Struct("<Q")
 LIMBO: Final = struct.Struct("<QQ")  # length; 0 = a lease may read it, 1 = retired
+ONLINE: Final = "online"
+DRAINING: Final = "draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,12 @@ class DeviceRecord:
     uuid: UUID
     path: str
     size_bytes: ByteCount
+    draining: bool = False  # being emptied, also after a restart
+
+    @property
+    def data_area(self) -> tuple[ByteOffset, ByteCount]:
+        """Offset and length of what blocks may take, also while the device itself is away."""
+        return DATA_START, ByteCount(self.size_bytes - ALIGN - DATA_START)
 
 
 def pack_devices(devices: Sequence[DeviceRecord]) -> bytes:
@@ -59,6 +68,7 @@ def pack_devices(devices: Sequence[DeviceRecord]) -> bytes:
                 "uuid": str(device.uuid),
                 "path": device.path,
                 "size_bytes": device.size_bytes,
+                "state": DRAINING if device.draining else ONLINE,
             }
             for device in devices
         ]
@@ -81,10 +91,19 @@ def _unpacked_devices(data: bytes) -> list[DeviceRecord]:
     for number, part in enumerate(parts):
         index, uuid, path, size = (part[name] for name in ("index", "uuid", "path", "size_bytes"))
         kinds = [type(value) for value in (index, uuid, path, size)]
+        state = part.get("state", ONLINE)
         before = found[-1].index if found else -1  # numbers may have gaps
-        if kinds != [int, str, str, int] or not before < index < 1 << 16 or "\0" in path:
+        if (
+            kinds != [int, str, str, int]
+            or not before < index < 1 << 16
+            or "\0" in path
+            or (state not in {ONLINE, DRAINING})
+        ):
             raise ValueError(f"row {number} is {part!r:.200}")
-        found.append(DeviceRecord(DeviceIndex(index), UUID(uuid), path, ByteCount(size)))
+        record = DeviceRecord(
+            DeviceIndex(index), UUID(uuid), path, ByteCount(size), state == DRAINING
+        )
+        found.append(record)
     return found
 
 
@@ -158,6 +177,10 @@ class ReadView:
     def meta(self, name: str) -> bytes | None:
         """A value of the meta table."""
         return self._get("meta", name.encode())
+
+    def devices(self) -> list[DeviceRecord]:
+        """The devices, by index; CorruptMetadata if their list cannot be read."""
+        return unpack_devices(self.meta("devices") or b"")
 
     def _get(self, table: str, key: bytes) -> bytes | None:
         value: bytes | None = self._txn.get(key, db=self._tables[table])
@@ -322,6 +345,10 @@ class WriteView(ReadView):
         """Take a packed pair out, readable or not; *value* tells which, of several with one key."""
         self._txn.delete(key, value, db=self._tables[table])
 
+    def set_devices(self, devices: Sequence[DeviceRecord]) -> None:
+        """Replace the list of devices."""
+        self.set_meta("devices", pack_devices(sorted(devices, key=lambda each: each.index)))
+
     def put_block(self, key: BlockKey, block: Block) -> None:
         """Add or replace a record."""
         self._txn.put(key.pack(), block.pack(), db=self._blocks)
@@ -420,6 +447,12 @@ class WriteView(ReadView):
             PLACE_KEY.pack(extent.device, extent.offset),
             LIMBO.pack(extent.length, retired),
         )
+
+    def forget_device(self, device: DeviceIndex) -> None:
+        """Take out all that is noted of *device* but its blocks: free runs and limbo."""
+        for table in ("free", "limbo"):
+            for extent in [each for each in self.runs(table) if each.device == device]:
+                self._txn.delete(PLACE_KEY.pack(device, extent.offset), db=self._tables[table])
 
     def drop_limbo(self, extent: Extent) -> None:
         """Undo add_limbo."""

@@ -36,12 +36,13 @@ from twfs.layout import Layout, check_model_name
 from twfs.leases import Located
 from twfs.localput import LocalPort
 from twfs.match import Match
+from twfs.members import Members
 from twfs.operating import Verbs, operate
 from twfs.prefix import Names
 from twfs.putting import Put
-from twfs.readers.select import DeviceSource, Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.scrubbing import Scrubber
+from twfs.sources import Sources
 from twfs.store import (
     BlockInfo,
     CheckReport,
@@ -58,6 +59,7 @@ from twfs.store import (
     Space,
 )
 from twfs.subject import Live
+from twfs.tables import DeviceRecord
 from twfs.units import ByteCount, ModelId, PrefixHash, align_up
 from twfs.upload import check_payloads, upload
 
@@ -73,11 +75,8 @@ class Warehouse:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._owner = core.leases.add_owner(os.getuid(), core.allocator.total_bytes)
-        self._sources = {
-            device.index: DeviceSource(device.open_for_reader(), device.path, device.size_bytes)
-            for device in core.devices.values()
-        }
-        self._readers = Readers(self._sources)
+        self._sources = Sources(core.standings)
+        self._members = Members(core)
         self._arena: Arena | None = None
         self._puts = ThreadPoolExecutor(2, "twfs-put")
         self._closing = threading.Event()
@@ -85,7 +84,9 @@ class Warehouse:
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
         self.scrubber = Scrubber(core)
-        self.verbs: Verbs = {**self.scrubber.verbs(), **erasing.verbs(core)}
+        self.verbs: Verbs = {
+            **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
+        }  # fmt: skip
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 
@@ -100,20 +101,22 @@ class Warehouse:
     @classmethod
     def open(
         cls, directory: Path, *, lease_ms: int = LEASE_MS,
-        durability: Durability | str = Durability.STRICT, wary: bool = False,
+        durability: Durability | str = Durability.STRICT, wary: bool = False, degraded: bool = True,
     ) -> Self:  # fmt: skip
         """Open the warehouse in *directory*, exclusively; *durability* is "strict" or "relaxed".
 
         *wary*: let a child process read the metadata first, for LMDB ends a process on some damage.
-
-        NoSuchWarehouse, WarehouseBusy, WrongDevice, CorruptSuperblock, TruncatedDevice,
-        CorruptMetadata, FormatTooNew, InvalidInput.
+        Without a device that is missing, damaged, another's or read-only, which `notes` tells,
+        while another takes writes; unless *degraded* is False. NoSuchWarehouse, WarehouseBusy,
+        WrongDevice, CorruptSuperblock, TruncatedDevice, CorruptMetadata, FormatTooNew, ReadOnly,
+        InvalidInput.
         """
         if durability not in list(Durability):
             raise InvalidInput(f"durability is strict or relaxed, not {durability!r}")
         core = opening.open_core(
-            Path(directory), lease_ms=lease_ms, durability=Durability(durability), wary=wary
-        )
+            Path(directory), lease_ms=lease_ms, durability=Durability(durability), wary=wary,
+            degraded=degraded,
+        )  # fmt: skip
         try:
             return cls(core)
         except BaseException:
@@ -132,13 +135,29 @@ class Warehouse:
 
     @property
     def devices(self) -> Mapping[int, Device]:
-        """Its devices, by index."""
+        """Its devices that are there, by number."""
         return self._core.devices
+
+    def table(self) -> list[tuple[DeviceRecord, Path, Device | None]]:
+        """All devices, by number, and where they are; None for one that is offline."""
+        core = self._core
+        return [
+            (each.record, core.directory / each.record.path, core.devices.get(index))
+            for index, each in sorted(core.standings.all.items())
+        ]
 
     @property
     def notes(self) -> list[str]:
-        """What was found at open that an operator should know."""
-        return [note for device in self._core.devices.values() for note in device.notes]
+        """What an operator should know: devices that are offline, read-only or damaged."""
+        return [
+            f"device {each.index} ({each.record.path}): {note}"
+            for each in self._core.standings.all.values()
+            for note in each.notes
+        ]
+
+    def resume(self) -> None:
+        """Go on with drains that were under way when the warehouse was closed, or killed."""
+        self._members.resume()
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +189,7 @@ class Warehouse:
         tends = 0
         while not self._closing.wait(TEND_SECONDS):
             tends += 1
+            self._core.standings.look()
             with self._core.lock:
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
@@ -189,11 +209,10 @@ class Warehouse:
         self._closing.set()
         self.scrubber.close()
         self._tender.join()
+        self._members.close()
         self._puts.shutdown()
-        self._readers.close()
+        self._sources.close()
         opening.close_core(self._core)
-        for source in self._sources.values():
-            os.close(source.fd)
         if self._arena is not None:
             self._arena.close()
 
@@ -234,7 +253,7 @@ class Warehouse:
         if located is None:
             return Match(
                 self, b"", model, names, start, start, np.zeros(0, LOCATED_DTYPE),
-                np.zeros(0, EXTENT_DTYPE), self._readers,
+                np.zeros(0, EXTENT_DTYPE), self._sources.now(),
             )  # fmt: skip
         return self._match_of(model, names, located)
 
@@ -248,7 +267,7 @@ class Warehouse:
     def _match_of(self, model: Model, names: Names, located: Located) -> Match:
         return Match(
             self, located.token, model, names, located.start, located.blocks, located.located,
-            located.extents, self._readers,
+            located.extents, self._sources.now(),
         )  # fmt: skip
 
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
@@ -467,19 +486,8 @@ class Warehouse:
             }
         figures["space"] = asdict(self.space())
         figures["metadata"] = core.metadata.statistics()
-        figures["devices"] = [
-            {
-                "index": device.index,
-                "uuid": str(device.uuid),
-                "path": str(device.path),
-                "size_bytes": device.size_bytes,
-                "notes": device.notes,
-                **asdict(device.statistics()),
-                **core.flushers[device.index].statistics(),
-            }
-            for device in core.devices.values()
-        ]
+        figures["devices"] = self._members.listed()
         figures["scrub"] = self.scrubber.status()
-        figures["readers"] = self._readers.statistics()
+        figures["readers"] = self._sources.now().statistics()
         figures["arena"] = None if self._arena is None else self._arena.statistics()
         return figures

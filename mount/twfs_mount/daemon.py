@@ -77,6 +77,7 @@ class DaemonConfig:
     payload_bytes: int = PAYLOAD_BYTES
     lease_ms: int = LEASE_MS
     durability: Durability = Durability.STRICT
+    degraded: bool = True  # serve without devices that are missing or damaged
 
 
 class Daemon:
@@ -99,12 +100,13 @@ class Daemon:
                     config.directory,
                     lease_ms=config.lease_ms,
                     durability=config.durability,
+                    degraded=config.degraded,
                     wary=True,
                 )
             )
             try:
                 for note in warehouse.notes:
-                    log.info("%s", note)
+                    log.warning("%s", note)
                 await self._run_open(warehouse, signals)
             finally:
                 await self._close(warehouse)

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--durability", choices=[each.value for each in Durability], default=Durability.STRICT,
         help="relaxed commits sooner, and a power cut may undo the last commit; default strict",
     )  # fmt: skip
+    add("--no-degraded", action="store_true", help="do not start without all devices")
     add("--debug", action="store_true", help="log every refused request")
     where = made.add_mutually_exclusive_group()
     where.add_argument("--foreground", "-f", action="store_true", help="stay; the default")
@@ -119,7 +120,7 @@ def config_of(given: argparse.Namespace) -> "DaemonConfig":
     mountpoint = None if given.mountpoint is None else str(Path(given.mountpoint).absolute())
     return DaemonConfig(
         given.directory.absolute(), mountpoint, socket, options=MountOptions(**fields),
-        durability=Durability(given.durability), **sizes,
+        durability=Durability(given.durability), degraded=not given.no_degraded, **sizes,
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from support.warehouses import MHA, chain_of
 from twfs.answers import ANSWERS, status_of
 from twfs.errors import TwfsError
 from twfs.leases import Located
-from twfs.link import _identity
 from twfs.match import Match
 from twfs.messages import (
     HELLO_BYTES_MAX,
@@ -170,7 +169,7 @@ def feed_reply(data: bytes) -> None:
     if isinstance(reply, Failed):
         assert isinstance(error_of(reply), TwfsError)
     elif isinstance(reply, Welcome):
-        assert hash(_identity(reply)) is not None
+        assert hash((reply.warehouse, reply.devices)) is not None
     elif isinstance(reply, LocatedBlocks):
         feed_located(reply)
     with suppress(TwfsError):

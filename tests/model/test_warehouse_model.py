@@ -33,7 +33,7 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
-from twfs import evicting, ledger
+from twfs import evicting, ledger, moving
 from twfs.checksums import checksums_of
 from twfs.errors import StaleEpoch
 from twfs.layout import Layout
@@ -295,6 +295,21 @@ class WarehouseMachine(RuleBasedStateMachine):
             core = self.warehouse._core
             assert evicting.spoil(core, key, records[key].generation)
             assert set(self.records()) == set(records)
+
+    @rule(first=st.integers(0, 50), count=st.integers(1, 8))
+    def move(self, first: int, count: int) -> None:
+        """As a drain does; leases go on with the old places, which puts must not get."""
+        before, core = self.records(), self.warehouse._core
+        whole = sorted((key for key, block in before.items() if not block.hole), key=str)
+        chosen = whole[first % len(whole) :][:count] if whole else []
+        moved = moving.move(core, [(key, before[key]) for key in chosen])
+        assert (moved.blocks, moved.lost) == (len(chosen), 0)
+        after = self.records()
+        assert set(after) == set(before)
+        for key in chosen:
+            assert after[key].generation > before[key].generation
+            assert after[key].ino == before[key].ino
+            assert not set(after[key].extents) & set(before[key].extents)
 
     @rule(name=which, number=st.integers(0, 20), retention=st.sampled_from(Retention))
     def retain(self, name: str, number: int, retention: Retention) -> None:

@@ -193,6 +193,6 @@ def test_a_closing_warehouse_lets_go_without_erasing(scratch: Path) -> None:
     with open_warehouse(scratch) as warehouse:
         core: Core = warehouse._core
         free = core.allocator.reserve([2 * ALIGN])[0]  # type: ignore[list-item]
-        core.io.shutdown()
+        core.erasers.shutdown()
         core._hand_out(Freed(list(free), list(free)))
         assert core.allocator.free_bytes == core.allocator.total_bytes

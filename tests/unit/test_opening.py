@@ -143,9 +143,15 @@ def test_a_missing_device_is_named_and_the_warehouse_can_be_opened_once_it_is_ba
     make_warehouse(scratch, (DEVICE_BYTES, DEVICE_BYTES))
     (scratch / "device1.img").rename(scratch / "away")
     with pytest.raises(WrongDevice, match=r"device1\.img"):
-        open_and_close(scratch)
+        Warehouse.open(scratch, degraded=False)
+    with Warehouse.open(scratch) as warehouse:
+        assert "device1.img" in warehouse.notes[0]
     (scratch / "away").rename(scratch / "device1.img")
-    open_and_close(scratch)
+    Warehouse.open(scratch, degraded=False).close()
+    (scratch / "device0.img").rename(scratch / "away0")
+    (scratch / "device1.img").rename(scratch / "away1")
+    with pytest.raises(WrongDevice, match=r"device0\.img"):  # none is left
+        open_and_close(scratch)
 
 
 def test_swapped_and_foreign_devices_are_refused(scratch: Path) -> None:

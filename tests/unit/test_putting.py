@@ -174,12 +174,12 @@ def test_a_parent_that_is_condemned_lives_on_with_a_child_published_in_time(
         put(warehouse, model, names.head(2))
         child = upload_all(warehouse, model, names.slice(2, 3))
         with core.lock:
-            core.unpin(child._pinned)  # as if it had not been seen
+            core.unpin(child._pinned, child._pin)  # as if it had not been seen
         evict = partial(warehouse.evict, ByteCount(1 << 20))
         with waiting_for_commit(warehouse, child.publish, evict):
             assert warehouse.lookup(model, names) == 0  # both are condemned
             with core.lock:
-                core.pin(child._pinned)
+                child._pin = core.pin(child._pinned)
         assert read_all(warehouse, model, names) == 3
 
 
@@ -190,10 +190,10 @@ def test_a_child_published_after_its_parents_eviction_is_detached(scratch: Path)
         put(warehouse, model, names.head(2))
         child = upload_all(warehouse, model, names.slice(2, 3))
         with core.lock:
-            core.unpin(child._pinned)
+            core.unpin(child._pinned, child._pin)
         warehouse.evict(ByteCount(1 << 20))
         with core.lock:
-            core.pin(child._pinned)
+            child._pin = core.pin(child._pinned)
         assert child.publish().held == 1
         assert [key.prefix_hash for key in warehouse.detached(model.id)] == [names.hash_at(2)]
         assert put(warehouse, model, names).outcomes == (
@@ -213,7 +213,7 @@ def test_a_condemned_block_is_lacking_and_is_stored_anew(scratch: Path) -> None:
             )
             with core.lock:
                 assert lacking.compare() == [2, 3]
-                core.unpin(lacking._pinned)
+                core.unpin(lacking._pinned, lacking._pin)
         assert put(warehouse, model, names).held == 4
 
 

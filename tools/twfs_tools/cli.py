@@ -16,6 +16,7 @@ from twfs.errors import TwfsError
 from twfs_tools import bench
 from twfs_tools.check import check
 from twfs_tools.create import create
+from twfs_tools.device import app as device_app
 from twfs_tools.evict import evict
 from twfs_tools.explain import explain
 from twfs_tools.ls import ls
@@ -45,6 +46,7 @@ for command in (
 ):  # fmt: skip
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")
+app.add_typer(device_app, name="device")
 app.add_typer(bench.app, name="bench")
 
 

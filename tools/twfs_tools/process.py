@@ -34,6 +34,7 @@ def daemon_command(
     socket: Path | None = None,
     arena_bytes: int | None = None,
     durability: Durability = Durability.STRICT,
+    degraded: bool = True,
 ) -> list[str]:
     """Return the command line of the daemon; without *mountpoint* it serves its socket alone."""
     command = [sys.executable, "-m", "twfs_mount.main", str(directory)]
@@ -46,6 +47,8 @@ def daemon_command(
         command += ["--arena-bytes", str(arena_bytes)]
     if durability is not Durability.STRICT:
         command += ["--durability", durability]
+    if not degraded:
+        command += ["--no-degraded"]
     return command
 
 

@@ -27,6 +27,13 @@ DurabilityOption = Annotated[
     Durability,
     typer.Option("--durability", help="relaxed: twice the commits, a power cut may undo the last."),
 ]
+DegradedFlag = Annotated[
+    bool,
+    typer.Option(
+        "--degraded/--no-degraded",
+        help="Start without devices that are missing or damaged: their blocks are misses.",
+    ),
+]
 MountOptions = Annotated[
     str, typer.Option("-o", help="ro, allow_other, uid=, gid=, group=, file_mode=, dir_mode=.")
 ]
@@ -43,6 +50,7 @@ def serve(
     *,
     durability: DurabilityOption = Durability.STRICT,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="Serve the socket alone.")] = False,
+    degraded: DegradedFlag = True,
 ) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C ends it."""
     if no_mount and mountpoint is not None:
@@ -51,6 +59,7 @@ def serve(
         daemon_command(
             directory, mountpoint, options=options, socket=socket,
             arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
+            degraded=degraded,
         )
     )  # fmt: skip
 
@@ -72,12 +81,14 @@ def mount(
         bool,
         typer.Option("--foreground/--background", help="Stay, or come back once it is mounted."),
     ] = False,
+    degraded: DegradedFlag = True,
     as_json: JsonFlag = False,
 ) -> None:
     """Start the daemon with a mount; its log is DIRECTORY/daemon.log when in the background."""
     command = daemon_command(
         directory, mountpoint, options=options, socket=socket,
         arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
+        degraded=degraded,
     )  # fmt: skip
     if foreground:
         _become(command)

@@ -315,7 +315,7 @@ class HostReader:
         try:
             fd = self._sources[DeviceIndex(device)].fd
             return os.preadv(fd, buffers, offset) == byte_count  # type: ignore[arg-type]
-        except OSError:
+        except (OSError, KeyError):  # KeyError: the device has just been taken out
             return False
 
     def _part_done(self, job: Job, *, came: bool) -> bool:

@@ -54,6 +54,7 @@ class Readers:
         self._executor: ThreadPoolExecutor | None = None
         self._queued = threading.BoundedSemaphore(ASYNC_QUEUED_MAX)
         self._closed = False
+        self._retired: list[Callable[[], None]] = []  # to be called when no read is under way
 
     @property
     def sources(self) -> Mapping[DeviceIndex, DeviceSource]:
@@ -83,7 +84,34 @@ class Readers:
         finally:
             with self._changed:
                 self._under_way -= 1
+                self._retire()
                 self._changed.notify_all()
+
+    def follow(
+        self, sources: Mapping[DeviceIndex, DeviceSource], retired: Sequence[Callable[[], None]]
+    ) -> None:
+        """Read from *sources* from now on; *retired* are called once no older read is under way.
+
+        Reads under way go on. They may be misses if their device is not there any more.
+        """
+        with self._lock:
+            changed = dict(sources) != self._sources
+            for gone in set(self._sources) - set(sources):
+                del self._sources[gone]
+            self._sources.update(sources)
+            cufile = self._made.pop(ReaderName.CUFILE, None) if changed else None
+            if changed:  # whether cuFile reaches them all is to be found out anew
+                self._direct, self._probe = None, None
+        with self._changed:
+            self._retired += retired
+            if cufile is not None:  # it opened its files once, by path
+                self._retired.append(cufile.close)
+            self._retire()
+
+    def _retire(self) -> None:
+        """Call what waits for the end of reads, if none is under way. Hold the condition."""
+        while self._retired and not self._under_way:
+            self._retired.pop()()
 
     def _check_open(self) -> None:
         """Raise InvalidInput after close."""
@@ -129,18 +157,20 @@ class Readers:
 
     def _find_direct(self) -> None:
         """Look for what forbids it, then try every device; the body of the probe's thread."""
-        why_not = direct_obstacle(self._sources) or next(
-            filter(None, map(probe_direct, self._sources.values())), None
+        sources = dict(self._sources)
+        why_not = direct_obstacle(sources) or next(
+            filter(None, map(probe_direct, sources.values())), None
         )
         with self._lock:
-            self._direct, self._why_not_direct = why_not is None, why_not or ""
+            if sources == self._sources:
+                self._direct, self._why_not_direct = why_not is None, why_not or ""
 
     def _reader(self, name: ReaderName) -> Reader:
         """Return the reader *name*, made now if need be."""
         if name is ReaderName.CUFILE and not self._is_direct():
             probe = self._probe
-            assert probe is not None
-            probe.join()  # asked for by name: worth the wait to know which of its ways it goes
+            if probe is not None:
+                probe.join()  # asked for by name: worth the wait to know which of its ways it goes
         with self._lock:
             made = self._made.get(name)
             if made is None:
@@ -195,5 +225,7 @@ class Readers:
                 self._changed.wait()
         with self._lock:
             made, self._made = self._made, {}
+        with self._changed:
+            self._retire()
         for reader in made.values():
             reader.close()

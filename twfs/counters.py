@@ -1,0 +1,32 @@
+"""What happened to a warehouse since it was opened: every distinct path has a number."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since open; every distinct path has a number."""
+
+    matches: int = 0
+    matched_blocks: int = 0
+    asked_blocks: int = 0
+    shortened_matches: int = 0  # the client may lease no more
+    digest_mismatches: int = 0
+    puts: int = 0
+    published_blocks: int = 0
+    present_blocks: int = 0
+    collisions: int = 0
+    failed_blocks: int = 0
+    no_room_blocks: int = 0
+    written_bytes: int = 0
+    evicted_blocks: int = 0
+    evicted_bytes: int = 0
+    removed_blocks: int = 0
+    erased_blocks: int = 0  # of these two: headers overwritten
+    holes: int = 0
+    moved_blocks: int = 0
+    moved_bytes: int = 0
+    replaced_blocks: int = 0  # stored anew, as the device they lay on is offline
+    reports: int = 0
+    mount_reads: int = 0
+    mount_read_bytes: int = 0
