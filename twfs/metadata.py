@@ -388,7 +388,7 @@ def _refuse_truncated(path: Path) -> None:
     if problems:
         raise CorruptMetadata(
             f"{path} has {size} bytes but names {(last + 1) * ALIGN}: it is truncated "
-            f"({problems[0]}); run `twfs rebuild`, or create the warehouse anew"
+            f"({problems[0]}); run `twfs rebuild` to restore it, or create the warehouse anew"
         )
 
 
