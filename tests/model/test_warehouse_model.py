@@ -296,11 +296,17 @@ class WarehouseMachine(RuleBasedStateMachine):
             assert evicting.spoil(core, key, records[key].generation)
             assert set(self.records()) == set(records)
 
-    @rule(first=st.integers(0, 50), count=st.integers(1, 8))
-    def move(self, first: int, count: int) -> None:
-        """As a drain does; leases go on with the old places, which puts must not get."""
+    @rule(first=st.integers(0, 50), count=st.integers(1, 8), path=paths)
+    def move(self, first: int, count: int, path: list[int]) -> None:
+        """As a drain does, leased blocks first; a put behind it must not get the old places."""
+        self.put_chain("plain", path, 5, (0,))
+        self.match("plain", path, 0, keep=True)
         before, core = self.records(), self.warehouse._core
-        whole = sorted((key for key, block in before.items() if not block.hole), key=str)
+        whole = sorted(
+            (key for key, block in before.items() if not block.hole),
+            key=lambda key: (not core.slots.leases[before[key].slot], str(key)),
+        )
+        first = first if first > 25 else 0
         chosen = whole[first % len(whole) :][:count] if whole else []
         moved = moving.move(core, [(key, before[key]) for key in chosen])
         assert (moved.blocks, moved.lost) == (len(chosen), 0)
@@ -310,6 +316,10 @@ class WarehouseMachine(RuleBasedStateMachine):
             assert after[key].generation > before[key].generation
             assert after[key].ino == before[key].ino
             assert not set(after[key].extents) & set(before[key].extents)
+        settle(self.warehouse)
+        for _ in range(count):  # one by one, so that each goes where it fits best
+            self.begin("plain", self.names("plain", [2 + self.written]), 0)
+            self.publish(-1)
 
     @rule(name=which, number=st.integers(0, 20), retention=st.sampled_from(Retention))
     def retain(self, name: str, number: int, retention: Retention) -> None:

@@ -419,6 +419,41 @@ def test_a_put_under_way_ends_on_the_device_that_is_drained_meanwhile(scratch: P
         warehouse.operate("device-remove", device=1)
 
 
+def test_a_move_is_published_only_after_a_flush_of_its_new_place(scratch: Path) -> None:
+    with open_warehouse(scratch, TWO) as warehouse:
+        model, names = filled(warehouse)
+        core = warehouse._core
+        pairs = list(moving.blocks_on(core, DeviceIndex(1)))
+        with core.lock:
+            core.allocator.allot_on([DeviceIndex(0)])
+        with failing(warehouse, 0, "fdatasync"):
+            assert moving.move(core, pairs) == moving.Moved()
+        assert list(moving.blocks_on(core, DeviceIndex(1))) == pairs
+        assert read_all(warehouse, model, names) == 12
+
+
+def test_a_place_that_was_left_is_not_written_while_a_lease_of_before_may_read_it(
+    scratch: Path,
+) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model, names = filled(warehouse)
+        core = warehouse._core
+        before = warehouse.match(model, names)
+        assert moving.move(core, list(moving.blocks_on(core, DeviceIndex(0)))).blocks == 12
+        settle(warehouse)
+        after = warehouse.match(model, names)
+        for turn in range(12):  # each goes to the smallest place that is free
+            put(warehouse, model, chain_of(model, 1, 50 + turn))
+        into = [bytearray(model.layout.block_bytes()) for _ in range(12)]
+        assert before.read_into(into).blocks == 12
+        assert warehouse.space().limbo_bytes == 12 * 2 * ALIGN
+        before.release()
+        settle(warehouse)
+        assert warehouse.space().limbo_bytes == 0
+        assert after.read_into(into).blocks == 12
+        after.release()
+
+
 def test_a_block_that_changes_during_its_move_stays_as_it_is(scratch: Path) -> None:
     with open_warehouse(scratch, TWO) as warehouse:
         model, names = filled(warehouse)
