@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("operating",),
+    ("operating", "tenants"),
     ("secret",),
     ("layout", "prefix", "records"),
     ("store",),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("match", "upload"),
     ("core",),
     ("enrolling",),
-    ("evicting", "listing", "matching", "opening"),
+    ("evicting", "listing", "matching", "opening", "tenancy"),
     ("check", "putting"),
     ("localput",),
     ("warehouse",),

@@ -7,6 +7,7 @@ after its commit: until then a published block is a miss, and a removed one is c
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,6 +30,7 @@ from twfs.roster import Roster, write_roster
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
+from twfs.tenants import Tenants
 from twfs.units import ALIGN, DeviceIndex, Generation, Ino, Millis, ModelId
 
 T = TypeVar("T")
@@ -80,6 +82,7 @@ class Core:
     leases: Leases
     secret: bytes
     roster: Roster  # as it is on the devices
+    tenants: Tenants  # of the roster; replaced whole, never changed: readers take no lock
     lock: threading.RLock = field(default_factory=threading.RLock)
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
@@ -92,6 +95,8 @@ class Core:
     flushers: dict[DeviceIndex, Flusher] = field(default_factory=dict)
     changes: int = 0  # grows with everything that a listing would show
     reserved_bytes: int = 0
+    reserved_of: Counter[int] = field(default_factory=Counter)  # the same bytes by uid
+    puts_of: Counter[int] = field(default_factory=Counter)  # puts under way by tenant
     evicting: int = 0  # background transactions under way
     _next_generation: int = 0
     _next_ino: int = 0
@@ -118,6 +123,12 @@ class Core:
                 f"epoch {record.epoch} of model {record.name} is over: open the model again"
             )
         return record
+
+    def bounded_uid(self, owner: int) -> int | None:
+        """The user of *owner*, if the bounds on one user apply to it."""
+        with self.lock:
+            uid = self.leases.uid_of(owner)
+        return None if uid in self.tenants.operators else uid
 
     def is_current(self, model_id: ModelId) -> bool:
         """Tell whether *model_id* is the present epoch of a model."""

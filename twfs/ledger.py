@@ -200,7 +200,7 @@ def _enter(
     """Enter one block, or say why not."""
     view, layout = chains.view, chains.layout
     existing = view.block(key)
-    if existing is not None and (existing.digest, existing.key) != (block.digest, block.key):
+    if existing is not None and not same_life(existing, block):
         return PutOutcome.COLLISION
     if existing is not None and not existing.hole:
         return PutOutcome.PRESENT
@@ -217,6 +217,8 @@ def _enter(
     parent_key = key.at(block.parent)
     parent = None if start else chains.recent.get(block.parent) or view.block(parent_key)
     children = view.children(key)
+    if _mixes_tenants(view, key, block, parent, children):
+        return PutOutcome.COLLISION
     if not _fits(chains, key, block, parent, children):
         return PutOutcome.FAILED
     # A window or state group has no whole chains: nothing is missing before one of its blocks.
@@ -238,6 +240,24 @@ def _enter(
             done.attached.append(below.slot)
             touched.append(below_key.prefix_hash)
     return PutOutcome.PUBLISHED
+
+
+def same_life(existing: Block, block: Block) -> bool:
+    """Tell whether *block* is what has its name already: of the same tenant, digest and own key."""
+    return (existing.digest, existing.key, existing.tenant) == (
+        block.digest, block.key, block.tenant,
+    )  # fmt: skip
+
+
+def _mixes_tenants(
+    view: WriteView, key: BlockKey, block: Block, parent: Block | None, children: list[PrefixHash]
+) -> bool:
+    """Tell whether *block* would hang below or above another tenant's: a chain is of one tenant.
+
+    Salts keep names apart, so only a forged name comes to this.
+    """
+    beside = [view.block(key.at(child)) for child in children]
+    return any(other is not None and other.tenant != block.tenant for other in (parent, *beside))
 
 
 def _fits(

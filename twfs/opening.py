@@ -33,12 +33,14 @@ from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
 from twfs.slots import KEY_BYTES, Slots
 from twfs.tables import DeviceRecord, ReadView, WriteView
+from twfs.tenants import Tenants
 from twfs.units import ALIGN, ByteCount, DeviceIndex
 
 META_DIRECTORY: Final = "meta"
 HEAT_FILE: Final = "heat"
 DEVICES_MAX: Final = 64  # one node's drives; each costs every client a descriptor
 SLOTS_MAX: Final = 1 << 31
+UID_LEASE_QUARTERS: Final = 3  # all clients of one user: the rest stays for others' puts
 LEASE_PARTS: Final = 2  # one client may lease half of all space: never all of it
 
 
@@ -126,9 +128,15 @@ def open_core(directory: Path, *, lease_ms: int) -> Core:
                 {each.index: each.data_area for each in devices.values()}, view.runs("free")
             )
             records = view.models()
+        operators = frozenset({0, os.geteuid()})
         core = Core(
             directory, warehouse, metadata, devices, allocator, slots,
-            Leases(lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS)), secret, roster,
+            Leases(
+                lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS),
+                bytes_per_uid_max=ByteCount(allocator.total_bytes // 4 * UID_LEASE_QUARTERS),
+                unbounded=operators,
+            ),
+            secret, roster, Tenants(roster.tenants, operators),
         )  # fmt: skip
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)

@@ -18,19 +18,24 @@ from twfs import ledger
 from twfs import slots as states
 from twfs.checksums import host_sums_of
 from twfs.core import Core, wall_ms
-from twfs.errors import DeviceError, InvalidInput, TooLarge, WarehouseClosed, WarehouseFull
+from twfs.errors import (
+    DeviceError,
+    InvalidInput,
+    NoSuchTenant,
+    TooLarge,
+    WarehouseClosed,
+    WarehouseFull,
+)
 from twfs.evicting import keep_low_water, submit_eviction
 from twfs.payload import aligned_buffer
-from twfs.prefix import Names
+from twfs.prefix import Names, check_names
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
 from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
 from twfs.tables import ModelRecord
+from twfs.tenants import EVERYBODY
 from twfs.units import (
     ALIGN,
-    DIGEST_BYTES,
-    HASH_BYTES,
     IO_BYTES_MAX,
-    KEY_BYTES_MAX,
     ByteCount,
     ByteOffset,
     DeviceIndex,
@@ -42,8 +47,8 @@ from twfs.units import (
 )
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
-POSITION_MAX: Final = (1 << 32) - 1  # a u32 in record and header
 IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
+RESERVED_PARTS: Final = 4  # of the space for the puts of one user: never room for nobody else
 ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
 
 
@@ -63,9 +68,11 @@ class Put:
 
     def __init__(
         self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
-        retention: Retention,
+        retention: Retention, tenant: int = EVERYBODY, uid: int | None = None,
     ) -> None:  # fmt: skip
         self._core = core
+        self._tenant = tenant
+        self._uid = uid  # whose bound on reservations counts; None: there is none
         self._model = model
         self._names = names
         self._group = group
@@ -104,7 +111,8 @@ class Put:
                 block = view.block(self._key(index))
                 if block is not None and slots.state[block.slot] == states.LIVE:
                     found.add(int(block.slot))
-                    if block.digest != self._digest(index) or block.key != self._own_key(index):
+                    mine = (self._digest(index), self._own_key(index), self._tenant)
+                    if (block.digest, block.key, block.tenant) != mine:
                         self._outcomes[index] = PutOutcome.COLLISION
                         refused.add(self._names.hash_at(index))
                         continue
@@ -141,10 +149,11 @@ class Put:
         try:
             for _ in range(ROOM_TRIES):
                 with core.lock:
-                    got = core.allocator.reserve([need] * (len(lacking) - len(extents)))
-                    core.reserved_bytes += need * len(got)
+                    wanted = min(len(lacking) - len(extents), self._room_bytes() // need)
+                    got = core.allocator.reserve([need] * wanted)
+                    self._count(need * len(got))
                     extents += got
-                    missing = need * (len(lacking) - len(extents))
+                    missing = need * (wanted - len(got))
                     futures = submit_eviction(core, missing) if missing else []
                 if not missing or not futures:
                     break
@@ -153,17 +162,39 @@ class Put:
             for index in lacking[len(extents) :]:
                 self._outcomes[index] = PutOutcome.NO_ROOM
             if lacking and not extents:
-                raise WarehouseFull(
-                    f"no room for a block of {need} bytes: {core.allocator.free_bytes} bytes are "
-                    "free and nothing may be evicted; release leases or add a device"
-                )
+                raise self._no_room(need)
             self._number(extents)
         except BaseException:
             with core.lock:
-                core.reserved_bytes -= need * len(extents)
+                self._count(-need * len(extents))
                 for each in extents:
                     core.allocator.release(each)
             raise
+
+    def _room_bytes(self) -> int:
+        """What this user may reserve more. Hold the core's lock."""
+        total = self._core.allocator.total_bytes
+        if self._uid is None:
+            return total
+        return max(0, total // RESERVED_PARTS - self._core.reserved_of[self._uid])
+
+    def _count(self, byte_count: int) -> None:
+        """Add to what is reserved. Hold the core's lock."""
+        self._core.reserved_bytes += byte_count
+        if self._uid is not None:
+            self._core.reserved_of[self._uid] += byte_count
+
+    def _no_room(self, need: int) -> WarehouseFull:
+        """Say why not one block of *need* bytes could be reserved."""
+        if self._room_bytes() < need:
+            return WarehouseFull(
+                f"uid {self._uid} has {self._core.reserved_of[self._uid or 0]} bytes reserved for "
+                f"puts under way, and one user may have 1/{RESERVED_PARTS} of the space: end some"
+            )
+        return WarehouseFull(
+            f"no room for a block of {need} bytes: {self._core.allocator.free_bytes} bytes are "
+            "free and nothing may be evicted; release leases or add a device"
+        )
 
     def _number(self, extents: list[tuple[Extent, ...]]) -> None:
         """Give every reserved block its generation, inode and slot: all of them, or none."""
@@ -176,7 +207,7 @@ class Put:
                     generations[number], inos[number], slots[number], self._parent(index),
                     self._digest(index), TokenCount(self._names.positions[index]),
                     self._payload_bytes, Checksums(bytes(16), 0, 0), extents[number], now,
-                    self._own_key(index), 0, self._retention.rank,
+                    self._own_key(index), self._tenant, self._retention.rank,
                 )
                 for number, index in enumerate(self.lacking)
             }  # fmt: skip
@@ -382,12 +413,13 @@ class Put:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
         for index, block in self._reserved.items():
-            core.reserved_bytes -= block.device_bytes
+            self._count(-block.device_bytes)
             if index not in published:
                 core.allocator.release(block.extents)
             if index not in published or block.slot not in (kept_slots or ()):
                 core.slots.give_back(block.slot)
         core.unpin(self._pinned)
+        core.puts_of[self._tenant] -= 1
         self._ended = True
 
     def abandon(self) -> None:
@@ -425,28 +457,18 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
     )  # fmt: skip
 
 
-def _check_names(names: Names) -> None:
-    """Raise InvalidInput unless all parts of *names* are of its length, and fit a record."""
-    count = len(names)
-    lengths = (len(names.hashes), len(names.digests), len(names.parents), len(names.keys) or count)
-    if lengths != (HASH_BYTES * count, DIGEST_BYTES * count, HASH_BYTES * count, count):
-        raise InvalidInput(f"{count} positions, but hashes, digests, parents, keys of {lengths}")
-    if any(len(key) > KEY_BYTES_MAX for key in names.keys):
-        raise InvalidInput(f"an own key has more than {KEY_BYTES_MAX} bytes")
-    if count and not 0 <= min(names.positions) <= max(names.positions) <= POSITION_MAX:
-        raise InvalidInput(f"end positions are 0 to {POSITION_MAX} tokens")
-
-
 def begin_put(
-    core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention
-) -> Put:
+    core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
+    tenant: int = EVERYBODY, uid: int | None = None,
+) -> Put:  # fmt: skip
     """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
 
-    StaleEpoch, NoSuchModel, InvalidInput, TooLarge, WarehouseFull.
+    The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
+    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull.
     """
     if len(names) > PUT_BLOCKS_MAX:
         raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
-    _check_names(names)
+    check_names(names)
     hashes = {names.hash_at(index) for index in range(len(names))}
     if len(hashes) != len(names):
         raise InvalidInput(f"{len(names) - len(hashes)} names stand twice in one put")
@@ -458,8 +480,14 @@ def begin_put(
                 f"group {group}, shard {shard} of model {record.name}: it has "
                 f"{len(layout.groups)} groups and {layout.shards} shards"
             )
-        put = Put(core, record, names, group=group, shard=shard, retention=retention)
+        if not core.tenants.there(tenant):
+            raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
+        put = Put(
+            core, record, names, group=group, shard=shard, retention=retention, tenant=tenant,
+            uid=uid,
+        )  # fmt: skip
         lacking = put.compare()
+        core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed
     try:
         put.reserve(lacking)
     except BaseException:
