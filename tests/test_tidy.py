@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("localput",),
     ("warehouse",),
     ("shared",),
+    ("permitting",),
     ("answers",),
     ("connection",),
     ("server",),

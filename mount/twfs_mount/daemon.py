@@ -28,7 +28,7 @@ from twfs_mount.operations import Operations
 
 log = logging.getLogger(__name__)
 
-ARENA_BYTES: Final = 2 << 30  # of all clients together: 16 of them; used memory counts only
+ARENA_BYTES: Final = 4 << 30  # of all clients: 16 of one user, 32 in all; used memory counts only
 STOP_SECONDS: Final = 60.0  # requests under way have so long to end after a signal
 GC_THRESHOLD: Final = 50_000  # allocations between collections of the youngest
 TASKS_MAX: Final = 64  # requests handled at once; more wait in the kernel
