@@ -125,6 +125,13 @@ class Put:
                 parent = view.block(BlockKey(self._model.id, parent_hash, self._group, self._shard))
                 if parent is not None and slots.state[parent.slot] == states.LIVE:
                     found.add(int(parent.slot))
+                    if parent.tenant != self._tenant:  # a chain is of one tenant
+                        refused.add(parent_hash)
+        for index in lacking if refused else ():
+            if self._parent(index) in refused:
+                self._outcomes[index] = PutOutcome.COLLISION
+                refused.add(self._names.hash_at(index))
+        lacking = [index for index in lacking if index not in self._outcomes]
         self._pinned = np.array(sorted(found), np.int64)
         self._core.pin(self._pinned)
         return lacking
@@ -308,7 +315,7 @@ class Put:
                 xxh3, layer_sums = host_sums_of(view, self._layers)
                 if xxh3 != block.xxh3:
                     bad.add(block.index)
-                record = _with_sums(reserved, sums)
+                record = reserved.with_sums(sums)
                 whole[block.index] = record
                 headers[number * ALIGN : (number + 1) * ALIGN] = self._header(
                     block.index, record, layer_sums
@@ -446,15 +453,6 @@ class Put:
             counters.no_room_blocks += count[PutOutcome.NO_ROOM]
             counters.written_bytes += written
         return PutResult(outcomes, ByteCount(written))
-
-
-def _with_sums(block: Block, sums: Checksums) -> Block:
-    """*block* with its checksums; dataclasses.replace costs three times as much."""
-    return Block(
-        block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
-        block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
-        block.retention,
-    )  # fmt: skip
 
 
 def begin_put(

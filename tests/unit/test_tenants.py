@@ -27,7 +27,6 @@ from support.warehouses import (
     put,
     read_all,
     records_of,
-    upload_all,
 )
 from twfs.client import Client, connect
 from twfs.errors import (
@@ -47,7 +46,6 @@ from twfs.records import Header
 from twfs.secret import SALT_BYTES
 from twfs.store import Model, PutOutcome, ReadOutcome, Retention, iterate_heads, iterate_sessions
 from twfs.tenants import TENANT_MAX, UIDS_MAX, Tenant, Tenants, pack_tenants, unpack_tenants
-from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
 
 ACME, OTHER, OWNER = 61_001, 61_002, 61_003  # users who need not exist
@@ -460,7 +458,10 @@ def test_a_listing_shows_only_tenants_that_the_asker_may_act_for(daemon: Daemon)
         ):  # fmt: skip
             with pytest.raises(NoSuchBlock):
                 forbidden()
-        assert acme.read_block(info).tobytes() == payloads_of(MHA, chain_of(mine, 1))[0].tobytes() or True
+        assert (
+            acme.read_block(info).tobytes() == payloads_of(MHA, chain_of(mine, 1))[0].tobytes()
+            or True
+        )
         acme.set_retention(mine.id, head, Retention.DURABLE)
         assert acme.remove(mine.id, head) > 0
 
@@ -484,7 +485,11 @@ def test_permission_that_was_taken_away_ends_at_the_next_request(daemon: Daemon)
 
 @pytest.mark.root
 def test_everybody_can_be_closed_to_others_and_opened_again(daemon: Daemon) -> None:
-    with client_of(daemon, ACME) as acme, client_of(daemon, OTHER) as other, daemon.client() as root:
+    with (
+        client_of(daemon, ACME) as acme,
+        client_of(daemon, OTHER) as other,
+        daemon.client() as root,
+    ):
         model = acme.open_model("m", MHA)
         names = put_as(acme, model, 2)
         root.operate("tenant-set", name="everybody", uids=[ACME])
@@ -536,7 +541,7 @@ def test_one_user_cannot_reserve_what_others_need(daemon: Daemon) -> None:
     with client_of(daemon, ACME) as greedy, client_of(daemon, OTHER) as other:
         model = greedy.open_model("m", MHA, tenant="acme")
         need = 4096 + MHA.block_bytes()
-        from twfs.link import RemotePut  # noqa: PLC0415
+        from twfs.link import RemotePut
 
         ports = []
         with pytest.raises(WarehouseFull, match="one user may have 1/4"):
@@ -594,9 +599,9 @@ def test_hints_of_bad_blocks_are_bounded(daemon: Daemon) -> None:
 
 def test_threads_of_one_user_wait_behind_their_own(scratch: Path) -> None:
     """One user's requests take half of the threads, however many there are."""
-    import trio  # noqa: PLC0415
+    import trio
 
-    from twfs.shared import part_of  # noqa: PLC0415
+    from twfs.shared import part_of
 
     async def main() -> None:
         limiter = trio.CapacityLimiter(4)
