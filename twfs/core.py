@@ -20,7 +20,7 @@ import numpy as np
 
 from twfs import ledger, slots
 from twfs.device import Device
-from twfs.errors import NoSuchModel, StaleEpoch, WarehouseClosed
+from twfs.errors import NoSuchModel, StaleEpoch, WarehouseClosed, WarehouseFull
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
@@ -36,6 +36,7 @@ from twfs.units import ALIGN, DeviceIndex, Generation, Ino, Millis, ModelId
 T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
+RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
 IO_THREADS: Final = 4  # writes in flight; more gain nothing on one drive (facts: 2 to 4)
 
 
@@ -129,6 +130,31 @@ class Core:
         with self.lock:
             uid = self.leases.uid_of(owner)
         return None if uid in self.tenants.operators else uid
+
+    def room_of(self, uid: int | None) -> int:
+        """What the puts of *uid* may reserve more; None is bounded by the space alone."""
+        total = self.allocator.total_bytes
+        if uid is None:
+            return total
+        return max(0, total // RESERVED_PARTS - self.reserved_of[uid])
+
+    def count_reserved(self, uid: int | None, byte_count: int) -> None:
+        """Add to what is reserved, on the account of *uid* too. Hold the lock."""
+        self.reserved_bytes += byte_count
+        if uid is not None:
+            self.reserved_of[uid] += byte_count
+
+    def no_room(self, uid: int | None, need: int) -> WarehouseFull:
+        """The error that says why not one block of *need* bytes can be reserved."""
+        if self.room_of(uid) < need:
+            return WarehouseFull(
+                f"uid {uid} has {self.reserved_of[uid or 0]} bytes reserved for puts under way, "
+                f"and one user may have 1/{RESERVED_PARTS} of the space: end some"
+            )
+        return WarehouseFull(
+            f"no room for a block of {need} bytes: {self.allocator.free_bytes} bytes are free "
+            "and nothing may be evicted; release leases or add a device"
+        )
 
     def is_current(self, model_id: ModelId) -> bool:
         """Tell whether *model_id* is the present epoch of a model."""

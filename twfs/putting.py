@@ -24,7 +24,6 @@ from twfs.errors import (
     NoSuchTenant,
     TooLarge,
     WarehouseClosed,
-    WarehouseFull,
 )
 from twfs.evicting import keep_low_water, submit_eviction
 from twfs.payload import aligned_buffer
@@ -48,7 +47,6 @@ from twfs.units import (
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
 IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
-RESERVED_PARTS: Final = 4  # of the space for the puts of one user: never room for nobody else
 ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
 
 
@@ -156,9 +154,9 @@ class Put:
         try:
             for _ in range(ROOM_TRIES):
                 with core.lock:
-                    wanted = min(len(lacking) - len(extents), self._room_bytes() // need)
+                    wanted = min(len(lacking) - len(extents), core.room_of(self._uid) // need)
                     got = core.allocator.reserve([need] * wanted)
-                    self._count(need * len(got))
+                    core.count_reserved(self._uid, need * len(got))
                     extents += got
                     missing = need * (wanted - len(got))
                     futures = submit_eviction(core, missing) if missing else []
@@ -169,39 +167,14 @@ class Put:
             for index in lacking[len(extents) :]:
                 self._outcomes[index] = PutOutcome.NO_ROOM
             if lacking and not extents:
-                raise self._no_room(need)
+                raise core.no_room(self._uid, need)
             self._number(extents)
         except BaseException:
             with core.lock:
-                self._count(-need * len(extents))
+                core.count_reserved(self._uid, -need * len(extents))
                 for each in extents:
                     core.allocator.release(each)
             raise
-
-    def _room_bytes(self) -> int:
-        """What this user may reserve more. Hold the core's lock."""
-        total = self._core.allocator.total_bytes
-        if self._uid is None:
-            return total
-        return max(0, total // RESERVED_PARTS - self._core.reserved_of[self._uid])
-
-    def _count(self, byte_count: int) -> None:
-        """Add to what is reserved. Hold the core's lock."""
-        self._core.reserved_bytes += byte_count
-        if self._uid is not None:
-            self._core.reserved_of[self._uid] += byte_count
-
-    def _no_room(self, need: int) -> WarehouseFull:
-        """Say why not one block of *need* bytes could be reserved."""
-        if self._room_bytes() < need:
-            return WarehouseFull(
-                f"uid {self._uid} has {self._core.reserved_of[self._uid or 0]} bytes reserved for "
-                f"puts under way, and one user may have 1/{RESERVED_PARTS} of the space: end some"
-            )
-        return WarehouseFull(
-            f"no room for a block of {need} bytes: {self._core.allocator.free_bytes} bytes are "
-            "free and nothing may be evicted; release leases or add a device"
-        )
 
     def _number(self, extents: list[tuple[Extent, ...]]) -> None:
         """Give every reserved block its generation, inode and slot: all of them, or none."""
@@ -315,7 +288,7 @@ class Put:
                 xxh3, layer_sums = host_sums_of(view, self._layers)
                 if xxh3 != block.xxh3:
                     bad.add(block.index)
-                record = reserved.with_sums(sums)
+                record = _with_sums(reserved, sums)
                 whole[block.index] = record
                 headers[number * ALIGN : (number + 1) * ALIGN] = self._header(
                     block.index, record, layer_sums
@@ -420,7 +393,7 @@ class Put:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
         for index, block in self._reserved.items():
-            self._count(-block.device_bytes)
+            core.count_reserved(self._uid, -block.device_bytes)
             if index not in published:
                 core.allocator.release(block.extents)
             if index not in published or block.slot not in (kept_slots or ()):
@@ -453,6 +426,15 @@ class Put:
             counters.no_room_blocks += count[PutOutcome.NO_ROOM]
             counters.written_bytes += written
         return PutResult(outcomes, ByteCount(written))
+
+
+def _with_sums(block: Block, sums: Checksums) -> Block:
+    """*block* with its checksums; dataclasses.replace costs three times as much."""
+    return Block(
+        block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
+        block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
+        block.retention,
+    )  # fmt: skip
 
 
 def begin_put(

@@ -256,14 +256,6 @@ class Block:
             bool(flags & FLAG_DETACHED),
         )  # fmt: skip
 
-    def with_sums(self, sums: Checksums) -> "Block":
-        """The same with its checksums; dataclasses.replace costs three times as much."""
-        return Block(
-            self.generation, self.ino, self.slot, self.parent, self.digest, self.position,
-            self.payload_bytes, sums, self.extents, self.published_ms, self.key, self.tenant,
-            self.retention,
-        )  # fmt: skip
-
     @property
     def device_bytes(self) -> ByteCount:
         """What the block takes on its devices: header, payload, padding."""
