@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("channel", "remote"),
     ("link",),
     ("client",),
-    ("chainfile",),
+    ("chainfile", "spool"),
     ("describing", "importing"),
     ("nodes",),
     ("tree",),

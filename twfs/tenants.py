@@ -103,6 +103,15 @@ class Tenants:
         found = self._by_id.get(number)
         return number == EVERYBODY if found is None else uid == found.owner
 
+    def may_import(self, uid: int, name: str) -> bool:
+        """Tell whether *uid* may import blocks for the tenant *name*: as an engine or its owner."""
+        known = self._by_name.get(name)
+        if uid in self.operators:
+            return True  # of a tenant that is not there, the error is another
+        if known is None:
+            return name == EVERYBODY_NAME
+        return self.may_act(uid, known.id) or self.may_see(uid, known.id)
+
     def owner_of(self, number: int) -> int | None:
         """To whom its directories belong; None where the mount's own owner has them."""
         found = self._by_id.get(number)

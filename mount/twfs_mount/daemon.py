@@ -111,7 +111,7 @@ class Daemon:
         if config.mountpoint is None:
             await self._serve(warehouse, signals)
             return
-        importer = Importer(warehouse, warehouse.directory)
+        importer = Importer(warehouse, warehouse.directory, tenants=warehouse.tenants)
         operations = Operations(
             warehouse, importer, config.options.presentation(), payload_bytes=config.payload_bytes
         )

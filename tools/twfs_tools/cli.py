@@ -23,6 +23,7 @@ from twfs_tools.model import app as model_app
 from twfs_tools.output import JsonFlag, complain
 from twfs_tools.serve import mount, serve, unmount
 from twfs_tools.status import status
+from twfs_tools.tenant import app as tenant_app
 
 EXIT_INTERRUPTED: Final = 130
 EXIT_PIPE: Final = 141  # as a program that SIGPIPE ended
@@ -41,6 +42,7 @@ app = typer.Typer(
 for command in (create, serve, mount, unmount, status, ls, evict, explain, check):
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")
+app.add_typer(tenant_app, name="tenant")
 app.add_typer(bench.app, name="bench")
 
 
