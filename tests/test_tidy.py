@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checksums", "formatting", "leases", "messages", "slots", "tables"),
     ("arena", "device", "extents", "ledger", "metadata", "protocol"),
     ("flushing", "payload"),
-    ("roster",),
+    ("modes", "roster"),
     ("readers", "readers.base"),
     ("readers.probe", "readers.host", "readers.landing"),
     ("readers.cufile", "readers.staged"),

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from twfs import enrolling, ledger
+from twfs import enrolling, ledger, modes
 from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import (
@@ -44,8 +44,12 @@ UID_LEASE_QUARTERS: Final = 3  # all clients of one user: the rest stays for oth
 LEASE_PARTS: Final = 2  # one client may lease half of all space: never all of it
 
 
-def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> None:
+def create(
+    directory: Path, devices: Sequence[DeviceSpec], *, force: bool, group: str | None = None
+) -> None:
     """Make a warehouse in *directory* over *devices*; the metadata comes last.
+
+    With *group* its members may use it as engines do, else its owner alone.
 
     WarehouseExists unless forced; whatever format_device raises, and then no image file that was
     made here is left.
@@ -63,15 +67,19 @@ def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> No
             )
         with suppress(CorruptMetadata, FormatTooNew, FormatTooOld):  # it may be beyond repair
             Metadata.open(meta).close()  # but nobody else may have it open
+    if group is not None:
+        modes.gid_of(group)
     made_directory = not directory.exists()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(modes.OWN_DIRECTORY, parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"{directory} cannot be made: {error.strerror}") from error
     with ExitStack() as undo:
         if made_directory:
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
         _fill(directory, devices, undo, force=force)
+        if group is not None:
+            modes.share(directory, [spec.path for spec in devices], group)
         undo.pop_all()
 
 
@@ -96,6 +104,7 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     if meta.exists():
         shutil.rmtree(meta)
     (directory / HEAT_FILE).unlink(missing_ok=True)
+    meta.mkdir(modes.OWN_DIRECTORY)
     undo.callback(shutil.rmtree, meta, ignore_errors=True)
     secret = make_secret()
     Metadata.create(meta, warehouse, records, free, secret)

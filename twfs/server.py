@@ -4,7 +4,6 @@ One trio task per client, in connection.py. Who may open the socket is a matter 
 group, what they may do then is permitting.py's. Runs in one event loop; only serve is public.
 """
 
-import grp
 import logging
 import os
 import socket
@@ -17,6 +16,7 @@ import trio
 
 from twfs.connection import Connection
 from twfs.errors import InvalidInput, NotAllowed, TooLarge, WarehouseBusy
+from twfs.modes import gid_of
 from twfs.protocol import encode, failure_of
 from twfs.shared import Shared, peer_of
 
@@ -36,7 +36,7 @@ async def serve(
     *,
     arena_bytes: int = 4 << 30,
     mode: int = 0o660,
-    group: str | None = None,
+    group: str | int | None = None,
     task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve *warehouse* on a Unix socket until cancelled; then stop cleanly.
@@ -83,23 +83,21 @@ async def _accept(listener: trio.socket.SocketType, shared: Shared, nursery: tri
 
 
 def _listen(
-    path: Path, mode: int, group: str | None
+    path: Path, mode: int, group: str | int | None
 ) -> tuple[trio.socket.SocketType, os.stat_result]:
     """Return a listening socket at *path* and the stat of its file."""
     if len(os.fsencode(path)) > PATH_BYTES_MAX:
         raise InvalidInput(f"{path} is too long for a socket: at most {PATH_BYTES_MAX} bytes")
+    gid = None if group is None else gid_of(str(group))
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(str(path))
         path.chmod(mode)  # nobody can connect before listen
-        if group is not None:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        if gid is not None:
+            os.chown(path, -1, gid)
         made = path.lstat()
         sock.listen(BACKLOG)
-    except KeyError as error:
-        _abort(sock, path)
-        raise InvalidInput(f"there is no group {group!r} to give {path} to") from error
     except OSError as error:
         _abort(sock, path)
         raise NotAllowed(f"no socket can be made at {path}: {error.strerror}") from error

@@ -86,12 +86,15 @@ class Warehouse:
         self._tender.start()
 
     @classmethod
-    def create(cls, directory: Path, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
-        """Make a warehouse in *directory* over *devices*.
+    def create(
+        cls, directory: Path, devices: Sequence[DeviceSpec], *, force: bool = False,
+        group: str | None = None,
+    ) -> None:  # fmt: skip
+        """Make a warehouse in *directory* over *devices*, for the members of *group* too.
 
         WarehouseExists, DeviceInUse unless forced; NoSpaceForImage, WarehouseBusy, InvalidInput.
         """
-        opening.create(directory, devices, force=force)
+        opening.create(directory, devices, force=force, group=group)
 
     @classmethod
     def open(cls, directory: Path, *, lease_ms: int = LEASE_MS) -> Self:

@@ -31,11 +31,11 @@ def explain(
     prefix: Annotated[
         str | None, typer.Option("--hash", help="A prefix hash, 32 hex digits.")
     ] = None,
-    tenant: TenantOption = None,
     salt: Annotated[
         str, typer.Option("--salt", help="What the engine adds to the names, hex digits.")
     ] = "",
     *,
+    tenant: TenantOption = None,
     socket: SocketOption = None,
     as_json: JsonFlag = False,
 ) -> None:

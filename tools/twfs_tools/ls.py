@@ -65,7 +65,8 @@ def _print(info: ModelInfo, sessions: list[SessionInfo], detached: int) -> None:
         [
             (
                 each.head.hex(), each.tenant, f"{each.tokens:,}", f"{each.blocks:,}",
-                size(each.own_bytes), size(each.shared_bytes), each.retention.value, age(each.last_use_ms),
+                size(each.own_bytes), size(each.shared_bytes), each.retention.value,
+                age(each.last_use_ms),
             )
             for each in sessions
         ],

@@ -22,6 +22,10 @@ SocketAt = Annotated[
 ArenaOption = Annotated[
     str | None, typer.Option("--arena-bytes", help="Memory for the uploads of all clients.")
 ]
+GroupOption = Annotated[
+    str | None,
+    typer.Option("--group", help="Whose members use it; default: as `twfs create --group` said."),
+]
 MountOptions = Annotated[
     str, typer.Option("-o", help="ro, allow_other, uid=, gid=, group=, file_mode=, dir_mode=.")
 ]
@@ -36,6 +40,7 @@ def serve(
     arena: ArenaOption = None,
     options: MountOptions = "",
     *,
+    group: GroupOption = None,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="Serve the socket alone.")] = False,
 ) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C ends it."""
@@ -43,7 +48,7 @@ def serve(
         raise MountRefused(f"--no-mount contradicts the mount point {mountpoint}: give one of them")
     _become(
         daemon_command(
-            directory, mountpoint, options=options, socket=socket,
+            directory, mountpoint, options=options, socket=socket, group=group,
             arena_bytes=parse_size(arena) if arena is not None else None,
         )
     )  # fmt: skip
@@ -61,6 +66,7 @@ def mount(
     socket: SocketAt = None,
     arena: ArenaOption = None,
     *,
+    group: GroupOption = None,
     foreground: Annotated[
         bool,
         typer.Option("--foreground/--background", help="Stay, or come back once it is mounted."),
@@ -69,7 +75,7 @@ def mount(
 ) -> None:
     """Start the daemon with a mount; its log is DIRECTORY/daemon.log when in the background."""
     command = daemon_command(
-        directory, mountpoint, options=options, socket=socket,
+        directory, mountpoint, options=options, socket=socket, group=group,
         arena_bytes=parse_size(arena) if arena is not None else None,
     )  # fmt: skip
     if foreground:
