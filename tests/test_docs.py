@@ -17,7 +17,7 @@ ROOT: Final = Path(__file__).parent.parent
 README_LINES_MAX: Final = 120
 FENCE: Final = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE: Final = re.compile(r"`([^`\n]+)`")
-DOCUMENTS: Final = ("README.md", "HACKING.md", "CHANGELOG.md")
+DOCUMENTS: Final = ("README.md", "HACKING.md", "CHANGELOG.md", "SECURITY.md")
 
 
 def text_of(name: str) -> str:
@@ -109,6 +109,21 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", text_of(document)):
             assert (ROOT / target).exists(), f"{document}: {target}"
+
+
+def test_every_threat_names_tests_that_exist() -> None:
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    section = text_of("SECURITY.md").partition("## Threats")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 15
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert named, row
+        assert there.issuperset(named), set(named) - there
 
 
 def test_readme_is_short() -> None:

@@ -6,7 +6,7 @@ connection.py.
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from twfs.messages import (
     LISTED_MAX,
@@ -42,6 +42,7 @@ from twfs.messages import (
     Status,
 )
 from twfs.operating import operate
+from twfs.permitting import Permitted
 from twfs.protocol import (
     block_info_to_wire,
     key_of,
@@ -54,25 +55,23 @@ from twfs.protocol import (
 from twfs.store import CheckReport
 from twfs.units import ByteCount, ModelId, PrefixHash
 
-if TYPE_CHECKING:
-    from twfs.warehouse import Warehouse
-
 
 def status_of(message_id: int, statistics: Mapping[str, Any]) -> Status:
     """Return *statistics* as an answer; what JSON does not know goes as its text."""
     return Status(message_id, json.dumps(statistics, default=str).encode())
 
 
-def _open_model(warehouse: "Warehouse", request: OpenModel) -> AnyReply:
+def _open_model(warehouse: Permitted, request: OpenModel) -> AnyReply:
     layout = None if request.layout is None else layout_of(request.layout)
-    return Opened(request.id, model_to_wire(warehouse.open_model(request.name, layout)))
+    model = warehouse.open_model(request.name, layout, tenant=request.tenant)
+    return Opened(request.id, model_to_wire(model), model.tenant, model.salt)
 
 
-def _new_epoch(warehouse: "Warehouse", request: NewEpoch) -> AnyReply:
+def _new_epoch(warehouse: Permitted, request: NewEpoch) -> AnyReply:
     return Opened(request.id, model_to_wire(warehouse.new_epoch(model_of(request.model))))
 
 
-def _models(warehouse: "Warehouse", request: ListModels) -> AnyReply:
+def _models(warehouse: Permitted, request: ListModels) -> AnyReply:
     infos = [info for info in warehouse.models() if info.name > request.after]
     infos.sort(key=lambda info: info.name)
     return ModelRows(request.id, tuple(map(model_info_to_wire, infos[: request.limit])))
@@ -83,75 +82,77 @@ def _after(request: ListHeads | ListSessions) -> PrefixHash | None:
     return None if request.after is None else PrefixHash(request.after)
 
 
-def _heads(warehouse: "Warehouse", request: ListHeads) -> AnyReply:
+def _heads(warehouse: Permitted, request: ListHeads) -> AnyReply:
     heads = warehouse.heads(ModelId(request.model), after=_after(request), limit=request.limit)
     return HashRows(request.id, b"".join(heads))
 
 
-def _sessions(warehouse: "Warehouse", request: ListSessions) -> AnyReply:
+def _sessions(warehouse: Permitted, request: ListSessions) -> AnyReply:
     model = ModelId(request.model)
     sessions = warehouse.sessions(model, after=_after(request), limit=request.limit)
     return SessionRows(request.id, tuple(sessions))
 
 
-def _detached(warehouse: "Warehouse", request: ListDetached) -> AnyReply:
+def _detached(warehouse: Permitted, request: ListDetached) -> AnyReply:
     keys = sorted(key.pack() for key in warehouse.detached(ModelId(request.model)))
     behind = [key for key in keys if request.after is None or key > request.after]
     return KeyRows(request.id, b"".join(behind[: request.limit]))
 
 
-def _chain(warehouse: "Warehouse", request: ListChain) -> AnyReply:
+def _chain(warehouse: Permitted, request: ListChain) -> AnyReply:
     infos = warehouse.chain_of(ModelId(request.model), PrefixHash(request.prefix_hash))
     asked = infos[request.first : request.first + request.limit]
     return BlockRows(request.id, tuple(map(block_info_to_wire, asked)))
 
 
-def _info(warehouse: "Warehouse", request: InfoOfBlock) -> AnyReply:
+def _info(warehouse: Permitted, request: InfoOfBlock) -> AnyReply:
     info = warehouse.block_info(key_of(request.key))
     return BlockRows(request.id, (block_info_to_wire(info),))
 
 
-def _remove(warehouse: "Warehouse", request: RemoveSession) -> AnyReply:
+def _remove(warehouse: Permitted, request: RemoveSession) -> AnyReply:
     freed = warehouse.remove(ModelId(request.model), PrefixHash(request.head))
     return Counted(request.id, freed)
 
 
-def _retain(warehouse: "Warehouse", request: RetainSession) -> AnyReply:
+def _retain(warehouse: Permitted, request: RetainSession) -> AnyReply:
     head = PrefixHash(request.head)
     warehouse.set_retention(ModelId(request.model), head, request.retention)
     return Done(request.id)
 
 
-def _evict(warehouse: "Warehouse", request: EvictBytes) -> AnyReply:
+def _evict(warehouse: Permitted, request: EvictBytes) -> AnyReply:
     return Counted(request.id, warehouse.evict(ByteCount(request.wanted_bytes)))
 
 
-def _explain(warehouse: "Warehouse", request: ExplainNames) -> AnyReply:
-    explanation = warehouse.explain(ModelId(request.model), names_of(request.names))
+def _explain(warehouse: Permitted, request: ExplainNames) -> AnyReply:
+    explanation = warehouse.explain(
+        ModelId(request.model), names_of(request.names), tenant=request.tenant
+    )
     return Explained(request.id, explanation)
 
 
-def _space(warehouse: "Warehouse", request: AskSpace) -> AnyReply:
+def _space(warehouse: Permitted, request: AskSpace) -> AnyReply:
     return SpaceFigures(request.id, warehouse.space())
 
 
-def _check(warehouse: "Warehouse", request: CheckAll) -> AnyReply:
+def _check(warehouse: Permitted, request: CheckAll) -> AnyReply:
     report = warehouse.check(data=request.data)
     findings = report.findings[:LISTED_MAX]  # more of them would not fit a frame
     report = CheckReport(findings, report.blocks, report.payloads, report.seconds)
     return Checked(request.id, report)
 
 
-def _changes(warehouse: "Warehouse", request: AskChanges) -> AnyReply:
+def _changes(warehouse: Permitted, request: AskChanges) -> AnyReply:
     return Counted(request.id, warehouse.changes())
 
 
-def _operate(warehouse: "Warehouse", request: Operate) -> AnyReply:
+def _operate(warehouse: Permitted, request: Operate) -> AnyReply:
     result = operate(warehouse.verbs, request.verb, request.arguments)
     return Operated(request.id, result)
 
 
-ANSWERS: Final[Mapping[type[Any], Callable[["Warehouse", Any], AnyReply]]] = {
+ANSWERS: Final[Mapping[type[Any], Callable[[Permitted, Any], AnyReply]]] = {
     OpenModel: _open_model,
     NewEpoch: _new_epoch,
     ListModels: _models,
@@ -169,5 +170,3 @@ ANSWERS: Final[Mapping[type[Any], Callable[["Warehouse", Any], AnyReply]]] = {
     AskChanges: _changes,
     Operate: _operate,
 }
-# What concerns everybody's blocks, and not only the asker's.
-OPERATORS_ONLY: Final = (CheckAll, EvictBytes, Operate)

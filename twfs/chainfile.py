@@ -15,6 +15,7 @@ import msgspec
 from twfs.errors import InvalidInput
 from twfs.layout import Layout
 from twfs.store import BlockInfo, ModelInfo, Retention
+from twfs.tenants import EVERYBODY_NAME
 from twfs.units import DIGEST_BYTES, HASH_BYTES, KEY_BYTES_MAX, PrefixHash
 
 CHAIN_NAME: Final = "chain.json"
@@ -79,7 +80,9 @@ def retention_of(rank: int) -> Retention:
     return RETENTIONS[min(rank, len(RETENTIONS) - 1)]
 
 
-def write_chain(model: ModelInfo, head: PrefixHash, infos: Sequence[BlockInfo]) -> bytes:
+def write_chain(
+    model: ModelInfo, head: PrefixHash, infos: Sequence[BlockInfo], tenant: str = EVERYBODY_NAME
+) -> bytes:
     """Return the text of chain.json for the blocks *infos* up to *head*; holes are left out."""
     layout = model.layout
     top = {
@@ -90,6 +93,8 @@ def write_chain(model: ModelInfo, head: PrefixHash, infos: Sequence[BlockInfo]) 
         "head": head.hex(),
         "layout": layout.to_dict(),
     }
+    if tenant != EVERYBODY_NAME:
+        top["tenant"] = tenant
     names = {
         (group, shard): name_suffix(layout, group, shard)
         for group in range(len(layout.groups))
@@ -141,6 +146,7 @@ class ChainFile(msgspec.Struct, frozen=True, dict=True):
     fingerprint: str
     head: str
     blocks: tuple[ChainBlock, ...]
+    tenant: str = EVERYBODY_NAME
 
     @classmethod
     def parse(cls, text: bytes) -> "ChainFile":

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -58,6 +58,7 @@ from twfs.readers.select import Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.remote import RemoteNamespace
 from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retention, Served
+from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, ModelId
 from twfs.upload import check_payloads, upload
 
@@ -116,7 +117,7 @@ class Client(RemoteNamespace):
         self._match_timeout_s = match_timeout_s
         self._lock = threading.Lock()
         self._leases: dict[bytes, _Lease] = {}
-        self._models: dict[ModelId, tuple[Model, UUID]] = {}
+        self._models: dict[ModelId, tuple[dict[int, Model], UUID]] = {}  # by number and tenant
         self._counts: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._writers: ThreadPoolExecutor | None = None
@@ -168,20 +169,28 @@ class Client(RemoteNamespace):
 
     # Store
 
-    def open_model(self, name: str, layout: Layout | None = None) -> Model:
+    def open_model(
+        self, name: str, layout: Layout | None = None, *, tenant: str | None = None
+    ) -> Model:
         """See Store.open_model; NoDaemon when nobody answers."""
-        request = OpenModel(0, name, None if layout is None else layout_to_json(layout))
-        return self._remember(self._ask(request, Opened))
+        request = OpenModel(0, name, None if layout is None else layout_to_json(layout), tenant)
+        opened = self._ask(request, Opened)
+        return self._remember(opened, opened.tenant, opened.salt)
 
     def new_epoch(self, model: Model) -> Model:
         """See Store.new_epoch; NoDaemon when nobody answers."""
         self._link_for(model)
-        return self._remember(self._ask(NewEpoch(0, model_to_wire(model)), Opened))
+        opened = self._ask(NewEpoch(0, model_to_wire(model)), Opened)
+        return self._remember(opened, model.tenant, model.salt)
 
-    def _remember(self, opened: Opened) -> Model:
-        """Note in which warehouse a model was opened."""
-        model = model_of(opened.model)
-        self._models[model.id] = (model, self._connector.link().warehouse)
+    def _remember(self, opened: Opened, tenant: int, salt: bytes) -> Model:
+        """Note in which warehouse a model was opened, and for which tenants."""
+        model = replace(model_of(opened.model), tenant=tenant, salt=salt)
+        warehouse = self._connector.link().warehouse
+        with self._lock:
+            before = self._models.get(model.id)
+            known = dict(before[0]) if before is not None and before[1] == warehouse else {}
+            self._models[model.id] = ({**known, tenant: model}, warehouse)
         return model
 
     def match(self, model: Model, names: Names, *, start: int = 0) -> Match:
@@ -196,7 +205,7 @@ class Client(RemoteNamespace):
         try:
             link = self._link_for(model)
             before_s = _boottime_s()
-            reply = link.channel.call(MatchNames(0, model.id, wire, start), timeout_s)
+            reply = link.channel.call(MatchNames(0, model.id, wire, start, model.tenant), timeout_s)
             if isinstance(reply, LocatedBlocks):
                 return self._match_of(
                     link, reply, model, names, before_s=before_s, asked=len(asked)
@@ -268,7 +277,7 @@ class Client(RemoteNamespace):
 
     def _joined(self, link: Link, reply: LocatedBlocks, before_s: float) -> Match:
         """Return the match of a lease that was joined; NoDaemon, ProtocolError, LeaseEnded."""
-        model = self._model_numbered(ModelId(reply.model))
+        model = self._model_numbered(ModelId(reply.model), reply.tenant)
         if not link.knows(_devices_of(reply)):
             raise LeaseEnded("its blocks are on a device that this client does not have yet")
         located, extents = rows_of(reply, link.devices.sizes, reply.blocks)
@@ -277,17 +286,20 @@ class Client(RemoteNamespace):
         ).names(model.layout)
         return self._match_of(link, reply, model, names, before_s=before_s, asked=reply.blocks)
 
-    def _model_numbered(self, number: ModelId) -> Model:
-        """The model *number*, asked for if this client has not opened it; LeaseEnded."""
-        if number not in self._models:
+    def _model_numbered(self, number: ModelId, tenant: int) -> Model:
+        """The model *number*, without the salt if it was not opened for *tenant*; LeaseEnded."""
+        known = self._models.get(number)
+        if known is None:
             warehouse = self._connector.link().warehouse
             for info in self.models():
                 model = Model(info.id, info.name, info.epoch, info.layout)
-                self._models[info.id] = (model, warehouse)
-        known = self._models.get(number)
+                self._models[info.id] = ({EVERYBODY: model}, warehouse)
+            known = self._models.get(number)
         if known is None:
             raise LeaseEnded(f"the lease is on model {number}, whose epoch is over")
-        return known[0]
+        opened = known[0]
+        other = next(iter(opened.values()))
+        return opened.get(tenant) or replace(other, tenant=tenant, salt=b"")
 
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
         """See Store.lookup; *start* when nobody answers in time."""
@@ -295,7 +307,7 @@ class Client(RemoteNamespace):
         if start >= len(asked):
             return start
         timeout_s = self._match_timeout_s + BLOCK_SECONDS * len(asked)
-        request = LookupNames(0, model.id, names_to_wire(asked), start)
+        request = LookupNames(0, model.id, names_to_wire(asked), start, model.tenant)
         try:
             reply = self._link_for(model).channel.call(request, timeout_s)
         except (NoDaemon, StaleEpoch) as error:
@@ -314,7 +326,8 @@ class Client(RemoteNamespace):
             part = names_to_wire(names.slice(first, first + BLOCKS_MAX))
             try:
                 link = self._link_for(model)
-                sent = link.channel.tell(TouchNames(0, model.id, part), self._match_timeout_s)
+                request = TouchNames(0, model.id, part, model.tenant)
+                sent = link.channel.tell(request, self._match_timeout_s)
             except (NoDaemon, StaleEpoch):
                 sent = False
             with self._lock:
@@ -366,7 +379,7 @@ class Client(RemoteNamespace):
         try:
             port = RemotePut(
                 link, self._executor(), model.id, names,
-                group=group, shard=shard, retention=retention,
+                group=group, shard=shard, retention=retention, tenant=model.tenant,
             )  # fmt: skip
             return upload(port, link.arena, model.layout, group, payloads)
         finally:

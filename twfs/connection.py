@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Final
 
 import trio
 
-from twfs.answers import ANSWERS, OPERATORS_ONLY, status_of
+from twfs.answers import ANSWERS, status_of
 from twfs.arena import Arena
-from twfs.errors import LeaseEnded, NotAllowed, ProtocolError, TooLarge, TwfsError
+from twfs.errors import LeaseEnded, ProtocolError, TooLarge, TwfsError
 from twfs.greeting import Handed, hand_out, hello_of, make_arena
 from twfs.leases import Located
 from twfs.messages import (
@@ -50,6 +50,7 @@ from twfs.messages import (
     Welcome,
     WriteBlocks,
 )
+from twfs.permitting import Permitted
 from twfs.protocol import (
     FrameBuffer,
     arena_block_of,
@@ -85,6 +86,8 @@ class Connection:
         self._shared = shared
         self._sock = sock
         self._pid, self._uid = peer_of(sock)
+        self._permitted = Permitted(shared.warehouse, self._uid)
+        self._account = shared.account(self._uid)
         self._frames = FrameBuffer(HELLO_BYTES_MAX)
         self._sending = trio.Lock()
         self._in_flight = trio.Semaphore(REQUESTS_MAX)
@@ -98,7 +101,7 @@ class Connection:
     async def run(self) -> None:
         """Serve the client until it leaves, misbehaves, or the daemon stops; never raises.
 
-        The caller has counted it in `clients`; this takes it off again.
+        The caller has counted it in; this takes it off again.
         """
         shared = self._shared
         try:
@@ -113,13 +116,13 @@ class Connection:
         finally:
             with trio.CancelScope(shield=True):
                 await self._end()
-            shared.clients -= 1
+            shared.leave(self._uid)
 
     async def _end(self) -> None:
         """Let go of everything that the client had. No request of its is under way any more."""
         for opened in self._puts.values():
             try:
-                await trio.to_thread.run_sync(opened.put.abandon, limiter=self._shared.commits)
+                await trio.to_thread.run_sync(opened.put.abandon, limiter=self._account.commits)
             except Exception:
                 log.exception("a put of pid %d could not be abandoned", self._pid)
         self._puts.clear()
@@ -127,7 +130,7 @@ class Connection:
             self._shared.warehouse.end_owner(self._owner)
         if self._arena is not None:
             self._arena.close()
-        self._shared.arena_bytes -= self._arena_bytes
+        self._shared.add_arena(self._uid, -self._arena_bytes)
         self._sock.close()
 
     async def _greet(self) -> bool:
@@ -221,6 +224,7 @@ class Connection:
         kind = type(request)
         self._shared.requests[kind.__name__.lower()] += 1
         try:
+            self._permitted.permit(request)
             in_loop = self._IN_LOOP.get(kind)
             if in_loop is not None:
                 reply = in_loop(self, request)
@@ -295,7 +299,9 @@ class Connection:
     def _match(self, request: MatchNames) -> AnyReply:
         names = names_asked(request)
         warehouse, model = self._shared.warehouse, ModelId(request.model)
-        located = warehouse.match_located(model, names, request.start, self._owned())
+        located = warehouse.match_located(
+            model, names, request.start, self._owned(), tenant=request.tenant
+        )
         if located is None:
             return Counted(request.id, None)
         return self._located(request.id, located, located.term_ms)
@@ -318,12 +324,12 @@ class Connection:
 
     def _lookup(self, request: LookupNames) -> AnyReply:
         names, model = names_asked(request), ModelId(request.model)
-        return Counted(
-            request.id, self._shared.warehouse.lookup_blocks(model, names, request.start)
-        )
+        lookup = self._shared.warehouse.lookup_blocks
+        return Counted(request.id, lookup(model, names, request.start, request.tenant))
 
     def _touch(self, request: TouchNames) -> None:
-        self._shared.warehouse.touch_blocks(ModelId(request.model), names_of(request.names))
+        names, model = names_of(request.names), ModelId(request.model)
+        self._shared.warehouse.touch_blocks(model, names, request.tenant)
 
     def _renew(self, request: RenewLease) -> AnyReply:
         term_ms = self._shared.warehouse.renew_lease(request.token, self._owned())
@@ -373,20 +379,17 @@ class Connection:
             return None
         if isinstance(request, AskStatus):
             statistics = await trio.to_thread.run_sync(
-                shared.warehouse.statistics, limiter=shared.tools
+                shared.warehouse.statistics, limiter=self._account.tools
             )
             return status_of(request.id, {**statistics, "server": shared.statistics()})
-        if isinstance(request, OPERATORS_ONLY) and self._uid not in {0, os.geteuid()}:
-            raise NotAllowed(
-                f"uid {self._uid} may not do this: only root and the daemon's own user operate it"
-            )
         answer = ANSWERS.get(type(request))
         if answer is None:
             raise ProtocolError(f"a {type(request).__name__} message out of turn")
         engines = isinstance(request, OpenModel | NewEpoch)  # they do not wait behind tools
-        limiter = shared.commits if engines else shared.tools
+        account = self._account
+        limiter = account.commits if engines else account.tools
         reply: AnyReply = await trio.to_thread.run_sync(
-            answer, shared.warehouse, request, limiter=limiter
+            answer, self._permitted, request, limiter=limiter
         )
         return reply
 
@@ -409,8 +412,9 @@ class Connection:
         begin = lambda: self._shared.warehouse.begin_put(  # noqa: E731
             ModelId(request.model), names_of(request.names), group=request.group,
             shard=request.shard, retention=request.retention, owner=self._owned(),
+            tenant=request.tenant,
         )  # fmt: skip
-        put = await trio.to_thread.run_sync(begin, limiter=self._shared.commits)
+        put = await trio.to_thread.run_sync(begin, limiter=self._account.commits)
         number, self._next_put = self._next_put, self._next_put + 1
         self._puts[number] = OpenPut(put, set(put.lacking))
         return PutBegun(request.id, number, pack_numbers(put.lacking))
@@ -433,7 +437,7 @@ class Connection:
     ) -> AnyReply:
         try:
             await trio.to_thread.run_sync(
-                opened.put.write_blocks, arena, blocks, limiter=self._shared.writes
+                opened.put.write_blocks, arena, blocks, limiter=self._account.writes
             )
         finally:
             opened.leave_write()
@@ -441,7 +445,7 @@ class Connection:
 
     async def _publish(self, message_id: int, number: int, opened: OpenPut) -> None:
         await opened.close()
-        commits = self._shared.commits
+        commits = self._account.commits
         with trio.CancelScope(shield=True):  # a stop waits for what is being made durable
             try:
                 result = await trio.to_thread.run_sync(opened.put.publish, limiter=commits)
@@ -455,23 +459,25 @@ class Connection:
 
     async def _abandon(self, message_id: int, number: int, opened: OpenPut) -> AnyReply:
         await opened.close()
-        await trio.to_thread.run_sync(opened.put.abandon, limiter=self._shared.commits)
+        await trio.to_thread.run_sync(opened.put.abandon, limiter=self._account.commits)
         del self._puts[number]
         return Done(message_id)
 
     async def _read_payload(self, request: ReadPayload) -> None:
         info = block_info_of(request.info)
-        async with self._shared.reads:
+        async with self._account.reads, self._shared.reads:
             payload = await trio.to_thread.run_sync(
-                self._shared.warehouse.read_block, info, limiter=self._shared.commits
+                self._permitted.read_block, info, limiter=self._account.commits
             )
             for at in range(0, len(payload), PIECE_BYTES):
                 data = bytes(payload[at : at + PIECE_BYTES])
                 await self._send(Piece(request.id, data, at + PIECE_BYTES >= len(payload)))
 
     async def _report(self, request: ReportBlock) -> None:
+        if not self._permitted.may_report(request, trio.current_time()):
+            return
         with suppress(TwfsError):  # a hint; what it found is counted over there
             await trio.to_thread.run_sync(
                 self._shared.warehouse.report_block, key_of(request.key), request.generation,
-                limiter=self._shared.tools,
+                limiter=self._account.tools,
             )  # fmt: skip

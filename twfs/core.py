@@ -8,6 +8,7 @@ after its commit: until then a published block is a miss, and a removed one is c
 import mmap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from twfs import ledger, slots
 from twfs.counters import Counters
 from twfs.device import Device
 from twfs.devicestates import Standings
-from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed
+from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed, WarehouseFull
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
@@ -32,11 +33,13 @@ from twfs.roster import Roster, write_roster
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
+from twfs.tenants import Tenants
 from twfs.units import ALIGN, Generation, Ino, Millis, ModelId
 
 T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
+RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
 
 
 def wall_ms() -> Millis:
@@ -74,6 +77,7 @@ class Core:
     leases: Leases
     secret: bytes
     roster: Roster  # as it is on the devices
+    tenants: Tenants  # of the roster; replaced whole, never changed: readers take no lock
     lock: threading.RLock  # the one that guards the standings too
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
@@ -85,6 +89,8 @@ class Core:
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
     changes: int = 0  # grows with everything that a listing would show
     reserved_bytes: int = 0
+    reserved_of: Counter[int] = field(default_factory=Counter)  # the same bytes by uid
+    puts_of: Counter[int] = field(default_factory=Counter)  # puts under way by tenant
     evicting: int = 0  # background transactions under way
     _next_generation: int = 0
     _next_ino: int = 0
@@ -124,6 +130,37 @@ class Core:
                 f"epoch {record.epoch} of model {record.name} is over: open the model again"
             )
         return record
+
+    def bounded_uid(self, owner: int) -> int | None:
+        """The user of *owner*, if the bounds on one user apply to it."""
+        with self.lock:
+            uid = self.leases.uid_of(owner)
+        return None if uid in self.tenants.operators else uid
+
+    def room_of(self, uid: int | None) -> int:
+        """What the puts of *uid* may reserve more; None is bounded by the space alone."""
+        total = self.allocator.total_bytes
+        if uid is None:
+            return total
+        return max(0, total // RESERVED_PARTS - self.reserved_of[uid])
+
+    def count_reserved(self, uid: int | None, byte_count: int) -> None:
+        """Add to what is reserved, on the account of *uid* too. Hold the lock."""
+        self.reserved_bytes += byte_count
+        if uid is not None:
+            self.reserved_of[uid] += byte_count
+
+    def no_room(self, uid: int | None, need: int) -> WarehouseFull:
+        """The error that says why not one block of *need* bytes can be reserved."""
+        if self.room_of(uid) < need:
+            return WarehouseFull(
+                f"uid {uid} has {self.reserved_of[uid or 0]} bytes reserved for puts under way, "
+                f"and one user may have 1/{RESERVED_PARTS} of the space: end some"
+            )
+        return WarehouseFull(
+            f"no room for a block of {need} bytes: {self.allocator.free_bytes} bytes are free "
+            "and nothing may be evicted; release leases or add a device"
+        )
 
     def is_current(self, model_id: ModelId) -> bool:
         """Tell whether *model_id* is the present epoch of a model."""

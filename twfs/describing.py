@@ -19,7 +19,7 @@ def _named(values: Mapping[str, object]) -> dict[str, bytes]:
     return {f"{PREFIX}{name}": str(value).encode() for name, value in values.items()}
 
 
-def describe_block(model: ModelInfo, info: BlockInfo) -> dict[str, bytes]:
+def describe_block(model: ModelInfo, info: BlockInfo, tenant: str) -> dict[str, bytes]:
     """Return the extended attributes of a block's file."""
     block, sums = info.block, info.block.checksums
     return _named(
@@ -31,7 +31,7 @@ def describe_block(model: ModelInfo, info: BlockInfo) -> dict[str, bytes]:
             "lanes": f"{sums.lane_plain:016x} {sums.lane_weighted:016x}",
             "extents": " ".join(map(str, block.extents)),
             "class": retention_of(block.retention).value,
-            "tenant": block.tenant,
+            "tenant": tenant,
             "layout": model.layout.fingerprint.hex(),
             "index": info.index,
             "position": block.position,
@@ -40,7 +40,7 @@ def describe_block(model: ModelInfo, info: BlockInfo) -> dict[str, bytes]:
     )
 
 
-def describe_session(model: ModelInfo, info: BlockInfo) -> dict[str, bytes]:
+def describe_session(model: ModelInfo, info: BlockInfo, tenant: str) -> dict[str, bytes]:
     """Return the extended attributes of a session's directory, of the block it ends with."""
     blocks = info.index + 1
     return _named(
@@ -49,6 +49,7 @@ def describe_session(model: ModelInfo, info: BlockInfo) -> dict[str, bytes]:
             "tokens": info.block.position or blocks * model.layout.block_tokens,
             "blocks": blocks,
             "class": retention_of(info.block.retention).value,
+            "tenant": tenant,
             "layout": model.layout.fingerprint.hex(),
             "epoch": model.epoch,
         }

@@ -1,9 +1,9 @@
-"""What is written to the roster before the metadata says it: models and their epochs.
+"""What is written to the roster before the metadata says it: models, their epochs, tenants.
 
 Also the look at both when a warehouse is opened. All of it blocks.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from twfs.layout import Layout
 from twfs.metadata import Metadata
 from twfs.roster import Roster, RosterModel, rosters_of, write_roster
 from twfs.tables import LENGTH, ModelRecord, ReadView, WriteView
+from twfs.tenants import Tenants, pack_tenants, unpack_tenants
 
 
 def enter_model(core: Core, name: str, layout: Layout, *, anew: bool) -> ModelRecord:
@@ -38,6 +39,22 @@ def enter_model(core: Core, name: str, layout: Layout, *, anew: bool) -> ModelRe
     return core.enrol(
         change, lambda view: ledger.next_model(view, name, layout, now, anew=anew), after
     )
+
+
+def enter_tenants(core: Core, change: Callable[[Roster], Roster]) -> None:
+    """Enter what *change* makes of the roster's tenants; blocks until it is durable."""
+    changed: list[Roster] = []
+
+    def noted(roster: Roster) -> Roster:
+        changed.append(change(roster))
+        return changed[0]
+
+    def after(_: None) -> None:
+        with core.lock:
+            core.tenants = Tenants(changed[0].tenants, core.tenants.operators)
+            core.changes += 1
+
+    core.enrol(noted, lambda view: keep_tenants(view, changed[0]), after)
 
 
 def roster_of(view: ReadView, sequence: int, before: Roster) -> Roster:
@@ -77,7 +94,8 @@ def settle(
             f"{metadata.directory} is older than the devices: their roster has changed "
             f"{ahead} times since; put the newest metadata there, or run `twfs rebuild`"
         )
-    newest = found or Roster(known)
+    with metadata.read() as view:
+        newest = _with_tenants(view, found, known)
     if ahead == 1:
         metadata.submit(lambda view: _take_over(view, newest)).result()
         metadata.settle()
@@ -87,9 +105,40 @@ def settle(
         return roster
     roster = replace(roster, sequence=roster.sequence + 1)
     write_roster(devices, roster, secret, warehouse)
-    metadata.submit(lambda view: view.set_meta("roster", LENGTH.pack(roster.sequence))).result()
+
+    def agree(view: WriteView) -> None:
+        view.set_meta("roster", LENGTH.pack(roster.sequence))
+        keep_tenants(view, roster)
+
+    metadata.submit(agree).result()
     metadata.settle()
     return roster
+
+
+def keep_tenants(view: WriteView, roster: Roster) -> None:
+    """Let the metadata have a copy of the tenants: a device that is lost must not take them."""
+    view.set_meta("tenants", pack_tenants(roster.tenant_end, roster.tenants))
+
+
+def _with_tenants(view: ReadView, found: Roster | None, known: int) -> Roster:
+    """The roster *found* on the devices; with the metadata's tenants if those are newer.
+
+    *known* is the sequence of the roster that the metadata agrees with. CorruptMetadata.
+    """
+    newest = found or Roster(known)
+    copy = view.meta("tenants")
+    if copy is None:
+        return newest
+    try:
+        end, tenants = unpack_tenants(copy)
+    except ValueError as error:
+        raise CorruptMetadata(f"{error}: run `twfs rebuild`") from error
+    stale = found is None or found.sequence < known
+    return replace(
+        newest,
+        tenant_end=max(end, newest.tenant_end),
+        tenants=tenants if stale else newest.tenants,
+    )
 
 
 def _take_over(view: WriteView, roster: Roster) -> None:

@@ -124,6 +124,13 @@ class NoSuchModel(TwfsError):
     exit_code = 16
 
 
+class NoSuchTenant(TwfsError):
+    """No tenant of that name."""
+
+    errno = _errno.ENOENT
+    exit_code = 34
+
+
 class NoSuchBlock(TwfsError):
     """No block, session or prefix of that name."""
 

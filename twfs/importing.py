@@ -8,7 +8,6 @@ belong in worker threads; a lock per pending directory makes them safe there.
 
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +25,16 @@ from twfs.errors import (
     InvalidInput,
     NoSpaceForImage,
     NoSuchBlock,
+    NotAllowed,
     TooLarge,
     TwfsError,
     WarehouseFull,
 )
 from twfs.prefix import Names
+from twfs.spool import Spool
 from twfs.store import Model, ModelInfo, PutOutcome, Store
-from twfs.units import ByteCount, Ino, Millis, ModelId, PrefixHash, align_up
+from twfs.tenants import Tenants
+from twfs.units import ByteCount, Ino, Millis, ModelId, PrefixHash
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,6 @@ SPOOL_BYTES_MAX: Final = 256 << 30  # of all pendings; one session of a 70B mode
 SPOOL_FREE_MIN: Final = 256 << 20  # left on the metadata's filesystem: a commit must never lack it
 WINDOW_BYTES: Final = 256 << 20  # of payloads put at a time; each put costs one commit
 IDLE_SECONDS: Final = 600.0  # a pending directory that nobody wrote to is dropped
-ZERO_BYTES: Final = 1 << 20  # written at a time to fill a gap
 
 
 class PendingState(Enum):
@@ -57,53 +58,6 @@ class PendingState(Enum):
 def wall_ms() -> Millis:
     """The time that a file is shown with while it comes."""
     return Millis(time.time_ns() // 1_000_000)
-
-
-class Spool:
-    """One unlinked file, cut into regions of equal size; a fresh region reads as zeros."""
-
-    def __init__(self, directory: Path, region_bytes: int) -> None:
-        self.region_bytes = align_up(region_bytes)
-        self._fd, name = tempfile.mkstemp(prefix="import-", dir=directory)
-        Path(name).unlink()
-        self._reached: list[int] = []  # per region: up to where bytes were ever written
-        self._free: list[int] = []
-
-    def take(self) -> int:
-        """Return the number of a region that is nobody's."""
-        if self._free:
-            return self._free.pop()
-        self._reached.append(0)
-        return len(self._reached) - 1
-
-    def give_back(self, region: int) -> None:
-        """Let another file have *region*."""
-        self._free.append(region)
-
-    def write(self, region: int, offset: int, data: bytes | memoryview, size: int) -> None:
-        """Write *data*, and zeros between *size*, the file's end so far, and *offset*."""
-        start = region * self.region_bytes
-        at, stale = size, min(offset, self._reached[region])
-        while at < stale:
-            zeros = bytes(min(ZERO_BYTES, stale - at))
-            at += self._all(zeros, start + at)
-        self._all(data, start + offset)
-        self._reached[region] = max(self._reached[region], offset + len(data))
-
-    def _all(self, data: bytes | memoryview, at: int) -> int:
-        view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(self._fd, view[done:], at + done)
-        return done
-
-    def read(self, region: int, offset: int, size: int) -> bytes:
-        """Return *size* bytes of *region*; what was never written is zeros."""
-        found = os.pread(self._fd, size, region * self.region_bytes + offset)
-        return found.ljust(size, b"\0")
-
-    def close(self) -> None:
-        """Let go of the disk space."""
-        os.close(self._fd)
 
 
 class PendingFile:
@@ -132,10 +86,13 @@ def is_chain_name(name: str) -> bool:
 class Pending:
     """One pending directory; see the module's docstring. Made by `Importer.open`."""
 
-    def __init__(self, model: ModelInfo, head: PrefixHash, ino: Ino, spool: Spool) -> None:
+    def __init__(
+        self, model: ModelInfo, head: PrefixHash, ino: Ino, spool: Spool, *, uid: int = 0
+    ) -> None:
         self.model = model
         self.head = head
         self.ino = ino
+        self.uid = uid  # who made it: the only one to see it, but for operators
         self.state = PendingState.OPEN
         self.files: dict[str, PendingFile] = {}
         self.chain: ChainFile | None = None
@@ -319,9 +276,11 @@ class Importer:
     """All pending directories of one warehouse."""
 
     def __init__(
-        self, store: Store, spool_directory: Path, *, spool_bytes_max: int = SPOOL_BYTES_MAX
-    ) -> None:
+        self, store: Store, spool_directory: Path, *, spool_bytes_max: int = SPOOL_BYTES_MAX,
+        tenants: Callable[[], Tenants] = Tenants,
+    ) -> None:  # fmt: skip
         self._store = store
+        self._tenants = tenants
         self._directory = spool_directory
         self._bytes_max = spool_bytes_max
         self._pendings: dict[tuple[ModelId, PrefixHash], Pending] = {}
@@ -356,13 +315,16 @@ class Importer:
             self._next_ino += 1
             return Ino(self._next_ino)
 
-    def open(self, model: ModelInfo, head: PrefixHash) -> Pending:
-        """Open a pending directory; InvalidInput if there is one, TooLarge if there are many."""
+    def open(self, model: ModelInfo, head: PrefixHash, *, uid: int = 0) -> Pending:
+        """Open a pending directory of *uid*; InvalidInput if there is one, TooLarge if many."""
         if len(self._pendings) >= PENDINGS_MAX:
             raise TooLarge(f"{PENDINGS_MAX} imports are pending: finish or remove some first")
+        own = sum(pending.uid == uid for pending in list(self._pendings.values()))
+        if own >= PENDINGS_MAX // 2 and uid not in self._tenants().operators:
+            raise TooLarge(f"{own} imports of uid {uid} are pending: finish or remove some first")
         layout = model.layout
         region = max(layout.block_bytes(group) for group in range(len(layout.groups)))
-        pending = Pending(model, head, self._ino(), Spool(self._directory, region))
+        pending = Pending(model, head, self._ino(), Spool(self._directory, region), uid=uid)
         with self._lock:
             if (model.id, head) not in self._pendings:
                 self._pendings[model.id, head] = pending
@@ -438,8 +400,16 @@ class Importer:
     # Publishing
 
     def _publish(self, pending: Pending, chain: ChainFile) -> None:
-        """Put every block, in windows: first blocks first, all groups and shards of each."""
-        model = self._store.open_model(pending.model.name)
+        """Put every block, in windows: first blocks first, all groups and shards of each.
+
+        They belong to the tenant that chain.json names; NotAllowed if it is none of the importer's.
+        """
+        tenants = self._tenants()
+        if not tenants.may_import(pending.uid, chain.tenant):
+            raise NotAllowed(
+                f"uid {pending.uid} may not import for a tenant {chain.tenant!r}, or there is none"
+            )
+        model = self._store.open_model(pending.model.name, tenant=chain.tenant)
         if model.id != pending.model.id:
             raise InvalidInput(f"{model.name} opened epoch {model.epoch} during the import")
         for window in windows(chain, WINDOW_BYTES):

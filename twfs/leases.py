@@ -9,6 +9,7 @@ import heapq
 import itertools
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from twfs.errors import LeaseEnded, TooLarge
 from twfs.layout import Layout
 from twfs.prefix import Names
 from twfs.records import BlockKey
+from twfs.tenants import EVERYBODY
 from twfs.units import DIGEST_BYTES, HASH_BYTES, ByteCount, ModelId
 
 TOKEN_BYTES: Final = 16
@@ -36,6 +38,7 @@ class Located:
     located: "npt.NDArray[Any]"  # LOCATED_DTYPE
     extents: "npt.NDArray[Any]"  # EXTENT_DTYPE, in the order of the rows
     term_ms: int
+    tenant: int = EVERYBODY
 
     def names(self, layout: Layout) -> Names:
         """Names as far as a lease tells them: the hashes; positions as if made of tokens."""
@@ -83,8 +86,14 @@ def boottime_ms() -> int:
 class Leases:
     """All leases of one warehouse; see the module's docstring."""
 
-    def __init__(self, term_ms: int, bytes_per_owner_max: ByteCount) -> None:
+    def __init__(
+        self, term_ms: int, bytes_per_owner_max: ByteCount, *,
+        bytes_per_uid_max: ByteCount | None = None, unbounded: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
         self.term_ms = term_ms
+        self._bytes_per_uid_max = bytes_per_uid_max
+        self._unbounded = unbounded  # users to whom that bound does not apply
+        self._bytes_of_uid: Counter[int] = Counter()  # each lease once, whoever joined it
         self._bytes_max = bytes_per_owner_max
         self._leases: dict[bytes, _Lease] = {}
         self._owners: dict[int, _Owner] = {}
@@ -116,17 +125,33 @@ class Leases:
         """Return a token that nobody can guess."""
         return os.urandom(TOKEN_BYTES)
 
+    def uid_of(self, owner: int) -> int:
+        """The user whose connection *owner* is; root for one that is not there."""
+        of = self._owners.get(owner)
+        return 0 if of is None else of.uid
+
+    def tenant_of(self, token: bytes) -> int | None:
+        """For which tenant a lease was granted; None if it is over."""
+        lease = self._leases.get(token)
+        return None if lease is None else lease.located.tenant
+
     def room_bytes(self, owner: int) -> ByteCount:
         """Bytes that *owner* may lease more; 0 if it holds too many leases."""
         of = self._owners[owner]
         if len(of.tokens) >= LEASES_PER_OWNER_MAX:
             return ByteCount(0)
-        return ByteCount(max(0, of.bytes_max - of.bytes))
+        return ByteCount(max(0, min(of.bytes_max - of.bytes, self._room_of_uid(of.uid))))
+
+    def _room_of_uid(self, uid: int) -> int:
+        """Bytes that all connections of *uid* together may lease more."""
+        if self._bytes_per_uid_max is None or uid in self._unbounded:
+            return 1 << 63
+        return self._bytes_per_uid_max - self._bytes_of_uid[uid]
 
     def room(self, owner: int, wanted: int) -> None:
-        """Raise TooLarge unless *owner* may lease *wanted* bytes more."""
+        """Raise TooLarge unless *owner* may hold another's *wanted* bytes too."""
         of = self._owners[owner]
-        if wanted > self.room_bytes(owner):
+        if len(of.tokens) >= LEASES_PER_OWNER_MAX or wanted > of.bytes_max - of.bytes:
             raise TooLarge(
                 f"this client holds {len(of.tokens)} leases over {of.bytes} bytes; at most "
                 f"{LEASES_PER_OWNER_MAX} over {of.bytes_max} are allowed: release some"
@@ -146,6 +171,7 @@ class Leases:
         )  # fmt: skip
         of.tokens.add(located.token)
         of.bytes += lease_bytes
+        self._bytes_of_uid[of.uid] += lease_bytes
         heapq.heappush(self._deadlines, (deadline, located.token))
         self._granted += 1
 
@@ -203,6 +229,9 @@ class Leases:
         if lease.owners:
             return None
         del self._leases[token]
+        self._bytes_of_uid[lease.uid] -= lease.bytes
+        if not self._bytes_of_uid[lease.uid]:
+            del self._bytes_of_uid[lease.uid]
         return Ended(lease.slots, lease.pin)
 
     def end_owner(self, owner: int) -> list[Ended]:

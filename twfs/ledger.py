@@ -205,27 +205,14 @@ def _enter(  # noqa: PLR0917 - the state of one publish
     """Enter one block, or say why not."""
     view, layout = chains.view, chains.layout
     existing = view.block(key)
-    if existing is not None and (existing.digest, existing.key) != (block.digest, block.key):
-        return PutOutcome.COLLISION
-    if existing is not None and not existing.hole:
-        if not any(extent.device in offline for extent in existing.extents):
-            return PutOutcome.PRESENT
-        done.replaced.append((existing.slot, existing.extents))
-        for extent in existing.extents:
-            view.add_limbo(extent)
     if existing is not None:
-        kept = replace(
-            block, slot=existing.slot, detached=existing.detached,
-            parent=existing.parent, position=existing.position,
-            retention=max(block.retention, existing.retention),
-        )  # fmt: skip
-        view.put_block(key, kept)
-        done.entered.append(Entered(key, kept, None, filled=True))
-        return PutOutcome.PUBLISHED
+        return _fill(view, key, block, existing, done, offline)
     start = starts_chain(block, layout)
     parent_key = key.at(block.parent)
     parent = None if start else chains.recent.get(block.parent) or view.block(parent_key)
     children = view.children(key)
+    if _mixes_tenants(view, key, block, parent, children):
+        return PutOutcome.COLLISION
     if not _fits(chains, key, block, parent, children):
         return PutOutcome.FAILED
     # A window or state group has no whole chains: nothing is missing before one of its blocks.
@@ -247,6 +234,47 @@ def _enter(  # noqa: PLR0917 - the state of one publish
             done.attached.append(below.slot)
             touched.append(below_key.prefix_hash)
     return PutOutcome.PUBLISHED
+
+
+def _fill(  # noqa: PLR0917 - as above
+    view: WriteView, key: BlockKey, block: Block, existing: Block, done: Published,
+    offline: Collection[int],
+) -> PutOutcome:  # fmt: skip
+    """Enter one block in the place of a hole, or of what an offline device holds; or say why not."""
+    if not same_life(existing, block):
+        return PutOutcome.COLLISION
+    if not existing.hole:
+        if not any(extent.device in offline for extent in existing.extents):
+            return PutOutcome.PRESENT
+        done.replaced.append((existing.slot, existing.extents))
+        for extent in existing.extents:
+            view.add_limbo(extent)
+    kept = replace(
+        block, slot=existing.slot, detached=existing.detached,
+        parent=existing.parent, position=existing.position,
+        retention=max(block.retention, existing.retention),
+    )  # fmt: skip
+    view.put_block(key, kept)
+    done.entered.append(Entered(key, kept, None, filled=True))
+    return PutOutcome.PUBLISHED
+
+
+def same_life(existing: Block, block: Block) -> bool:
+    """Tell whether *block* is what has its name already: of the same tenant, digest and own key."""
+    return (existing.digest, existing.key, existing.tenant) == (
+        block.digest, block.key, block.tenant,
+    )  # fmt: skip
+
+
+def _mixes_tenants(
+    view: WriteView, key: BlockKey, block: Block, parent: Block | None, children: list[PrefixHash]
+) -> bool:
+    """Tell whether *block* would hang below or above another tenant's: a chain is of one tenant.
+
+    Salts keep names apart, so only a forged name comes to this.
+    """
+    beside = [view.block(key.at(child)) for child in children]
+    return any(other is not None and other.tenant != block.tenant for other in (parent, *beside))
 
 
 def _fits(

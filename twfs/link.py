@@ -37,6 +37,7 @@ from twfs.prefix import Names
 from twfs.protocol import arena_block_to_wire, error_of, names_to_wire, result_of, unpack_numbers
 from twfs.readers.select import DeviceSource, Readers
 from twfs.store import ArenaBlock, PutResult, Retention
+from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, DeviceIndex, ModelId
 
 PUT_SECONDS_MAX: Final = 60.0  # for one step of a put: a window written, a commit durable
@@ -349,12 +350,13 @@ class RemotePut:
 
     def __init__(
         self, link: Link, executor: ThreadPoolExecutor, model: ModelId, names: Names, *,
-        group: int, shard: int, retention: Retention,
+        group: int, shard: int, retention: Retention, tenant: int = EVERYBODY,
     ) -> None:  # fmt: skip
         self._link = link
         self._executor = executor
         self._count = len(names)
-        reply = link.ask(BeginPut(0, model, names_to_wire(names), group, shard, retention))
+        wire = names_to_wire(names)
+        reply = link.ask(BeginPut(0, model, wire, group, shard, retention, tenant))
         if not isinstance(reply, PutBegun):
             raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
         self._put = reply.put

@@ -3,6 +3,7 @@
 Reads only; short enough for an event loop, and in bounded pieces where there may be many.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -13,13 +14,19 @@ from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BlockGone, CorruptMetadata, InvalidInput, NoSuchBlock
 from twfs.payload import read_payload
-from twfs.records import Block, BlockKey
+from twfs.records import TENANT, TENANT_OFFSET, Block, BlockKey
 from twfs.store import BlockInfo, ModelInfo, Retention, SessionInfo, Space
 from twfs.tables import ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, Millis, ModelId, PrefixHash, TokenCount
 
 PIECE_MAX: Final = 10_000  # heads or sessions of one answer
 RETENTIONS: Final = tuple(Retention)
+Mine = Callable[[int], bool]  # tells whether a tenant's blocks are the asker's to see
+
+
+def anyones(_: int) -> bool:
+    """All tenants' blocks."""
+    return True
 
 
 def models(core: Core) -> list[ModelInfo]:
@@ -47,12 +54,31 @@ def models(core: Core) -> list[ModelInfo]:
         return found
 
 
-def heads(core: Core, model: ModelId, after: PrefixHash | None, limit: int) -> list[PrefixHash]:
-    """Up to *limit* heads behind *after*."""
+def heads(
+    core: Core, model: ModelId, after: PrefixHash | None, limit: int, mine: Mine = anyones
+) -> list[PrefixHash]:
+    """Up to *limit* heads behind *after*, of the tenants that are *mine*."""
     if not 0 < limit <= PIECE_MAX:
         raise InvalidInput(f"limit is {limit}; it must be 1 to {PIECE_MAX}")
-    with core.metadata.read() as view:
-        return view.heads(model, after, limit)
+    found: list[PrefixHash] = []
+    while len(found) < limit:
+        with core.metadata.read() as view:
+            if mine is anyones:
+                return view.heads(model, after, limit)
+            piece = view.heads(model, after, PIECE_MAX)
+            found += [head for head in piece if mine(_tenant_of(core, view, model, head))]
+        if len(piece) < PIECE_MAX:
+            break
+        after = piece[-1]
+    return found[:limit]
+
+
+def _tenant_of(core: Core, view: ReadView, model: ModelId, prefix_hash: PrefixHash) -> int:
+    """The tenant of the standing block of *prefix_hash*; that of a lost tenant if there is none."""
+    record = core.models.get(model)
+    key = BlockKey(model, prefix_hash, 0 if record is None else record.layout.spine, 0)
+    value = view.raw_block(key.pack())
+    return -1 if value is None else int(TENANT.unpack_from(value, TENANT_OFFSET)[0])
 
 
 def chain_slots(core: Core, view: ReadView, model: ModelId, prefix_hash: PrefixHash) -> list[int]:
@@ -107,20 +133,31 @@ def _info(core: Core, view: ReadView, key: BlockKey, block: Block) -> BlockInfo:
     )
 
 
-def detached(core: Core, model: ModelId) -> list[BlockKey]:
-    """Published blocks whose parent, or one before it, is not there."""
+def detached(core: Core, model: ModelId, mine: Mine = anyones) -> list[BlockKey]:
+    """Published blocks whose parent, or one before it, is not there; of tenants that are *mine*."""
     with core.lock:
         slots = core.slots
         here = len(slots)
         waiting = np.flatnonzero(slots.detached[:here] & (slots.state[:here] == states.LIVE))
         keys = [slots.key_of(slot) for slot in waiting.tolist()]
-    return [key for key in keys if key.model == model]
+    found = [key for key in keys if key.model == model]
+    if mine is anyones:
+        return found
+    with core.metadata.read() as view:
+        tenants = [view.raw_block(key.pack()) for key in found]
+    return [
+        key
+        for key, value in zip(found, tenants, strict=True)
+        if value is not None and mine(TENANT.unpack_from(value, TENANT_OFFSET)[0])
+    ]
 
 
-def sessions(core: Core, model: ModelId, after: PrefixHash | None, limit: int) -> list[SessionInfo]:
+def sessions(
+    core: Core, model: ModelId, after: PrefixHash | None, limit: int, mine: Mine = anyones
+) -> list[SessionInfo]:
     """As heads, with figures; own bytes are of blocks under this head alone."""
     found: list[SessionInfo] = []
-    while not found and (piece := heads(core, model, after, limit)):
+    while not found and (piece := heads(core, model, after, limit, mine)):
         after = piece[-1]
         for head in piece:
             with suppress(NoSuchBlock):  # evicted since the heads were read
@@ -149,6 +186,7 @@ def session(core: Core, model: ModelId, head: PrefixHash) -> SessionInfo:
             ByteCount(int(units.sum()) * ALIGN - own),
             Millis(int(core.slots.stamp[slots[-1]])), block.published_ms,
             RETENTIONS[min(block.retention, len(RETENTIONS) - 1)],
+            core.tenants.name_of(block.tenant),
         )  # fmt: skip
 
 

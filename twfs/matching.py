@@ -4,7 +4,7 @@ All of it runs in the caller's thread within microseconds a block: batched gets 
 and numpy over the records. Nothing here waits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from twfs import slots as states
 from twfs.core import Core, wall_ms
-from twfs.errors import InvalidInput
+from twfs.errors import InvalidInput, LeaseEnded
 from twfs.layout import GroupKind, Layout
 from twfs.leases import Leases, Located
 from twfs.prefix import Names
@@ -24,10 +24,13 @@ from twfs.records import (
     EXTENT_DTYPE,
     FLAG_HOLE,
     LOCATED_DTYPE,
+    TENANT,
+    TENANT_OFFSET,
     Block,
 )
 from twfs.store import Explanation
 from twfs.tables import ReadView
+from twfs.tenants import EVERYBODY
 from twfs.units import ALIGN, ByteCount, ModelId, TokenCount
 
 BATCH: Final = 512  # gets before looking whether the chain has ended
@@ -42,17 +45,20 @@ class Found:
     first: int  # index in the names of the first record
     values: list[bytes]
     records: "npt.NDArray[Any]"  # BLOCK_DTYPE
+    tenant: int = EVERYBODY
 
     def part(self, first: int, stop: int) -> "Found":
         """The records of the indices from *first* up to *stop*."""
         a, b = first - self.first, stop - self.first
-        return Found(self.group, self.shard, first, self.values[a:b], self.records[a:b])
+        return Found(
+            self.group, self.shard, first, self.values[a:b], self.records[a:b], self.tenant
+        )  # fmt: skip
 
 
 def find(core: Core, view: ReadView, model: ModelId, names: Names, part: Found) -> Found:
     """Return the longest run of usable blocks for the group, shard and first index of *part*.
 
-    Usable: there, not a hole, of the same digest and key, live in memory. Hold the lock.
+    Usable: there, not a hole, of the same tenant, digest and key, live in memory. Hold the lock.
     """
     before = BLOCK_KEY.pack(model, bytes(16), part.group, part.shard)
     prefix, suffix = before[:4], before[20:]
@@ -68,15 +74,17 @@ def find(core: Core, view: ReadView, model: ModelId, names: Names, part: Found) 
     size = BLOCK_DTYPE.itemsize
     joined = b"".join([value[:size] for value in values])
     records = np.frombuffer(joined, BLOCK_DTYPE)
-    good = usable(core, names, part.first, values, records)
-    return Found(part.group, part.shard, part.first, values[:good], records[:good])
+    good = usable(core, names, part, values, records)
+    return Found(
+        part.group, part.shard, part.first, values[:good], records[:good], part.tenant
+    )  # fmt: skip
 
 
 def usable(
-    core: Core, names: Names, first: int, values: list[bytes], records: "npt.NDArray[Any]"
+    core: Core, names: Names, part: Found, values: list[bytes], records: "npt.NDArray[Any]"
 ) -> int:
-    """How many leading *records* are live, whole, and those that *names* mean."""
-    count = len(records)
+    """How many leading *records* are live, whole, of *part*'s tenant, and what *names* mean."""
+    count, first = len(records), part.first
     if not count:
         return 0
     good = (core.slots.state[records["slot"]] == states.LIVE) & (
@@ -89,7 +97,7 @@ def usable(
     same = (digests == wanted).all(axis=1)
     if not same.all():
         core.counters.digest_mismatches += 1
-    good &= same
+    good &= same & (records["tenant"] == part.tenant)
     if names.keys:
         good &= np.array(
             [
@@ -158,15 +166,17 @@ def find_sparse(core: Core, view: ReadView, model: ModelId, names: Names, part: 
         value = view.raw_block(key)
         if value is not None:
             row = np.frombuffer(value[: BLOCK_DTYPE.itemsize], BLOCK_DTYPE)
-            if usable(core, names, index, [value], row):
+            if usable(core, names, replace(part, first=index), [value], row):
                 rows[offset] = row[0]
                 values.append(value)
                 continue
         values.append(b"")
-    return Found(part.group, part.shard, part.first, values, rows)
+    return Found(part.group, part.shard, part.first, values, rows, part.tenant)
 
 
-def gather(core: Core, model: ModelId, names: Names, start: int) -> tuple[int, list[Found]]:
+def gather(
+    core: Core, model: ModelId, names: Names, start: int, tenant: int
+) -> tuple[int, list[Found]]:
     """Return where the longest match ends and, per group and shard, the records it needs.
 
     Hold the lock: what it returns is live until the lock is let go. InvalidInput if *start* is not
@@ -185,7 +195,7 @@ def gather(core: Core, model: ModelId, names: Names, start: int) -> tuple[int, l
         for group in order:
             full = layout.groups[group].kind is GroupKind.FULL
             for shard in range(layout.shards):
-                part = Found(group, shard, start, [], empty)
+                part = Found(group, shard, start, [], empty, tenant)
                 seek = find if full else find_sparse
                 run = seek(core, view, model, names.head(stop), part)
                 found.append(run)
@@ -236,7 +246,13 @@ def _extents_of(run: Found) -> "npt.NDArray[Any]":
 
 
 def match_located(
-    core: Core, model: ModelId, names: Names, start: int, owner: int
+    core: Core,
+    model: ModelId,
+    names: Names,
+    start: int,
+    owner: int,
+    *,
+    tenant: int = EVERYBODY,
 ) -> Located | None:
     """Lease the longest match and say where it lies; None if there is none, or its epoch is over.
 
@@ -248,7 +264,7 @@ def match_located(
         core.expire()
         core.counters.matches += 1
         core.counters.asked_blocks += len(names) - start
-        stop, needed = gather(core, model, names, start)
+        stop, needed = gather(core, model, names, start, tenant)
         if stop <= start:
             return None
         rows, extents = rows_of(names, needed)
@@ -258,14 +274,14 @@ def match_located(
             stop = start + _fitting(rows, extents, start, room_bytes)
             if stop <= start:
                 return None
-            stop, needed = gather(core, model, names.head(stop), start)
+            stop, needed = gather(core, model, names.head(stop), start, tenant)
             if stop <= start:
                 return None
             rows, extents = rows_of(names, needed)
         lease_bytes = ByteCount(int(extents["units"].sum()) * ALIGN)
         used = np.concatenate([run.records["slot"] for run in needed]).astype(np.int64)
         located = Located(
-            Leases.new_token(), model, start, stop, rows, extents, core.leases.term_ms
+            Leases.new_token(), model, start, stop, rows, extents, core.leases.term_ms, tenant
         )
         core.leases.grant(located, used, lease_bytes, owner, core.pin(used))
         core.counters.matched_blocks += stop - start
@@ -291,46 +307,54 @@ def _use(core: Core, used: "npt.NDArray[Any]", needed: list[Found]) -> None:
             core.slots.use(core.slots.ancestors(int(run.records["slot"][0])), now)
 
 
-def lookup_blocks(core: Core, model: ModelId, names: Names, start: int) -> int:
+def lookup_blocks(
+    core: Core, model: ModelId, names: Names, start: int, tenant: int = EVERYBODY
+) -> int:
     """Where the longest match would end, in blocks; *start* or less means none."""
     with core.lock:
-        return gather(core, model, names, start)[0] if core.is_current(model) else start
+        return gather(core, model, names, start, tenant)[0] if core.is_current(model) else start
 
 
-def touch_blocks(core: Core, model: ModelId, names: Names) -> None:
+def touch_blocks(core: Core, model: ModelId, names: Names, tenant: int = EVERYBODY) -> None:
     """Count a use of those of *names* that are there."""
     with core.lock:
         if not core.is_current(model):
             return
-        _, needed = gather(core, model, names, 0)
+        _, needed = gather(core, model, names, 0, tenant)
         used = [run.records["slot"] for run in needed if len(run.records)]
         if used:
             core.slots.use(np.concatenate(used), wall_ms())
 
 
 def join_located(core: Core, token: bytes, owner: int) -> Located:
-    """Let *owner* hold another's lease too; LeaseEnded, TooLarge."""
+    """Let *owner* hold another's lease too; LeaseEnded, TooLarge.
+
+    LeaseEnded too for a user who may not act for the lease's tenant any more.
+    """
     with core.lock:
         core.expire()
+        tenant = core.leases.tenant_of(token)
+        if tenant is not None and not core.tenants.may_act(core.leases.uid_of(owner), tenant):
+            raise LeaseEnded("the lease is over, or belongs to another user")
         return core.leases.join(token, owner)
 
 
-def explain(core: Core, model: ModelId, names: Names) -> Explanation:
+def explain(core: Core, model: ModelId, names: Names, tenant: int = EVERYBODY) -> Explanation:
     """Say why *names* are a hit as far as they are, and what is wrong behind."""
     with core.lock:
         if not core.is_current(model):
             cause = "this epoch of the model is over: all its blocks are misses"
             return Explanation(0, TokenCount(0), len(names), names.hash_at(0), cause)
-        stop, _ = gather(core, model, names, 0)
+        stop, _ = gather(core, model, names, 0, tenant)
     tokens = TokenCount(names.positions[stop - 1] if stop else 0)
     if stop == len(names):
         return Explanation(stop, tokens, len(names), None, "every block asked for is held")
     return Explanation(
-        stop, tokens, len(names), names.hash_at(stop), _cause(core, model, names, stop)
+        stop, tokens, len(names), names.hash_at(stop), _cause(core, model, names, stop, tenant)
     )
 
 
-def _cause(core: Core, model: ModelId, names: Names, index: int) -> str:
+def _cause(core: Core, model: ModelId, names: Names, index: int, tenant: int) -> str:
     """Why block *index* is a miss, in one sentence."""
     layout = core.models[model].layout
     with core.metadata.read() as view:
@@ -340,7 +364,8 @@ def _cause(core: Core, model: ModelId, names: Names, index: int) -> str:
                 if of.kind is not GroupKind.FULL:
                     continue
                 raw = view.raw_block(BLOCK_KEY.pack(model, names.hash_at(index), group, shard))
-                if raw is None:
+                # One of another tenant is no different from none to who asks.
+                if raw is None or TENANT.unpack_from(raw, TENANT_OFFSET)[0] != tenant:
                     return f"{where} is not in the store: never put, evicted or removed"
                 row = np.frombuffer(raw[: BLOCK_DTYPE.itemsize], BLOCK_DTYPE)[0]
                 if int(row["flags"]) & FLAG_HOLE:

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from twfs.operating import ARGUMENTS_BYTES_MAX
 from twfs.records import BLOCK_KEY
+from twfs.secret import SALT_BYTES
 from twfs.store import (
     CheckReport,
     Explanation,
@@ -18,9 +19,10 @@ from twfs.store import (
     SessionInfo,
     Space,
 )
+from twfs.tenants import EVERYBODY
 from twfs.units import BLOCK_BYTES_MAX, DIGEST_BYTES, HASH_BYTES, KEY_BYTES_MAX, NAME_BYTES_MAX
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 LENGTH_BYTES: Final = 4
 HELLO_BYTES_MAX: Final = 64 << 10  # of a frame before the hello: a stranger gets little memory
 REQUEST_BYTES_MAX: Final = 4 << 20  # names of BLOCKS_MAX blocks with keys take 2.4 MiB
@@ -131,6 +133,7 @@ class OpenModel(Request, frozen=True):
 
     name: _Name
     layout: _LayoutJson | None = None
+    tenant: _Name | None = None
 
 
 class NewEpoch(Request, frozen=True):
@@ -145,6 +148,7 @@ class MatchNames(Request, frozen=True):
     model: _U32
     names: WireNames
     start: _U32 = 0
+    tenant: _U16 = EVERYBODY
 
 
 class JoinLease(Request, frozen=True):
@@ -159,6 +163,7 @@ class LookupNames(Request, frozen=True):
     model: _U32
     names: WireNames
     start: _U32 = 0
+    tenant: _U16 = EVERYBODY
 
 
 class TouchNames(Request, frozen=True):
@@ -166,6 +171,7 @@ class TouchNames(Request, frozen=True):
 
     model: _U32
     names: WireNames
+    tenant: _U16 = EVERYBODY
 
 
 class RenewLease(Request, frozen=True):
@@ -197,6 +203,7 @@ class BeginPut(Request, frozen=True):
     group: _U16
     shard: _U16
     retention: Retention
+    tenant: _U16 = EVERYBODY
 
 
 class WriteBlocks(Request, frozen=True):
@@ -296,6 +303,7 @@ class ExplainNames(Request, frozen=True):
 
     model: _U32
     names: WireNames
+    tenant: _U16 = EVERYBODY
 
 
 class AskSpace(Request, frozen=True):
@@ -363,9 +371,14 @@ class Done(Reply, frozen=True):
 
 
 class Opened(Reply, frozen=True):
-    """A model."""
+    """A model; *salt* is its tenant's secret, for a peer that may act for it."""
 
     model: WireModel
+    tenant: _U16 = EVERYBODY
+    salt: Annotated[bytes, Meta(max_length=SALT_BYTES)] = b""
+
+    def __repr__(self) -> str:
+        return f"Opened(id={self.id}, model={self.model}, tenant={self.tenant})"
 
 
 class Counted(Reply, frozen=True):
@@ -384,6 +397,7 @@ class LocatedBlocks(Reply, frozen=True):
     located: bytes
     extents: bytes
     term_ms: _U64
+    tenant: _U16 = EVERYBODY
 
 
 class PutBegun(Reply, frozen=True):

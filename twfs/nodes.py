@@ -28,6 +28,23 @@ STATISTICS_NAME: Final = "stats.json"
 METRICS_NAME: Final = "metrics"
 
 
+class Chain:
+    """The blocks of one session directory, as they were when *changes* was the number of changes.
+
+    *text* is chain.json, made when first asked for.
+    """
+
+    __slots__ = ("changes", "infos", "places", "text")
+
+    def __init__(self, infos: list[BlockInfo], changes: int) -> None:
+        self.infos = infos
+        self.changes = changes
+        self.text: bytes | None = None
+        self.places = {
+            (info.index, info.key.group, info.key.shard): place for place, info in enumerate(infos)
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Directory:
     """The root, `.twfs` or `.twfs/layouts`."""
@@ -104,7 +121,7 @@ DIRECTORIES: Final = (
 
 
 class Attributes(NamedTuple):
-    """What stat shows of a node, apart from owner and mode."""
+    """What stat shows of a node; *owner* is the user whose alone it is, if the mount's is not."""
 
     ino: Ino
     links: int
@@ -112,6 +129,7 @@ class Attributes(NamedTuple):
     device_bytes: int
     modified_ms: Millis
     used_ms: Millis
+    owner: int | None = None
 
 
 class Row(NamedTuple):
@@ -149,16 +167,16 @@ def layout_file(model: ModelId, info: ModelInfo) -> ControlFile:
     return ControlFile(info.name, Ino(CONTROL_INOS | SECOND | model), model)
 
 
-def attributes_of(info: BlockInfo) -> Attributes:
+def attributes_of(info: BlockInfo, owner: int | None) -> Attributes:
     """The attributes of a block's file."""
     block = info.block
     return Attributes(
         block.ino, info.links, block.payload_bytes, block.device_bytes, block.published_ms,
-        max(info.last_use_ms, block.published_ms),
+        max(info.last_use_ms, block.published_ms), owner,
     )  # fmt: skip
 
 
-def directory_attributes(ino: Ino, info: BlockInfo) -> Attributes:
+def directory_attributes(ino: Ino, info: BlockInfo, owner: int | None) -> Attributes:
     """The attributes of a session's directory."""
     published = info.block.published_ms
-    return Attributes(ino, 1, 0, 0, published, max(info.last_use_ms, published))
+    return Attributes(ino, 1, 0, 0, published, max(info.last_use_ms, published), owner)

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import enrolling, ledger
+from twfs import enrolling, ledger, modes
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standing, Standings
@@ -41,17 +41,23 @@ from twfs.secret import SECRET_FILE, keep_secret, make_secret
 from twfs.slots import GROWTH_MIN, KEY_BYTES, SLOTS_MAX, Slots
 from twfs.store import Durability
 from twfs.tables import DeviceRecord, ReadView, WriteView
+from twfs.tenants import Tenants
 from twfs.units import ALIGN, ByteCount, DeviceIndex
 
 META_DIRECTORY: Final = "meta"
 GONE_DIRECTORY: Final = "meta.gone"  # of the warehouse that is being created over
 HEAT_FILE: Final = "heat"
 DEVICES_MAX: Final = 64  # one node's drives; each costs every client a descriptor
+UID_LEASE_QUARTERS: Final = 3  # all clients of one user: the rest stays for others' puts
 LEASE_PARTS: Final = 2  # one client may lease half of all space: never all of it
 
 
-def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> None:
+def create(
+    directory: Path, devices: Sequence[DeviceSpec], *, force: bool, group: str | None = None
+) -> None:
     """Make a warehouse in *directory* over *devices*; the metadata comes last.
+
+    With *group* its members may use it as engines do, else its owner alone.
 
     WarehouseExists unless forced; whatever format_device raises, and then no image file that was
     made here is left.
@@ -69,15 +75,19 @@ def create(directory: Path, devices: Sequence[DeviceSpec], *, force: bool) -> No
             )
         with suppress(CorruptMetadata, FormatTooNew, FormatTooOld):  # it may be beyond repair
             Metadata.open(meta).close()  # but nobody else may have it open
+    if group is not None:
+        modes.gid_of(group)
     made_directory = not directory.exists()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(modes.OWN_DIRECTORY, parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"{directory} cannot be made: {error.strerror}") from error
     with ExitStack() as undo:
         if made_directory:
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
         _fill(directory, devices, undo, force=force)
+        if group is not None:
+            modes.share(directory, [spec.path for spec in devices], group)
         undo.pop_all()
 
 
@@ -108,6 +118,7 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         end = superblock.size_bytes - ALIGN
         free.append(Extent(index, start, ByteCount(end - start)))
     (directory / HEAT_FILE).unlink(missing_ok=True)
+    meta.mkdir(modes.OWN_DIRECTORY)
     undo.callback(shutil.rmtree, meta, ignore_errors=True)
     secret = make_secret()
     Metadata.create(meta, warehouse, records, free, secret)
@@ -190,10 +201,15 @@ def open_core(
             )
             records = view.models()
         lock = threading.RLock()
+        operators = frozenset({0, os.geteuid()})
+        leases = Leases(
+            lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS),
+            bytes_per_uid_max=ByteCount(allocator.total_bytes // 4 * UID_LEASE_QUARTERS),
+            unbounded=operators,
+        )  # fmt: skip
         core = Core(
             directory, warehouse, metadata, Standings(lock, allocator, standings.values()),
-            allocator, slots, Leases(lease_ms, ByteCount(allocator.total_bytes // LEASE_PARTS)),
-            secret, roster, lock,
+            allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
         )  # fmt: skip
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)

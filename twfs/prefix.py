@@ -9,17 +9,25 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
 from twfs.errors import InvalidInput
-from twfs.units import KEY_BYTES_MAX, Digest, PrefixHash, TokenCount
+from twfs.units import (
+    DIGEST_BYTES,
+    HASH_BYTES,
+    KEY_BYTES_MAX,
+    Digest,
+    PrefixHash,
+    TokenCount,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+POSITION_MAX: Final = (1 << 32) - 1  # a u32 in record and header
 TOKEN_RANGE = "token ids must be integers from 0 to 4294967295"
 
 
@@ -72,6 +80,18 @@ class Names:
             self.positions[start:stop],
             self.keys[start:stop],
         )
+
+
+def check_names(names: Names) -> None:
+    """Raise InvalidInput unless all parts of *names* are of its length, and fit a record."""
+    count = len(names)
+    lengths = (len(names.hashes), len(names.digests), len(names.parents), len(names.keys) or count)
+    if lengths != (HASH_BYTES * count, DIGEST_BYTES * count, HASH_BYTES * count, count):
+        raise InvalidInput(f"{count} positions, but hashes, digests, parents, keys of {lengths}")
+    if any(len(key) > KEY_BYTES_MAX for key in names.keys):
+        raise InvalidInput(f"an own key has more than {KEY_BYTES_MAX} bytes")
+    if count and not 0 <= min(names.positions) <= max(names.positions) <= POSITION_MAX:
+        raise InvalidInput(f"end positions are 0 to {POSITION_MAX} tokens")
 
 
 class Chain:

@@ -277,7 +277,7 @@ def located_to_wire(message_id: int, located: Located, term_ms: int) -> LocatedB
         )
     return LocatedBlocks(
         message_id, located.token, located.model, located.start, located.blocks,
-        located.located.tobytes(), located.extents.tobytes(), term_ms,
+        located.located.tobytes(), located.extents.tobytes(), term_ms, located.tenant,
     )  # fmt: skip
 
 

@@ -18,19 +18,24 @@ from twfs import ledger
 from twfs import slots as states
 from twfs.checksums import host_sums_of
 from twfs.core import Core, wall_ms
-from twfs.errors import DeviceError, InvalidInput, TooLarge, WarehouseClosed, WarehouseFull
+from twfs.errors import (
+    DeviceError,
+    InvalidInput,
+    NoSuchTenant,
+    TooLarge,
+    WarehouseClosed,
+    WarehouseFull,
+)
 from twfs.evicting import keep_low_water, submit_eviction
 from twfs.payload import aligned_buffer
-from twfs.prefix import Names
+from twfs.prefix import Names, check_names
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
 from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
 from twfs.tables import ModelRecord
+from twfs.tenants import EVERYBODY
 from twfs.units import (
     ALIGN,
-    DIGEST_BYTES,
-    HASH_BYTES,
     IO_BYTES_MAX,
-    KEY_BYTES_MAX,
     ByteCount,
     ByteOffset,
     DeviceIndex,
@@ -42,7 +47,6 @@ from twfs.units import (
 )
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
-POSITION_MAX: Final = (1 << 32) - 1  # a u32 in record and header
 IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
 ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
 
@@ -63,9 +67,11 @@ class Put:
 
     def __init__(
         self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
-        retention: Retention,
+        retention: Retention, tenant: int = EVERYBODY, uid: int | None = None,
     ) -> None:  # fmt: skip
         self._core = core
+        self._tenant = tenant
+        self._uid = uid  # whose bound on reservations counts; None: there is none
         self._model = model
         self._names = names
         self._group = group
@@ -106,7 +112,8 @@ class Put:
                 block = view.block(self._key(index))
                 if block is not None and slots.state[block.slot] == states.LIVE:
                     found.add(int(block.slot))
-                    if block.digest != self._digest(index) or block.key != self._own_key(index):
+                    mine = (self._digest(index), self._own_key(index), self._tenant)
+                    if (block.digest, block.key, block.tenant) != mine:
                         self._outcomes[index] = PutOutcome.COLLISION
                         refused.add(self._names.hash_at(index))
                         continue
@@ -121,6 +128,13 @@ class Put:
                 parent = view.block(BlockKey(self._model.id, parent_hash, self._group, self._shard))
                 if parent is not None and slots.state[parent.slot] == states.LIVE:
                     found.add(int(parent.slot))
+                    if parent.tenant != self._tenant:  # a chain is of one tenant
+                        refused.add(parent_hash)
+        for index in lacking if refused else ():
+            if self._parent(index) in refused:
+                self._outcomes[index] = PutOutcome.COLLISION
+                refused.add(self._names.hash_at(index))
+        lacking = [index for index in lacking if index not in self._outcomes]
         self._pinned = np.array(sorted(found), np.int64)
         self._pin = self._core.pin(self._pinned)
         return lacking
@@ -150,10 +164,11 @@ class Put:
         try:
             for _ in range(ROOM_TRIES):
                 with core.lock:
-                    got = core.allocator.reserve([need] * (len(lacking) - len(extents)))
-                    core.reserved_bytes += need * len(got)
+                    wanted = min(len(lacking) - len(extents), core.room_of(self._uid) // need)
+                    got = core.allocator.reserve([need] * wanted)
+                    core.count_reserved(self._uid, need * len(got))
                     extents += got
-                    missing = need * (len(lacking) - len(extents))
+                    missing = need * (wanted - len(got))
                     futures = submit_eviction(core, missing) if missing else []
                 if not missing or not futures:
                     break
@@ -162,14 +177,11 @@ class Put:
             for index in lacking[len(extents) :]:
                 self._outcomes[index] = PutOutcome.NO_ROOM
             if lacking and not extents:
-                raise WarehouseFull(
-                    f"no room for a block of {need} bytes: {core.allocator.free_bytes} bytes are "
-                    "free and nothing may be evicted; release leases or add a device"
-                )
+                raise core.no_room(self._uid, need)
             self._number(extents)
         except BaseException:
             with core.lock:
-                core.reserved_bytes -= need * len(extents)
+                core.count_reserved(self._uid, -need * len(extents))
                 for each in extents:
                     core.allocator.release(each)
             raise
@@ -185,7 +197,7 @@ class Put:
                     generations[number], inos[number], slots[number], self._parent(index),
                     self._digest(index), TokenCount(self._names.positions[index]),
                     self._payload_bytes, Checksums(bytes(16), 0, 0), extents[number], now,
-                    self._own_key(index), 0, self._retention.rank,
+                    self._own_key(index), self._tenant, self._retention.rank,
                 )
                 for number, index in enumerate(self.lacking)
             }  # fmt: skip
@@ -401,12 +413,13 @@ class Put:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
         for index, block in self._reserved.items():
-            core.reserved_bytes -= block.device_bytes
+            core.count_reserved(self._uid, -block.device_bytes)
             if index not in published:
                 core.release_after(block.extents, self._stuck.get(index, []))
             if index not in published or block.slot not in (kept_slots or ()):
                 core.slots.give_back(block.slot)
         core.unpin(self._pinned, self._pin)
+        core.puts_of[self._tenant] -= 1
         self._ended = True
 
     def abandon(self) -> None:
@@ -444,28 +457,18 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
     )  # fmt: skip
 
 
-def _check_names(names: Names) -> None:
-    """Raise InvalidInput unless all parts of *names* are of its length, and fit a record."""
-    count = len(names)
-    lengths = (len(names.hashes), len(names.digests), len(names.parents), len(names.keys) or count)
-    if lengths != (HASH_BYTES * count, DIGEST_BYTES * count, HASH_BYTES * count, count):
-        raise InvalidInput(f"{count} positions, but hashes, digests, parents, keys of {lengths}")
-    if any(len(key) > KEY_BYTES_MAX for key in names.keys):
-        raise InvalidInput(f"an own key has more than {KEY_BYTES_MAX} bytes")
-    if count and not 0 <= min(names.positions) <= max(names.positions) <= POSITION_MAX:
-        raise InvalidInput(f"end positions are 0 to {POSITION_MAX} tokens")
-
-
 def begin_put(
-    core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention
-) -> Put:
+    core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
+    tenant: int = EVERYBODY, uid: int | None = None,
+) -> Put:  # fmt: skip
     """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
 
-    StaleEpoch, NoSuchModel, InvalidInput, TooLarge, WarehouseFull.
+    The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
+    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull.
     """
     if len(names) > PUT_BLOCKS_MAX:
         raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
-    _check_names(names)
+    check_names(names)
     hashes = {names.hash_at(index) for index in range(len(names))}
     if len(hashes) != len(names):
         raise InvalidInput(f"{len(names) - len(hashes)} names stand twice in one put")
@@ -477,8 +480,14 @@ def begin_put(
                 f"group {group}, shard {shard} of model {record.name}: it has "
                 f"{len(layout.groups)} groups and {layout.shards} shards"
             )
-        put = Put(core, record, names, group=group, shard=shard, retention=retention)
+        if not core.tenants.there(tenant):
+            raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
+        put = Put(
+            core, record, names, group=group, shard=shard, retention=retention, tenant=tenant,
+            uid=uid,
+        )  # fmt: skip
         lacking = put.compare()
+        core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed
     try:
         put.reserve(lacking)
     except BaseException:

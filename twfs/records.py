@@ -95,6 +95,8 @@ assert SUPERBLOCK.size + SUM.size <= ALIGN
 assert BLOCK_DTYPE.itemsize == BLOCK_FIXED.size + EXTENT.size
 assert EXTENT_DTYPE.itemsize == EXTENT.size
 assert HEADER_DTYPE.itemsize == ALIGN
+TENANT: Final = struct.Struct("<H")  # of one record, without unpacking the rest
+TENANT_OFFSET: Final = int(BLOCK_DTYPE.fields["tenant"][1])  # type: ignore[index]
 FLAG_HOLE: Final = 1  # the bytes were lost: no extents; record and children stay
 FLAG_DETACHED: Final = 2  # the parent, or the parent of one before it, has not come yet
 

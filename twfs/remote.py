@@ -65,6 +65,7 @@ from twfs.store import (
     SessionInfo,
     Space,
 )
+from twfs.tenants import EVERYBODY, Tenant, Tenants
 from twfs.units import HASH_BYTES, ByteCount, ModelId, PrefixHash
 
 ASK_SECONDS_MAX: Final = 30.0  # for an answer from memory and metadata, behind a busy daemon's work
@@ -161,9 +162,14 @@ class RemoteNamespace:
         """See Namespace.evict."""
         return ByteCount(self._count(EvictBytes(0, wanted_bytes), None))
 
-    def explain(self, model: ModelId, names: Names) -> Explanation:
+    def explain(self, model: ModelId, names: Names, *, tenant: int = EVERYBODY) -> Explanation:
         """See Namespace.explain."""
-        return self._ask(ExplainNames(0, model, names_to_wire(names)), Explained).explanation
+        request = ExplainNames(0, model, names_to_wire(names), tenant)
+        return self._ask(request, Explained).explanation
+
+    def tenants(self) -> Tenants:
+        """See Namespace.tenants."""
+        return Tenants(msgspec.convert(self.operate("tenant-list"), tuple[Tenant, ...]))
 
     def space(self) -> Space:
         """See Namespace.space."""

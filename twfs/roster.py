@@ -19,6 +19,7 @@ from twfs.layout import Layout
 from twfs.payload import aligned_buffer
 from twfs.records import FORMAT_VERSION, ROSTER, ROSTER_BYTES, ROSTER_MAGIC
 from twfs.secret import MAC_BYTES, mac_of
+from twfs.tenants import Tenant
 from twfs.units import Millis, align_up
 
 BODY_BYTES_MAX: Final = 16 << 20  # of the JSON: a bound for what unpacking may take
@@ -32,16 +33,6 @@ class RosterModel:
     epoch: int
     layout: Layout
     created_ms: Millis
-
-
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """An owner of blocks; only the *uids* may act for it, and only *owner* sees its directories."""
-
-    id: int  # never given to another tenant; 0 is for all and stands in no roster
-    name: str
-    owner: int
-    uids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +50,11 @@ class Roster:
         """The models, with *model* in its place."""
         others = (each for each in self.models if each.name != model.name)
         return tuple(sorted((*others, model), key=lambda each: each.name))
+
+    def with_tenant(self, tenant: Tenant) -> tuple[Tenant, ...]:
+        """The tenants, with *tenant* in its place."""
+        others = (each for each in self.tenants if each.id != tenant.id)
+        return tuple(sorted((*others, tenant), key=lambda each: each.id))
 
     def pack(self, secret: bytes, warehouse: UUID) -> bytes:
         """Return what goes to the device; TooLarge if it does not fit its place."""

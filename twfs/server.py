@@ -1,10 +1,9 @@
 """The daemon's socket: listens, bounds the number of clients, stops cleanly.
 
-One trio task per client, in connection.py. Everybody who may open the socket (mode and group) may
-do everything but take hugetlb memory. Runs in one event loop; only serve is public.
+One trio task per client, in connection.py. Who may open the socket is a matter of its mode and
+group, what they may do then is permitting.py's. Runs in one event loop; only serve is public.
 """
 
-import grp
 import logging
 import os
 import socket
@@ -17,15 +16,15 @@ import trio
 
 from twfs.connection import Connection
 from twfs.errors import InvalidInput, NotAllowed, TooLarge, WarehouseBusy
+from twfs.modes import gid_of
 from twfs.protocol import encode, failure_of
-from twfs.shared import Shared
+from twfs.shared import Shared, peer_of
 
 if TYPE_CHECKING:
     from twfs.warehouse import Warehouse
 
 log = logging.getLogger(__name__)
 
-CLIENTS_MAX: Final = 128  # 8 ranks and a scheduler each of a dozen engines
 BACKLOG: Final = 1024  # a full backlog would make connecting clients wait
 PATH_BYTES_MAX: Final = 107  # of sockaddr_un
 ACCEPT_PAUSE_S: Final = 0.1  # after an accept that failed for want of descriptors
@@ -35,14 +34,15 @@ async def serve(
     warehouse: "Warehouse",
     socket_path: Path,
     *,
-    arena_bytes: int = 2 << 30,
+    arena_bytes: int = 4 << 30,
     mode: int = 0o660,
-    group: str | None = None,
+    group: str | int | None = None,
     task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve *warehouse* on a Unix socket until cancelled; then stop cleanly.
 
-    All arenas of clients together take up to *arena_bytes*. The socket gets *mode* and *group*.
+    All arenas of clients together take up to *arena_bytes*, those of one user half of that. The
+    socket gets *mode* and *group*.
     WarehouseBusy if a daemon answers on *socket_path*; a dead one's socket is replaced.
     InvalidInput or NotAllowed if the socket cannot be made there.
     """
@@ -68,41 +68,38 @@ async def _accept(listener: trio.socket.SocketType, shared: Shared, nursery: tri
         log.warning("a client could not be accepted: %s", problem)
         await trio.sleep(ACCEPT_PAUSE_S)
         return
-    if shared.clients >= CLIENTS_MAX:
-        shared.errors["TooLarge"] += 1
-        error = TooLarge(f"{CLIENTS_MAX} clients are connected, the most allowed: close some")
-        with socket.socket(fileno=sock.detach()) as refused, suppress(OSError):
-            refused.setblocking(False)  # noqa: FBT003 - the library's own signature
-            refused.send(encode(failure_of(0, error)))
-        return
     try:
-        connection = Connection(shared, sock)
+        _, uid = peer_of(sock)
+        shared.enter(uid)
     except OSError as problem:
         log.warning("a client left before it was known: %s", problem)
         sock.close()
         return
-    shared.clients += 1
-    nursery.start_soon(connection.run)
+    except TooLarge as error:
+        shared.errors["TooLarge"] += 1
+        with socket.socket(fileno=sock.detach()) as refused, suppress(OSError):
+            refused.setblocking(False)  # noqa: FBT003 - the library's own signature
+            refused.send(encode(failure_of(0, error)))
+        return
+    nursery.start_soon(Connection(shared, sock).run)
 
 
 def _listen(
-    path: Path, mode: int, group: str | None
+    path: Path, mode: int, group: str | int | None
 ) -> tuple[trio.socket.SocketType, os.stat_result]:
     """Return a listening socket at *path* and the stat of its file."""
     if len(os.fsencode(path)) > PATH_BYTES_MAX:
         raise InvalidInput(f"{path} is too long for a socket: at most {PATH_BYTES_MAX} bytes")
+    gid = None if group is None else gid_of(str(group))
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(str(path))
         path.chmod(mode)  # nobody can connect before listen
-        if group is not None:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        if gid is not None:
+            os.chown(path, -1, gid)
         made = path.lstat()
         sock.listen(BACKLOG)
-    except KeyError as error:
-        _abort(sock, path)
-        raise InvalidInput(f"there is no group {group!r} to give {path} to") from error
     except OSError as error:
         _abort(sock, path)
         raise NotAllowed(f"no socket can be made at {path}: {error.strerror}") from error

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 from twfs.layout import Layout
 from twfs.prefix import Chain, Names, Root, root_of
 from twfs.records import Block, BlockKey
+from twfs.tenants import EVERYBODY, EVERYBODY_NAME, Tenants
 from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
 
 # A torch tensor (CPU, pinned, CUDA), numpy array, or anything with the buffer protocol; contiguous.
@@ -56,13 +57,15 @@ class Model:
     name: str
     epoch: int
     layout: Layout
+    tenant: int = EVERYBODY  # for whom it was opened: all requests with this model are theirs
+    salt: bytes = field(default=b"", repr=False)  # that tenant's, a secret of 32 bytes
 
     def root(self, salt: bytes = b"") -> Root:
-        """Where chains begin; *salt* separates tenants and is never stored."""
-        return root_of(self.layout.fingerprint, self.epoch, salt)
+        """Where chains begin; *salt* separates more than tenants do, and is never stored."""
+        return root_of(self.layout.fingerprint, self.epoch, self.salt + salt)
 
     def chain(self, salt: bytes = b"") -> Chain:
-        """Return an empty chain, to be extended with token ids."""
+        """Return an empty chain, to be extended with token ids; *salt* as in root."""
         return Chain(self.root(salt), self.layout.block_tokens)
 
 
@@ -172,6 +175,7 @@ class SessionInfo:
     last_use_ms: Millis
     published_ms: Millis
     retention: Retention
+    tenant: str = EVERYBODY_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,11 +275,14 @@ class LeasedMatch(Protocol):
 class Store(Protocol):
     """What engines use."""
 
-    def open_model(self, name: str, layout: Layout | None = None) -> Model:
-        """Open the model *name*, made with *layout* if it is not there.
+    def open_model(
+        self, name: str, layout: Layout | None = None, *, tenant: str | None = None
+    ) -> Model:
+        """Open the model *name* for *tenant* (None: everybody), made with *layout* if need be.
 
         LayoutMismatch if it has another layout (both are in the text); NoSuchModel if it is not
-        there and no layout was given.
+        there and no layout was given; NotAllowed if this user may not act for the tenant;
+        NoSuchTenant.
         """
 
     def new_epoch(self, model: Model) -> Model:
@@ -289,7 +296,10 @@ class Store(Protocol):
         """
 
     def join(self, token: bytes) -> "LeasedMatch":
-        """Return the Match of another process's lease, held here too; LeaseEnded if it is over."""
+        """Return the Match of another process's lease, held here too; LeaseEnded if it is over.
+
+        Its model has the tenant's salt only where this store has opened the model for that tenant.
+        """
 
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
         """Count the blocks that match would return, without lease and without counting a use."""
@@ -354,8 +364,11 @@ class Namespace(Protocol):
     def evict(self, wanted_bytes: ByteCount) -> ByteCount:
         """Evict in order until about this much is free that was not; returns what it freed."""
 
-    def explain(self, model: ModelId, names: Names) -> Explanation:
-        """Say why *names* match as far as they do, and what is wrong behind."""
+    def explain(self, model: ModelId, names: Names, *, tenant: int = EVERYBODY) -> Explanation:
+        """Say why *names* match for *tenant* as far as they do, and what is wrong behind."""
+
+    def tenants(self) -> Tenants:
+        """All tenants, and the rule of who may do what. NotAllowed to all but operators."""
 
     def space(self) -> Space:
         """Bytes on the devices."""

@@ -36,6 +36,7 @@ from twfs.nodes import (
     STATISTICS,
     Attributes,
     BlockFile,
+    Chain,
     ChainText,
     ControlFile,
     DetachedDirectory,
@@ -57,23 +58,6 @@ TEXTS_BYTES_MAX: Final = 64 << 20  # chain.json kept for the stat, open, read th
 MODELS_SECONDS: Final = 1.0  # how late a new epoch may be seen
 HIDDEN_MAX: Final = 1 << 20  # names unlinked in directories that are still there
 LONG_CHAIN: Final = 512  # blocks; reading a longer chain takes milliseconds: not in the event loop
-
-
-class Chain:
-    """The blocks of one session directory, as they were when *changes* was the number of changes.
-
-    *text* is chain.json, made when first asked for.
-    """
-
-    __slots__ = ("changes", "infos", "places", "text")
-
-    def __init__(self, infos: list[BlockInfo], changes: int) -> None:
-        self.infos = infos
-        self.changes = changes
-        self.text: bytes | None = None
-        self.places = {
-            (info.index, info.key.group, info.key.shard): place for place, info in enumerate(infos)
-        }
 
 
 class Tree:
@@ -103,6 +87,34 @@ class Tree:
             "chain_reads": self._chains_read,
             "hidden_names": self._hidden_count,
         }
+
+    # Who sees what
+
+    def check_seen(self, node: Node, uid: int) -> None:
+        """Raise NoSuchBlock if *node* is not for *uid* to see, as if it were not there."""
+        tenants, node = self._namespace.tenants(), self.resolve(node)
+        if uid in tenants.operators:
+            return
+        seen = True
+        if isinstance(node, Pending | PendingFile):
+            seen = uid == (node.pending if isinstance(node, PendingFile) else node).uid
+        elif isinstance(node, SessionDirectory | ChainText | BlockFile):
+            seen = tenants.may_see(uid, self._info(node).block.tenant)
+        if not seen:
+            raise NoSuchBlock(f"not there for uid {uid}")
+
+    def _info(self, node: SessionDirectory | ChainText | BlockFile) -> BlockInfo:
+        """The block that *node* is, or ends with; BlockGone."""
+        if isinstance(node, BlockFile):
+            return self.block(node)
+        return self.session_block(node.session if isinstance(node, ChainText) else node)
+
+    def _owner(self, info: BlockInfo) -> int | None:
+        return self._namespace.tenants().owner_of(info.block.tenant)
+
+    def _write(self, model: ModelInfo, head: PrefixHash, infos: list[BlockInfo]) -> bytes:
+        tenant = infos[-1].block.tenant if infos else 0
+        return write_chain(model, head, infos, self._namespace.tenants().name_of(tenant))
 
     # Models
 
@@ -155,7 +167,7 @@ class Tree:
         """Read a chain anew, with its text; NoSuchBlock. In any thread; `keep` what it returns."""
         changes = self._namespace.changes()
         chain = Chain(self._namespace.chain_of(model.id, head), changes)
-        chain.text = write_chain(model, head, chain.infos)
+        chain.text = self._write(model, head, chain.infos)
         return chain
 
     def keep(self, session: SessionDirectory, chain: Chain) -> Chain:
@@ -184,14 +196,21 @@ class Tree:
         """The content of its chain.json, as of *chain* or as it is now."""
         chain = chain or self.chain(session)
         if chain.text is None:
-            chain.text = write_chain(self.model(session.model), session.head, chain.infos)
+            chain.text = self._write(self.model(session.model), session.head, chain.infos)
         return chain.text
 
     # Names
 
-    def lookup(self, directory: Node, name: str) -> Node:
-        """Return what *name* is in *directory*; NoSuchBlock if it is not there."""
+    def lookup(self, directory: Node, name: str, uid: int = 0) -> Node:
+        """Return what *name* is in *directory*; NoSuchBlock if it is not there for *uid*."""
         directory = self.resolve(directory)
+        self.check_seen(directory, uid)
+        node = self._lookup(directory, name)
+        if not isinstance(directory, SessionDirectory):  # what is in one is of its tenant
+            self.check_seen(node, uid)
+        return node
+
+    def _lookup(self, directory: Node, name: str) -> Node:
         if isinstance(directory, ModelDirectory):
             return self._lookup_in_model(directory.model, name)
         if isinstance(directory, SessionDirectory):
@@ -281,16 +300,17 @@ class Tree:
 
     # Listings
 
-    def rows(self, directory: Node, chain: Chain | None = None) -> Rows:
-        """The names of *directory*, for one opendir; NoSuchBlock, BlockGone.
+    def rows(self, directory: Node, chain: Chain | None = None, *, uid: int = 0) -> Rows:
+        """The names of *directory* that *uid* may see, for one opendir; NoSuchBlock, BlockGone.
 
         *chain* is that of a session, if it has just been read.
         """
         directory = self.resolve(directory)
+        self.check_seen(directory, uid)
         if isinstance(directory, SessionDirectory):
             return self._session_rows(directory, chain or self.chain(directory))
         if isinstance(directory, ModelDirectory):
-            return self._model_rows(directory.model)
+            return self._model_rows(directory.model, uid)
         if isinstance(directory, Pending):
             files = list(directory.files.values())
             return Rows(iter(files), lambda file: self._row(file.name, file))
@@ -300,7 +320,7 @@ class Tree:
             return Rows(
                 iter(keys),
                 lambda key: self._row_by(
-                    directory, detached_name(layout, key.prefix_hash, key.group, key.shard)
+                    directory, detached_name(layout, key.prefix_hash, key.group, key.shard), uid
                 ),
             )
         return Rows(iter(self._fixed_names(directory)), lambda pair: self._row(*pair))
@@ -327,13 +347,13 @@ class Tree:
             return None  # evicted since the directory was opened
         return Row(name, node, found) if found.ino == node.ino else None  # published just now
 
-    def _row_by(self, directory: Node, name: str) -> Row | None:
+    def _row_by(self, directory: Node, name: str, uid: int) -> Row | None:
         try:
-            return self._row(name, self.lookup(directory, name))
+            return self._row(name, self.lookup(directory, name, uid))
         except (NoSuchBlock, BlockGone):
             return None
 
-    def _model_rows(self, model: ModelId) -> Rows:
+    def _model_rows(self, model: ModelId, uid: int) -> Rows:
         directory = self.model_directory(model)
 
         def names() -> Iterator[str]:
@@ -344,7 +364,7 @@ class Tree:
                 if head not in pending:
                     yield head.hex()
 
-        return Rows(names(), lambda name: self._row_by(directory, name))
+        return Rows(names(), lambda name: self._row_by(directory, name, uid))
 
     def _session_rows(self, session: SessionDirectory, chain: Chain) -> Rows:
         layout = self.model(session.model).layout
@@ -364,38 +384,40 @@ class Tree:
             if info.block.hole or name in hidden:
                 return None
             node = BlockFile(info.key, info.block.ino, session, place)
-            return Row(name, node, attributes_of(info))
+            return Row(name, node, attributes_of(info, self._owner(info)))
 
         # chain.json first: an import that reads it first verifies each file as it comes.
         return Rows(iter([None, *range(len(chain.infos))]), make)
 
     def _text_attributes(self, session: SessionDirectory, chain: Chain | None = None) -> Attributes:
-        published = self.session_block(session).block.published_ms
-        size = len(self.chain_text(session, chain))
-        return Attributes(self.chain_file(session).ino, 1, size, 0, published, published)
+        info = self.session_block(session)
+        published, size = info.block.published_ms, len(self.chain_text(session, chain))
+        ino, owner = self.chain_file(session).ino, self._owner(info)
+        return Attributes(ino, 1, size, 0, published, published, owner)
 
     # Attributes and contents
 
     def attributes(self, node: Node) -> Attributes:
         """What stat shows of *node* now; NoSuchBlock, or BlockGone if its life is over."""
         node = self.resolve(node)
-        if isinstance(node, BlockFile):
-            return attributes_of(self.block(node))
-        if isinstance(node, SessionDirectory):
-            return directory_attributes(node.ino, self.session_block(node))
+        if isinstance(node, BlockFile | SessionDirectory):
+            info = self._info(node)
+            if isinstance(node, BlockFile):
+                return attributes_of(info, self._owner(info))
+            return directory_attributes(node.ino, info, self._owner(info))
         if isinstance(node, ChainText):
             return self._text_attributes(node.session)
         if isinstance(node, ControlFile):
             now = Millis(time.time_ns() // 1_000_000)
             return Attributes(node.ino, 1, len(self.content(node)), 0, now, now)
-        size, when = 0, self._started_ms
+        size, when, owner = 0, self._started_ms, None
         if isinstance(node, PendingFile):
-            size, when = node.size, node.changed_ms
+            size, when, owner = node.size, node.changed_ms, node.pending.uid
         elif isinstance(node, Pending):
-            when = node.changed_ms
+            when, owner = node.changed_ms, node.uid
         elif isinstance(node, ModelDirectory | DetachedDirectory):
             when = self.model(node.model).created_ms
-        return Attributes(node.ino, 1, size, 0, when, when)
+        return Attributes(node.ino, 1, size, 0, when, when, owner)
 
     def block(self, file: BlockFile) -> BlockInfo:
         """The block of *file* as it is now; BlockGone if another life, or none, has its name."""
@@ -444,12 +466,13 @@ class Tree:
 
     def described(self, node: Node) -> dict[str, bytes]:
         """The extended attributes of *node*, by full name."""
-        node = self.resolve(node)
-        if isinstance(node, BlockFile):
-            return describe_block(self.model(ModelId(node.key.model)), self.block(node))
+        node, named = self.resolve(node), self._namespace.tenants().name_of
+        if not isinstance(node, BlockFile | SessionDirectory):
+            return {}
+        info, describe = self._info(node), describe_block
         if isinstance(node, SessionDirectory):
-            return describe_session(self.model(node.model), self.session_block(node))
-        return {}
+            describe = describe_session
+        return describe(self.model(info.key.model), info, named(info.block.tenant))
 
     # Removal
 

@@ -18,7 +18,7 @@ from uuid import UUID
 import msgspec
 import numpy as np
 
-from twfs import check, enrolling, erasing, evicting, listing, matching, opening, putting
+from twfs import check, enrolling, erasing, evicting, listing, matching, opening, putting, tenancy
 from twfs.arena import Arena
 from twfs.core import Core
 from twfs.device import Device
@@ -26,14 +26,13 @@ from twfs.errors import (
     BadPayload,
     DeviceError,
     InvalidInput,
-    LayoutMismatch,
-    NoSuchModel,
     TwfsError,
     WarehouseClosed,
 )
 from twfs.formatting import DeviceSpec
-from twfs.layout import Layout, check_model_name
+from twfs.layout import Layout
 from twfs.leases import Located
+from twfs.listing import Mine, anyones
 from twfs.localput import LocalPort
 from twfs.match import Match
 from twfs.members import Members
@@ -60,6 +59,7 @@ from twfs.store import (
 )
 from twfs.subject import Live
 from twfs.tables import DeviceRecord
+from twfs.tenants import EVERYBODY, Tenants
 from twfs.units import ByteCount, ModelId, PrefixHash, align_up
 from twfs.upload import check_payloads, upload
 
@@ -86,17 +86,21 @@ class Warehouse:
         self.scrubber = Scrubber(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
+            **tenancy.verbs(core),
         }  # fmt: skip
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 
     @classmethod
-    def create(cls, directory: Path, devices: Sequence[DeviceSpec], *, force: bool = False) -> None:
-        """Make a warehouse in *directory* over *devices*.
+    def create(
+        cls, directory: Path, devices: Sequence[DeviceSpec], *, force: bool = False,
+        group: str | None = None,
+    ) -> None:  # fmt: skip
+        """Make a warehouse in *directory* over *devices*, for the members of *group* too.
 
         WarehouseExists, DeviceInUse unless forced; NoSpaceForImage, WarehouseBusy, InvalidInput.
         """
-        opening.create(directory, devices, force=force)
+        opening.create(directory, devices, force=force, group=group)
 
     @classmethod
     def open(
@@ -218,38 +222,28 @@ class Warehouse:
 
     # Models
 
-    def open_model(self, name: str, layout: Layout | None = None) -> Model:
-        """Open a model, made with *layout* if it is not there; may wait for a commit.
-
-        InvalidInput, LayoutMismatch, NoSuchModel.
-        """
-        check_model_name(name)
-        with self._core.lock:
-            known = self._core.current.get(name)
-            record = None if known is None else self._core.models[known]
-        if record is None:
-            if layout is None:
-                raise NoSuchModel(f"no model {name}: open it with a layout to make it")
-            record = enrolling.enter_model(self._core, name, layout, anew=False)
-        if layout is not None and record.layout.fingerprint != layout.fingerprint:
-            raise LayoutMismatch(
-                f"model {name} has another layout (its own / given): "
-                f"{record.layout.differences(layout)}"
-            )
-        return Model(record.id, record.name, record.epoch, record.layout)
+    def open_model(
+        self, name: str, layout: Layout | None = None, *, tenant: str | None = None
+    ) -> Model:
+        """See Store.open_model; may wait for a commit."""
+        return tenancy.open_model(self._core, name, layout, tenant)
 
     def new_epoch(self, model: Model) -> Model:
         """Make all blocks of *model* unreachable; waits for a commit."""
         with self._core.lock:
             record = self._core.model(model.id)
         record = enrolling.enter_model(self._core, record.name, record.layout, anew=True)
-        return Model(record.id, record.name, record.epoch, record.layout)
+        return tenancy.model_for(self._core, record, model.tenant)
+
+    def tenants(self) -> Tenants:
+        """See Namespace.tenants."""
+        return self._core.tenants
 
     # Store
 
     def match(self, model: Model, names: Names, *, start: int = 0) -> Match:
         """See Store.match."""
-        located = self.match_located(model.id, names, start, self._owner)
+        located = self.match_located(model.id, names, start, self._owner, tenant=model.tenant)
         if located is None:
             return Match(
                 self, b"", model, names, start, start, np.zeros(0, LOCATED_DTYPE),
@@ -261,7 +255,7 @@ class Warehouse:
         """See Store.join; the names of the match are its hashes alone."""
         located = self.join_located(token, self._owner)
         record = self._core.models[located.model]
-        model = Model(record.id, record.name, record.epoch, record.layout)
+        model = tenancy.model_for(self._core, record, located.tenant)
         return self._match_of(model, located.names(record.layout), located)
 
     def _match_of(self, model: Model, names: Names, located: Located) -> Match:
@@ -272,11 +266,11 @@ class Warehouse:
 
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
         """See Store.lookup."""
-        return self.lookup_blocks(model.id, names, start)
+        return self.lookup_blocks(model.id, names, start, model.tenant)
 
     def touch(self, model: Model, names: Names) -> None:
         """See Store.touch."""
-        self.touch_blocks(model.id, names)
+        self.touch_blocks(model.id, names, model.tenant)
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
@@ -288,8 +282,9 @@ class Warehouse:
             raise InvalidInput(f"{len(payloads)} payloads for {len(names)} names")
         with self._using():
             put = self.begin_put(
-                model.id, names, group=group, shard=shard, retention=retention, owner=self._owner
-            )
+                model.id, names, group=group, shard=shard, retention=retention,
+                owner=self._owner, tenant=model.tenant,
+            )  # fmt: skip
             try:
                 arena = self._put_arena(model.layout.block_bytes(group))
             except BaseException:
@@ -342,10 +337,18 @@ class Warehouse:
         with self._core.lock:
             self._core.end_leases(self._core.leases.end_owner(owner))
 
-    def match_located(self, model: ModelId, names: Names, start: int, owner: int) -> Located | None:
+    def match_located(
+        self,
+        model: ModelId,
+        names: Names,
+        start: int,
+        owner: int,
+        *,
+        tenant: int = EVERYBODY,
+    ) -> Located | None:
         """The longest match, leased to *owner*; None if there is none, or the epoch is over."""
         with suppress(WarehouseClosed):
-            return matching.match_located(self._core, model, names, start, owner)
+            return matching.match_located(self._core, model, names, start, owner, tenant=tenant)
         return None
 
     def join_located(self, token: bytes, owner: int) -> Located:
@@ -364,27 +367,29 @@ class Warehouse:
         with self._core.lock:
             return self._core.leases.renew(token, owner)
 
-    def lookup_blocks(self, model: ModelId, names: Names, start: int) -> int:
+    def lookup_blocks(
+        self, model: ModelId, names: Names, start: int, tenant: int = EVERYBODY
+    ) -> int:
         """Where a match would end."""
         with suppress(WarehouseClosed):
-            return matching.lookup_blocks(self._core, model, names, start)
+            return matching.lookup_blocks(self._core, model, names, start, tenant)
         return start
 
-    def touch_blocks(self, model: ModelId, names: Names) -> None:
+    def touch_blocks(self, model: ModelId, names: Names, tenant: int = EVERYBODY) -> None:
         """Count a use."""
         with suppress(WarehouseClosed):
-            matching.touch_blocks(self._core, model, names)
+            matching.touch_blocks(self._core, model, names, tenant)
 
     def begin_put(
         self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
-        owner: int,
+        owner: int, tenant: int = EVERYBODY,
     ) -> Put:  # fmt: skip
-        """Begin a put; see putting.begin_put. Blocks when room must be made."""
-        del owner  # quotas by owner's tenant are not there yet; a put ends with its connection
+        """Begin a put of *owner*; see putting.begin_put. Blocks when room must be made."""
         with self._using():
             return putting.begin_put(
-                self._core, model, names, group=group, shard=shard, retention=retention
-            )
+                self._core, model, names, group=group, shard=shard, retention=retention,
+                tenant=tenant, uid=self._core.bounded_uid(owner),
+            )  # fmt: skip
 
     def report_block(self, key: BlockKey, generation: int) -> bool:
         """Re-read a block that a reader found bad; True if it is lost now. Blocks."""
@@ -398,20 +403,22 @@ class Warehouse:
         return listing.models(self._core)
 
     def heads(
-        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000
-    ) -> list[PrefixHash]:
-        """See Namespace.heads."""
-        return listing.heads(self._core, model, after, limit)
+        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000,
+        mine: Mine = anyones,
+    ) -> list[PrefixHash]:  # fmt: skip
+        """See Namespace.heads; only of the tenants that are *mine*."""
+        return listing.heads(self._core, model, after, limit, mine)
 
     def sessions(
-        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000
-    ) -> list[SessionInfo]:
-        """See Namespace.sessions."""
-        return listing.sessions(self._core, model, after, limit)
+        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000,
+        mine: Mine = anyones,
+    ) -> list[SessionInfo]:  # fmt: skip
+        """See Namespace.sessions; only of the tenants that are *mine*."""
+        return listing.sessions(self._core, model, after, limit, mine)
 
-    def detached(self, model: ModelId) -> list[BlockKey]:
-        """See Namespace.detached."""
-        return listing.detached(self._core, model)
+    def detached(self, model: ModelId, *, mine: Mine = anyones) -> list[BlockKey]:
+        """See Namespace.detached; only of the tenants that are *mine*."""
+        return listing.detached(self._core, model, mine)
 
     def chain_of(self, model: ModelId, prefix_hash: PrefixHash) -> list[BlockInfo]:
         """See Namespace.chain_of."""
@@ -445,9 +452,9 @@ class Warehouse:
         with self._using():
             return evicting.evict(self._core, wanted_bytes)
 
-    def explain(self, model: ModelId, names: Names) -> Explanation:
+    def explain(self, model: ModelId, names: Names, *, tenant: int = EVERYBODY) -> Explanation:
         """See Namespace.explain."""
-        return matching.explain(self._core, model, names)
+        return matching.explain(self._core, model, names, tenant)
 
     def space(self) -> Space:
         """See Namespace.space."""

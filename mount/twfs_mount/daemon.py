@@ -17,6 +17,7 @@ import pyfuse3  # noqa: TID251
 import sdnotify
 import trio
 
+from twfs import modes
 from twfs.errors import MountRefused, NotAllowed, TwfsError
 from twfs.importing import Importer
 from twfs.server import serve
@@ -29,7 +30,7 @@ from twfs_mount.operations import Operations
 
 log = logging.getLogger(__name__)
 
-ARENA_BYTES: Final = 2 << 30  # of all clients together: 16 of them; used memory counts only
+ARENA_BYTES: Final = 4 << 30  # of all clients: 16 of one user, 32 in all; used memory counts only
 STOP_SECONDS: Final = 60.0  # requests under way have so long to end after a signal
 GC_THRESHOLD: Final = 50_000  # allocations between collections of the youngest
 TASKS_MAX: Final = 64  # requests handled at once; more wait in the kernel
@@ -46,11 +47,12 @@ class MountOptions:
     file_mode: int = 0o440
     directory_mode: int = 0o750
 
-    def presentation(self) -> Presentation:
-        """Fill in who runs this."""
+    def presentation(self, group: int | None = None) -> Presentation:
+        """Fill in who runs this; the files are of *group* unless the options say another."""
+        group = os.getegid() if group is None else group
         return Presentation(
             os.geteuid() if self.uid is None else self.uid,
-            os.getegid() if self.gid is None else self.gid,
+            group if self.gid is None else self.gid,
             self.file_mode, self.directory_mode, self.read_only,
         )  # fmt: skip
 
@@ -71,7 +73,7 @@ class DaemonConfig:
     mountpoint: str | None = None  # also `/dev/fd/N`, already mounted by mount.fuse3
     socket: Path | None = None  # default DIRECTORY/socket
     socket_mode: int = 0o660
-    socket_group: str | None = None
+    group: int | None = None  # of socket and mount; default that of `twfs create --group`
     options: MountOptions = field(default_factory=MountOptions)
     arena_bytes: int = ARENA_BYTES
     payload_bytes: int = PAYLOAD_BYTES
@@ -120,9 +122,12 @@ class Daemon:
         if config.mountpoint is None:
             await self._serve(warehouse, signals)
             return
-        importer = Importer(warehouse, warehouse.directory)
+        importer = Importer(warehouse, warehouse.directory, tenants=warehouse.tenants)
         operations = Operations(
-            warehouse, importer, config.options.presentation(), payload_bytes=config.payload_bytes
+            warehouse,
+            importer,
+            config.options.presentation(self._group()),
+            payload_bytes=config.payload_bytes,
         )
         fuse_init(operations, config.mountpoint, config.options.for_fuse(warehouse.directory))
         clean = False
@@ -165,8 +170,13 @@ class Daemon:
         config = self._config
         await serve(
             warehouse, socket, arena_bytes=config.arena_bytes, mode=config.socket_mode,
-            group=config.socket_group, task_status=task_status,
+            group=self._group(), task_status=task_status,
         )  # fmt: skip
+
+    def _group(self) -> int | None:
+        """Who uses the warehouse beside its owner."""
+        config = self._config
+        return modes.group_of(config.directory) if config.group is None else config.group
 
     async def _await_mount(self, mountpoint: str) -> None:
         """Return once the mount answers; only then the kernel takes a read-ahead."""

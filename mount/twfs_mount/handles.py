@@ -120,6 +120,7 @@ class OpenDirectory:
 
     node: Node
     rows: Rows
+    uid: int
     begun: bool = False
 
 

@@ -28,13 +28,14 @@ from twfs.nodes import (
     DIRECTORIES,
     Attributes,
     BlockFile,
+    Chain,
     ChainText,
     ControlFile,
     Node,
     SessionDirectory,
 )
 from twfs.store import BlockInfo, Namespace
-from twfs.tree import Chain, Tree
+from twfs.tree import Tree
 from twfs_mount.handles import (
     Handles,
     Known,
@@ -183,6 +184,10 @@ class ReadOperations(pyfuse3.Operations):
         told.entry_timeout, told.attr_timeout = timeouts(node)
         told.st_nlink = found.links
         told.st_uid, told.st_gid = show.uid, show.gid
+        if found.owner is not None:  # the kernel guards by these what it keeps for all users
+            told.st_uid = found.owner
+            told.st_mode &= ~(stat.S_IRWXG | stat.S_IRWXO)
+            told.entry_timeout = min(told.entry_timeout, timeout_of_owned(node))
         told.st_size = found.size
         told.st_blocks = found.device_bytes // 512
         told.st_blksize = 1 << 20  # what cp and cat read at a time: one request
@@ -214,7 +219,7 @@ class ReadOperations(pyfuse3.Operations):
         text = text_of(name)
         if isinstance(parent, SessionDirectory) and not self._tree.kept_chain(parent, fresh=False):
             await self._ready(parent)
-        node = self._tree.lookup(parent, text)
+        node = self._tree.lookup(parent, text, ctx.uid)
         if isinstance(node, ChainText):
             await self._ready(node)
         return self._tell(node)
@@ -260,7 +265,9 @@ class ReadOperations(pyfuse3.Operations):
             # `ls -l` asks for security.selinux, and with colours for more, of every file, until it
             # hears this once; ENODATA would cost a request per file.
             raise FUSEError(errno.EOPNOTSUPP)
-        value = self._tree.described(self._known.node(inode)).get(text)
+        node = self._known.node(inode)
+        self._tree.check_seen(node, ctx.uid)
+        value = self._tree.described(node).get(text)
         if value is None:
             raise FUSEError(errno.ENODATA)
         return value
@@ -268,7 +275,9 @@ class ReadOperations(pyfuse3.Operations):
     @answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """The names of the extended attributes."""
-        return [name.encode() for name in self._tree.described(self._known.node(inode))]
+        node = self._known.node(inode)
+        self._tree.check_seen(node, ctx.uid)
+        return [name.encode() for name in self._tree.described(node)]
 
     # Directories
 
@@ -277,7 +286,8 @@ class ReadOperations(pyfuse3.Operations):
         """Begin a listing."""
         node = self._known.node(inode)
         chain = await self._ready(node)
-        return self._handles.add(OpenDirectory(node, self._tree.rows(node, chain)))
+        rows = self._tree.rows(node, chain, uid=ctx.uid)
+        return self._handles.add(OpenDirectory(node, rows, ctx.uid))
 
     @answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -286,7 +296,8 @@ class ReadOperations(pyfuse3.Operations):
         if not isinstance(handle, OpenDirectory):
             raise FUSEError(errno.EBADF)
         if start_id == 0 and handle.begun:  # rewinddir: what is there now
-            handle.rows = self._tree.rows(handle.node, await self._ready(handle.node))
+            chain = await self._ready(handle.node)
+            handle.rows = self._tree.rows(handle.node, chain, uid=handle.uid)
         handle.begun = True
         for following, row in handle.rows.since(start_id):
             told = self._told(row.node, row.attributes)
@@ -309,6 +320,7 @@ class ReadOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a block, a text or a pending file."""
         node = self._tree.resolve(self._known.node(inode))
+        self._tree.check_seen(node, ctx.uid)
         if isinstance(node, PendingFile):
             if flags & WRITE_FLAGS:
                 self._check_writable()
@@ -397,6 +409,11 @@ def timeouts(node: Node) -> tuple[float, float]:
     if isinstance(node, ControlFile | Pending | PendingFile):
         return 0.0, 0.0
     return BRIEF_SECONDS, BRIEF_SECONDS
+
+
+def timeout_of_owned(node: Node) -> float:
+    """For how many seconds the kernel may believe a name that it must not tell other users."""
+    return BRIEF_SECONDS if isinstance(node, SessionDirectory) else STEADY_SECONDS
 
 
 def text_of(name: bytes) -> str:

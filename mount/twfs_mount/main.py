@@ -4,7 +4,6 @@ Also takes the form in which mount.fuse3 starts a filesystem: `twfsd SOURCE /dev
 """
 
 import argparse
-import grp
 import logging
 import os
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from twfs.errors import InvalidInput, TwfsError
+from twfs.modes import gid_of
 from twfs.store import Durability
 from twfs_mount import mountpoint as places
 
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("mountpoint", nargs="?", help="an empty directory, or /dev/fd/N from mount.fuse3")
     add("-o", dest="options", action="append", default=[], help=f"mount options: {KNOWN}")
     add("--socket", type=Path, help="where to listen; default DIRECTORY/socket")
+    add("--group", help="whose members use it beside the owner; default: of `twfs create --group`")
     add("--no-mount", action="store_true", help="serve the socket alone")
     add("--arena-bytes", type=int, help="memory for the uploads of all clients")
     add("--payload-bytes", type=int, help="memory for verified payloads of the mount")
@@ -67,20 +68,12 @@ def number_of(option: str, value: str, base: int = 10) -> int:
     return number
 
 
-def group_of(value: str) -> int:
-    """Return the number of a group; InvalidInput if there is none of that name."""
-    try:
-        return grp.getgrnam(value).gr_gid
-    except (KeyError, ValueError) as error:  # ValueError: a NUL in it
-        raise InvalidInput(f"mount option group: there is no group {value!r}") from error
-
-
 def mount_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Parse `-o` into fields of MountOptions, and `socket`; InvalidInput on an unknown one."""
+    """Parse `-o` into fields of MountOptions, and socket and group; InvalidInput on others."""
     readers: dict[str, tuple[str, Callable[[str], Any]]] = {
         "uid": ("uid", lambda value: number_of("uid", value)),
         "gid": ("gid", lambda value: number_of("gid", value)),
-        "group": ("gid", group_of),
+        "group": ("group", gid_of),
         "file_mode": ("file_mode", lambda value: number_of("file_mode", value, 8) & 0o777),
         "dir_mode": ("directory_mode", lambda value: number_of("dir_mode", value, 8) & 0o777),
         "socket": ("socket", Path),
@@ -107,6 +100,8 @@ def config_of(given: argparse.Namespace) -> "DaemonConfig":
     if given.no_mount and given.mountpoint is not None:
         raise InvalidInput(f"--no-mount contradicts the mount point {given.mountpoint}")
     fields = mount_options(given.options)
+    group = gid_of(given.group) if given.group is not None else fields.pop("group", None)
+    fields.pop("group", None)
     socket = given.socket or fields.pop("socket", None)
     fields.pop("socket", None)
     sizes = {
@@ -119,8 +114,9 @@ def config_of(given: argparse.Namespace) -> "DaemonConfig":
             raise InvalidInput(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     mountpoint = None if given.mountpoint is None else str(Path(given.mountpoint).absolute())
     return DaemonConfig(
-        given.directory.absolute(), mountpoint, socket, options=MountOptions(**fields),
-        durability=Durability(given.durability), degraded=not given.no_degraded, **sizes,
+        given.directory.absolute(), mountpoint, socket, group=group,
+        options=MountOptions(**fields), durability=Durability(given.durability),
+        degraded=not given.no_degraded, **sizes,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ The rules of looking.py hold here too.
 # ruff: noqa: ARG002  (the signatures are pyfuse3's)
 
 import errno
+import functools
 import stat
 
 import pyfuse3  # noqa: TID251
@@ -35,6 +36,7 @@ class Operations(ReadOperations):
         """Truncate a pending file; owner, mode and times are accepted, and change nothing."""
         self._check_writable()
         node = self._tree.resolve(self._known.node(inode))
+        self._tree.check_seen(node, ctx.uid)
         if fields.update_size:
             if not isinstance(node, PendingFile):
                 raise FUSEError(errno.EPERM)
@@ -48,6 +50,7 @@ class Operations(ReadOperations):
         """Set the retention class; anything else is accepted only where it changes nothing."""
         self._check_writable()
         node = self._tree.resolve(self._known.node(inode))
+        self._tree.check_seen(node, ctx.uid)
         text = name.decode(errors="replace")
         if isinstance(node, Pending | PendingFile):
             return  # `cp -a` brings the attributes of the source along
@@ -91,17 +94,19 @@ class Operations(ReadOperations):
         if not HASH_PATTERN.match(text):
             raise InvalidInput(f"{text!r} is no prefix hash of 32 hex digits")
         try:
-            self._tree.lookup(parent, text)
+            self._tree.lookup(parent, text, ctx.uid)
         except NoSuchBlock:
             head = PrefixHash(bytes.fromhex(text))
             model = self._tree.model(parent.model)
-            pending = await self._blocking(self._importer.open, model, head)
+            open_it = functools.partial(self._importer.open, model, head, uid=ctx.uid)
+            pending = await self._blocking(open_it)
             return self._tell(pending)
         raise FUSEError(errno.EEXIST)
 
-    async def _create(self, parent_inode: int, name: bytes) -> PendingFile:
+    async def _create(self, parent_inode: int, name: bytes, uid: int) -> PendingFile:
         self._check_writable()
         parent = self._known.node(parent_inode)
+        self._tree.check_seen(parent, uid)
         if not isinstance(self._tree.resolve(parent), Pending) or not isinstance(parent, Pending):
             raise FUSEError(errno.EPERM)
         return await self._blocking(self._importer.create, parent, text_of(name))
@@ -111,7 +116,7 @@ class Operations(ReadOperations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Make a file in a pending import, and open it."""
-        file = await self._create(parent_inode, name)
+        file = await self._create(parent_inode, name, ctx.uid)
         number = self._handles.add(OpenPending(file))
         return pyfuse3.FileInfo(fh=number, direct_io=True), self._tell(file)
 
@@ -122,7 +127,7 @@ class Operations(ReadOperations):
         """Make a file in a pending import: `tar --xattrs` does so before it opens it."""
         if not stat.S_ISREG(mode):
             raise FUSEError(errno.EPERM)
-        return self._tell(await self._create(parent_inode, name))
+        return self._tell(await self._create(parent_inode, name, ctx.uid))
 
     @answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -157,6 +162,7 @@ class Operations(ReadOperations):
         """Rename inside one pending import, as rsync does."""
         self._check_writable()
         parent = self._tree.resolve(self._known.node(parent_inode_old))
+        self._tree.check_seen(parent, ctx.uid)
         if not isinstance(parent, Pending) or parent_inode_old != parent_inode_new:
             raise FUSEError(errno.EPERM)
         if flags & pyfuse3.RENAME_EXCHANGE:
@@ -187,6 +193,7 @@ class Operations(ReadOperations):
         """Take a name out of one directory; the block stays until its session is removed."""
         self._check_writable()
         parent = self._tree.resolve(self._known.node(parent_inode))
+        self._tree.check_seen(parent, ctx.uid)
         if isinstance(parent, Pending):
             await self._blocking(parent.remove, text_of(name))
         elif isinstance(parent, SessionDirectory):
@@ -201,7 +208,7 @@ class Operations(ReadOperations):
         parent, text = self._known.node(parent_inode), text_of(name)
         if not isinstance(parent, ModelDirectory) or text == DETACHED_NAME:
             raise FUSEError(errno.EPERM)
-        node = self._tree.lookup(parent, text)
+        node = self._tree.lookup(parent, text, ctx.uid)
         if isinstance(node, Pending):
             if node.files:
                 raise FUSEError(errno.ENOTEMPTY)

@@ -60,7 +60,7 @@ from twfs.protocol import (
     names_to_wire,
     unpack_numbers,
 )
-from twfs.server import CLIENTS_MAX
+from twfs.shared import CLIENTS_MAX
 from twfs.store import Model, PutOutcome, Retention
 from twfs.units import ALIGN
 

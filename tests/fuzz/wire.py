@@ -107,7 +107,7 @@ def feed_request(data: bytes) -> None:
         assert encode(request)
         take_apart(request)
         if isinstance(request, LOOKING) and not (isinstance(request, CheckAll) and request.data):
-            encode(ANSWERS[type(request)](sample_warehouse(), request))
+            encode(ANSWERS[type(request)](Permitted(sample_warehouse(), 0), request))
 
 
 def take_apart(request: Any) -> None:
@@ -289,7 +289,7 @@ def reply_seeds() -> list[bytes]:
     warehouse.end_owner(owner)
     assert located is not None
     replies: list[AnyReply] = [
-        ANSWERS[type(request)](warehouse, request)
+        ANSWERS[type(request)](Permitted(warehouse, 0), request)
         for request in map(decode_request, request_seeds())
         if isinstance(request, LOOKING)
     ]

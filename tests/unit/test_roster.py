@@ -11,8 +11,9 @@ from support.warehouses import DEVICE_BYTES, MHA, chain_of, make_warehouse, put,
 from twfs.device import Device
 from twfs.errors import CorruptMetadata, DeviceError, TooLarge
 from twfs.metadata import Metadata
-from twfs.roster import Roster, RosterModel, Tenant, read_roster
+from twfs.roster import Roster, RosterModel, read_roster
 from twfs.secret import SECRET_FILE
+from twfs.tenants import Tenant
 from twfs.units import Millis
 from twfs.warehouse import Warehouse
 

@@ -26,6 +26,7 @@ from twfs_tools.rebuild import rebuild
 from twfs_tools.scrub import scrub
 from twfs_tools.serve import mount, serve, unmount
 from twfs_tools.status import status
+from twfs_tools.tenant import app as tenant_app
 
 EXIT_INTERRUPTED: Final = 130
 EXIT_PIPE: Final = 141  # as a program that SIGPIPE ended
@@ -47,6 +48,7 @@ for command in (
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")
 app.add_typer(device_app, name="device")
+app.add_typer(tenant_app, name="tenant")
 app.add_typer(bench.app, name="bench")
 
 

@@ -24,6 +24,10 @@ def create(
         ),
     ] = None,
     *,
+    group: Annotated[
+        str | None,
+        typer.Option("--group", help="Whose members may use it as engines do, beside the owner."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Overwrite what the devices hold now.")
     ] = False,
@@ -35,7 +39,7 @@ def create(
 
     specs = device_specs(directory, image, devices or [])
     with working(f"creating {directory}"):
-        Warehouse.create(directory, specs, force=force)
+        Warehouse.create(directory, specs, force=force, group=group)
     with working("opening it"):
         warehouse = Warehouse.open(directory)
         try:

@@ -12,7 +12,14 @@ from twfs.prefix import Names
 from twfs.store import BlockInfo
 from twfs.units import PrefixHash
 from twfs_tools.output import JsonFlag, print_json, say
-from twfs_tools.target import SocketOption, WarehouseArgument, model_named, opened, parse_hash
+from twfs_tools.target import (
+    SocketOption,
+    TenantOption,
+    WarehouseArgument,
+    model_named,
+    opened,
+    parse_hash,
+)
 
 
 def explain(
@@ -24,8 +31,11 @@ def explain(
     prefix: Annotated[
         str | None, typer.Option("--hash", help="A prefix hash, 32 hex digits.")
     ] = None,
-    salt: Annotated[str, typer.Option("--salt", help="The tenant's salt, hex digits.")] = "",
+    salt: Annotated[
+        str, typer.Option("--salt", help="What the engine adds to the names, hex digits.")
+    ] = "",
     *,
+    tenant: TenantOption = None,
     socket: SocketOption = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -37,15 +47,16 @@ def explain(
     with opened(warehouse, socket) as store:
         info = model_named(store, model)
         if ids is not None:
-            chain = store.open_model(model).chain(_salt(salt)).extend(ids)
-            names = chain.names()
+            opened_for = store.open_model(model, tenant=tenant)
+            number, names = opened_for.tenant, opened_for.chain(_salt(salt)).extend(ids).names()
         else:
-            names = names_of_blocks(store.chain_of(info.id, wanted), info.layout.spine)
-        found = store.explain(info.id, names)
+            blocks = store.chain_of(info.id, wanted)
+            number, names = blocks[0].block.tenant, names_of_blocks(blocks, info.layout.spine)
+        found = store.explain(info.id, names, tenant=number)
     if as_json:
         print_json({
             "model": model, "block_tokens": info.layout.block_tokens,
-            "tokens": None if ids is None else len(ids), "explanation": found,
+            "tenant": number, "tokens": None if ids is None else len(ids), "explanation": found,
         })  # fmt: skip
         return
     say(f"{found.hit_blocks:,} of {found.asked_blocks:,} blocks hit ({found.hit_tokens:,} tokens)")

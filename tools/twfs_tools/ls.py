@@ -6,17 +6,18 @@ import typer
 
 from twfs.store import ModelInfo, SessionInfo, iterate_sessions
 from twfs_tools.output import JsonFlag, age, print_json, print_table, say, size, working
-from twfs_tools.target import SocketOption, WarehouseArgument, model_named, opened
+from twfs_tools.target import SocketOption, TenantOption, WarehouseArgument, model_named, opened
 
 
 def ls(
     warehouse: WarehouseArgument,
     model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
     socket: SocketOption = None,
+    tenant: TenantOption = None,
     *,
     as_json: JsonFlag = False,
 ) -> None:
-    """List sessions: tokens, blocks, bytes of their own and shared, last use, class.
+    """List sessions: tenant, tokens, blocks, bytes of their own and shared, last use, class.
 
     `own` and `shared` count device bytes, headers and padding included, as `du` does; a shared
     block is in the `shared` of each session over it, and once in the model's device bytes.
@@ -24,7 +25,10 @@ def ls(
     """
     with opened(warehouse, socket) as store, working("listing"):
         infos = store.models() if model is None else [model_named(store, model)]
-        listed = [(info, list(iterate_sessions(store, info.id))) for info in infos]
+        listed = [
+            (info, [s for s in iterate_sessions(store, info.id) if tenant in {None, s.tenant}])
+            for info in infos
+        ]
         detached = {info.name: len(store.detached(info.id)) for info in infos}
     if as_json:
         print_json({"models": [_document(info, of, detached[info.name]) for info, of in listed]})
@@ -41,7 +45,7 @@ def session_document(info: SessionInfo) -> dict[str, Any]:
         "head": info.head, "tokens": info.tokens, "blocks": info.blocks,
         "payload_bytes": info.payload_bytes, "own_bytes": info.own_bytes,
         "shared_bytes": info.shared_bytes, "last_use_ms": info.last_use_ms,
-        "published_ms": info.published_ms, "retention": info.retention,
+        "published_ms": info.published_ms, "retention": info.retention, "tenant": info.tenant,
     }  # fmt: skip
 
 
@@ -57,11 +61,12 @@ def _document(info: ModelInfo, sessions: list[SessionInfo], detached: int) -> di
 def _print(info: ModelInfo, sessions: list[SessionInfo], detached: int) -> None:
     """Print one model's table and its sum."""
     print_table(
-        ("SESSION", ">TOKENS", ">BLOCKS", ">OWN", ">SHARED", "CLASS", "LAST USE"),
+        ("SESSION", "TENANT", ">TOKENS", ">BLOCKS", ">OWN", ">SHARED", "CLASS", "LAST USE"),
         [
             (
-                each.head.hex(), f"{each.tokens:,}", f"{each.blocks:,}", size(each.own_bytes),
-                size(each.shared_bytes), each.retention.value, age(each.last_use_ms),
+                each.head.hex(), each.tenant, f"{each.tokens:,}", f"{each.blocks:,}",
+                size(each.own_bytes), size(each.shared_bytes), each.retention.value,
+                age(each.last_use_ms),
             )
             for each in sessions
         ],

@@ -35,12 +35,15 @@ def daemon_command(
     arena_bytes: int | None = None,
     durability: Durability = Durability.STRICT,
     degraded: bool = True,
+    group: str | None = None,
 ) -> list[str]:
     """Return the command line of the daemon; without *mountpoint* it serves its socket alone."""
     command = [sys.executable, "-m", "twfs_mount.main", str(directory)]
     command += [str(mountpoint)] if mountpoint is not None else ["--no-mount"]
     if options:
         command += ["-o", options]
+    if group is not None:
+        command += ["--group", group]
     if socket is not None:
         command += ["--socket", str(socket)]
     if arena_bytes is not None:

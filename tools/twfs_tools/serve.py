@@ -34,6 +34,10 @@ DegradedFlag = Annotated[
         help="Start without devices that are missing or damaged: their blocks are misses.",
     ),
 ]
+GroupOption = Annotated[
+    str | None,
+    typer.Option("--group", help="Whose members use it; default: as `twfs create --group` said."),
+]
 MountOptions = Annotated[
     str, typer.Option("-o", help="ro, allow_other, uid=, gid=, group=, file_mode=, dir_mode=.")
 ]
@@ -49,6 +53,7 @@ def serve(
     options: MountOptions = "",
     *,
     durability: DurabilityOption = Durability.STRICT,
+    group: GroupOption = None,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="Serve the socket alone.")] = False,
     degraded: DegradedFlag = True,
 ) -> None:
@@ -57,7 +62,7 @@ def serve(
         raise MountRefused(f"--no-mount contradicts the mount point {mountpoint}: give one of them")
     _become(
         daemon_command(
-            directory, mountpoint, options=options, socket=socket,
+            directory, mountpoint, options=options, socket=socket, group=group,
             arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
             degraded=degraded,
         )
@@ -77,6 +82,7 @@ def mount(
     arena: ArenaOption = None,
     *,
     durability: DurabilityOption = Durability.STRICT,
+    group: GroupOption = None,
     foreground: Annotated[
         bool,
         typer.Option("--foreground/--background", help="Stay, or come back once it is mounted."),
@@ -86,7 +92,7 @@ def mount(
 ) -> None:
     """Start the daemon with a mount; its log is DIRECTORY/daemon.log when in the background."""
     command = daemon_command(
-        directory, mountpoint, options=options, socket=socket,
+        directory, mountpoint, options=options, socket=socket, group=group,
         arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
         degraded=degraded,
     )  # fmt: skip

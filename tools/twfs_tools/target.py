@@ -30,6 +30,9 @@ SocketOption = Annotated[
     Path | None,
     typer.Option("--socket", help="The daemon's socket, where it is not WAREHOUSE/socket."),
 ]
+TenantOption = Annotated[
+    str | None, typer.Option("--tenant", help="The tenant, as `twfs tenant list` shows it.")
+]
 ADMIN_TIMEOUT_S: Final = 5.0  # a person waits longer than an engine for a busy daemon
 
 

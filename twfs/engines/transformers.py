@@ -75,7 +75,8 @@ class PrefixStore:
     """The KV of one model in a Store: save after a turn, load before the next.
 
     *hf_model* is only looked at here and not kept. Its weights are part of the model's name in the
-    store (*model_name* and 8 hex digits), so other weights never hit; *salt* separates tenants.
+    store (*model_name* and 8 hex digits), so other weights never hit. The KV belongs to *tenant*
+    (None: everybody), for which this user must be allowed to act; *salt* keeps parts of it apart.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class PrefixStore:
         hf_model: Any,
         *,
         block_tokens: int = 256,
+        tenant: str | None = None,
         salt: bytes = b"",
         retention: Retention = Retention.STANDARD,
     ) -> None:
@@ -93,7 +95,7 @@ class PrefixStore:
             revision=revision_of(hf_model), block_tokens=block_tokens,
         )  # fmt: skip
         name = f"{model_name}-{layout.fingerprint.hex()[:NAME_HEX]}"
-        self.model = store.open_model(name, layout)
+        self.model = store.open_model(name, layout, tenant=tenant)
         self._store = store
         self._salt = salt
         self._retention = retention
