@@ -240,7 +240,7 @@ def _fill(  # noqa: PLR0917 - as above
     view: WriteView, key: BlockKey, block: Block, existing: Block, done: Published,
     offline: Collection[int],
 ) -> PutOutcome:  # fmt: skip
-    """Enter one block in the place of a hole, or of what an offline device holds; or say why not."""
+    """Enter a block in the place of a hole, or of what an offline device holds; or say why not."""
     if not same_life(existing, block):
         return PutOutcome.COLLISION
     if not existing.hole:

@@ -78,7 +78,7 @@ def verified(
             f"block {key.prefix_hash.hex()}: its {block.payload_bytes} bytes at "
             f"{block.extents[0]} do not have their checksums"
         )
-    return header, buffer
+    return header, payload
 
 
 def _check_places(devices: "Mapping[int, Device]", key: BlockKey, block: Block) -> None:

@@ -64,6 +64,7 @@ from twfs.messages import (
     WireDevice,
     WriteBlocks,
 )
+from twfs.permitting import Permitted
 from twfs.protocol import (
     FrameBuffer,
     arena_block_of,
