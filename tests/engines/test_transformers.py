@@ -178,6 +178,16 @@ def test_other_salt_never_hits(warehouse: Warehouse, model: Any) -> None:
     assert prefix_store(warehouse, model, salt=b"a").load(ids)[1] == 48
 
 
+def test_other_tenant_never_hits_and_the_same_does(warehouse: Warehouse, model: Any) -> None:
+    for name in ("a", "b"):
+        warehouse.operate("tenant-add", name=name, owner=0, uids=[])
+    ids = tokens_of(64)
+    prefix_store(warehouse, model, tenant="a").save(ids, compute(model, ids)[1])
+    for other in ("b", None):
+        assert prefix_store(warehouse, model, tenant=other).load(ids)[1] == 0
+    assert prefix_store(warehouse, model, tenant="a").load(ids)[1] == 48
+
+
 def test_reopened_warehouse_hits(scratch: Path, model: Any) -> None:
     directory = scratch / "warehouse"
     Warehouse.create(directory, [DeviceSpec(directory / "device0.img", IMAGE_BYTES)])
