@@ -76,26 +76,22 @@ def hello_of(request: AnyRequest) -> Hello:
 
 
 async def make_arena(shared: Shared, hello: Hello, uid: int) -> Arena | None:
-    """Make the arena that *hello* asks for, within what all clients together may have.
+    """Make the arena that *hello* asks for, within what *uid* and all clients together may have.
 
-    It is counted in `shared.arena_bytes`, for its byte_count.
+    It is counted by `shared.add_arena`, for its byte_count; who closes it takes that back.
     """
     if not hello.arena_bytes:
         return None
     byte_count = align_up(hello.arena_bytes)
-    if shared.arena_bytes + byte_count > shared.arena_bytes_max:
-        raise TooLarge(
-            f"an arena of {byte_count} bytes: {shared.arena_bytes} of {shared.arena_bytes_max} "
-            "are given out; ask for less, or start the daemon with larger arena_bytes"
-        )
-    shared.arena_bytes += byte_count
+    shared.check_arena(uid, byte_count)
+    shared.add_arena(uid, byte_count)
     hugetlb = hello.hugetlb and uid in {0, os.geteuid()}
     make = lambda: Arena.shared(byte_count, hugetlb=hugetlb)  # noqa: E731
     try:
-        arena = await trio.to_thread.run_sync(make, limiter=shared.commits)
+        arena = await trio.to_thread.run_sync(make, limiter=shared.account(uid).commits)
     except BaseException:
-        shared.arena_bytes -= byte_count
+        shared.add_arena(uid, -byte_count)
         raise
-    shared.arena_bytes += arena.byte_count - byte_count  # huge pages round up
+    shared.add_arena(uid, arena.byte_count - byte_count)  # huge pages round up
     shared.arenas[arena.pages] += 1
     return arena

@@ -109,6 +109,8 @@ def scout(directory: Path) -> None:
         done = subprocess.run(
             [*command, *TABLES, "children"], capture_output=True, text=True, check=False
         )
+    except PermissionError:  # the interpreter may not be started again by this user: no scout
+        return
     finally:
         os.close(lock_fd)
     if done.returncode:

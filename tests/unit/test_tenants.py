@@ -321,6 +321,7 @@ def test_tenants_and_their_blocks_survive_restart_crash_and_a_lost_device_or_met
         again = warehouse.open_model("m", tenant="acme")
         assert (again, list(warehouse.tenants())) == (acme, listed)
         assert read_all(warehouse, again, names) == 3
+        warehouse.operate("tenant-set", name="acme", uids=[ACME])  # no longer the first
         with monkeypatch.context() as patch:  # a crash between roster and metadata
 
             def crash(*_: object, **__: object) -> None:
