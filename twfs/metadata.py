@@ -46,6 +46,7 @@ from twfs.tables import LENGTH, TABLES, DeviceRecord, ReadView, WriteView
 T = TypeVar("T")
 
 JOBS_PER_COMMIT_MAX: Final = 256  # bounds how long the first of them waits for the others
+FIRST_INO: Final = 1 << 20  # of a block; below are the mount's own
 BACKLOG_MAX: Final = 4096  # jobs queued; more would only hide that the disk is too slow
 
 
@@ -129,7 +130,7 @@ class Metadata:
             for extent in free:
                 view.add_free(extent)
             # 0 is no generation, no inode; 1 is the mount's root.
-            for name, first in (("generation", 1), ("ino", 1 << 20), ("model", 1)):
+            for name, first in (("generation", 1), ("ino", FIRST_INO), ("model", 1)):
                 view.set_counter(name, first)
 
         try:

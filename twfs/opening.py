@@ -34,9 +34,10 @@ from twfs.errors import (
 from twfs.extents import Allocator
 from twfs.formatting import DeviceSpec, format_device
 from twfs.leases import Leases
-from twfs.metadata import Metadata
+from twfs.metadata import FIRST_INO, Metadata
 from twfs.metafile import scout
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
+from twfs.roster import Roster, write_roster
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
 from twfs.slots import GROWTH_MIN, KEY_BYTES, SLOTS_MAX, Slots
 from twfs.store import Durability
@@ -121,10 +122,26 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
     meta.mkdir(modes.OWN_DIRECTORY)
     undo.callback(shutil.rmtree, meta, ignore_errors=True)
     secret = make_secret()
+    _write_first_roster(directory, records, warehouse, secret)
     Metadata.create(meta, warehouse, records, free, secret)
     undo.callback((directory / SECRET_FILE).unlink, missing_ok=True)
     keep_secret(directory, secret)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def _write_first_roster(
+    directory: Path, records: Sequence[DeviceRecord], warehouse: UUID, secret: bytes
+) -> None:
+    """Write the roster of an empty warehouse to all its devices."""
+    with ExitStack() as closing:
+        devices = []
+        for known in records:
+            device = Device.open(
+                directory / known.path, warehouse=warehouse, device=known.uuid, index=known.index
+            )
+            closing.callback(device.close)
+            devices.append(device)
+        write_roster(devices, Roster(ino_end=FIRST_INO), secret, warehouse)
 
 
 def open_device(directory: Path, known: DeviceRecord, warehouse: UUID) -> Standing:

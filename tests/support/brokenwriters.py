@@ -14,7 +14,7 @@ import pytest
 from twfs import evicting, ledger, metadata, putting
 from twfs.core import Core
 from twfs.device import Device
-from twfs.flushing import Flusher
+from twfs.devicestates import Standings
 from twfs.metadata import Metadata
 from twfs.payload import aligned_buffer
 from twfs.putting import Put
@@ -25,7 +25,7 @@ from twfs.warehouse import Warehouse
 
 def no_flush(patch: pytest.MonkeyPatch) -> None:
     """The devices are never flushed."""
-    patch.setattr(Flusher, "flush", lambda _: None)
+    patch.setattr(Standings, "flush", lambda *_: set())
 
 
 class _Late:

@@ -29,7 +29,7 @@ from support.warehouses import (
     read_all,
     records_of,
 )
-from twfs import check
+from twfs import proving
 from twfs.device import Device
 from twfs.errors import TwfsError
 from twfs.records import BlockKey
@@ -85,7 +85,7 @@ class Cutter:
             transfer(device, call, verb, *where)
 
         patch.setattr(Device, "_transfer", noted)
-        patch.setattr(check, "THREADS", 1)  # to start eight takes longer than all that they read
+        patch.setattr(proving, "THREADS", 1)  # to start eight takes longer than all that they read
 
     def overwrite(self, device: str, offset: int, data: bytes) -> None:
         """Change a device of the copy."""
