@@ -180,14 +180,17 @@ class Metadata:
             if self._closed:
                 raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
             self._reading += 1
+        view: ReadView | None = None
         try:
-            with self._environment.begin() as txn:
-                yield ReadView(txn, self._tables)
+            view = ReadView(self._environment.begin(), self._tables)
+            yield view
         except lmdb.Error as error:
             raise CorruptMetadata(
                 f"{self.directory / 'data.mdb'} cannot be read: {error}; see `twfs check`"
             ) from error
         finally:
+            if view is not None:
+                view.end()
             with self._users:
                 self._reading -= 1
                 self._users.notify_all()
@@ -277,9 +280,13 @@ class Metadata:
         return True
 
     def statistics(self) -> dict[str, int]:
-        """Commits, jobs in them, and bytes of the file."""
+        """Commits, jobs in them, bytes of the file, slots of readers in use."""
         size = (self.directory / "data.mdb").stat().st_size
-        return {"commits": self._commits, "jobs": self._jobs, "file_bytes": size}
+        slots = self._environment.readers().count("\n") - 1  # below a heading, or one line of none
+        return {
+            "commits": self._commits, "jobs": self._jobs, "file_bytes": size,
+            "readers": max(0, slots),
+        }  # fmt: skip
 
     def verify(self) -> list[str]:
         """Problems that LMDB's own offline checker finds, in words."""
