@@ -73,6 +73,7 @@ class ClientsMachine(RuleBasedStateMachine):
         self.puts: list[Put] = []
         self.held: list[Held] = []
         self.written = 0
+        self.known: list[tuple[str, list[int]]] = []  # paths that were put once
 
     @initialize()
     def open_models(self) -> None:
@@ -117,6 +118,7 @@ class ClientsMachine(RuleBasedStateMachine):
     @rule(handle=handles, name=which, path=paths, cut=st.integers(0, 5))
     def put(self, handle: int, name: str, path: list[int], cut: int) -> None:
         model = self.models[name]
+        self.known.append((name, path))
         names = names_along(model, path)
         names = names.slice(min(cut, len(path) - 1), len(path)) if cut < 2 else names
         for shard in range(model.layout.shards):
@@ -145,10 +147,13 @@ class ClientsMachine(RuleBasedStateMachine):
                     return index
         return len(names)
 
-    @rule(handle=handles, name=which, path=paths, keep=st.booleans())
-    def match(self, handle: int, name: str, path: list[int], keep: bool) -> None:
+    @precondition(lambda self: self.known)
+    @rule(handle=handles, number=numbers, more=st.lists(st.integers(0, 1), max_size=2))
+    def match(self, handle: int, number: int, more: list[int]) -> None:
+        """The chain of a path that was put, or one that goes on behind it."""
+        name, path = self.known[number % len(self.known)]
         model, client = self.models[name], self.clients[handle]
-        names = names_along(model, path)
+        names = names_along(model, path + more)
         stop = self.stop_of(model, names)
         assert {each.lookup(model, names) for each in self.clients} == {stop}
         match = client.match(model, names)
@@ -160,7 +165,7 @@ class ClientsMachine(RuleBasedStateMachine):
         }
         held = Held(client, match, wanted)
         self.read(held)
-        if keep and stop and len(self.held) < HELD_MAX:
+        if stop and len(self.held) < HELD_MAX:
             self.held.append(held)
         else:
             match.release()
@@ -198,6 +203,7 @@ class ClientsMachine(RuleBasedStateMachine):
             except NoSuchBlock:
                 del self.published[key]
 
+    @precondition(lambda self: self.published)
     @rule(handle=handles, blocks=st.sampled_from([1, 3, 100]))
     def evict(self, handle: int, blocks: int) -> None:
         before = set(self.published)
@@ -210,6 +216,7 @@ class ClientsMachine(RuleBasedStateMachine):
         }
         assert leased & before <= set(self.published)
 
+    @precondition(lambda self: self.published)
     @rule(handle=handles, name=which, number=numbers)
     def remove(self, handle: int, name: str, number: int) -> None:
         model, client = self.models[name], self.clients[handle]
@@ -220,6 +227,7 @@ class ClientsMachine(RuleBasedStateMachine):
             self.gone()
             assert BlockKey(model.id, head, 0, 0) not in self.published
 
+    @precondition(lambda self: self.held or self.puts)
     @rule(handle=handles)
     def reconnect(self, handle: int) -> None:
         """A client leaves: its leases end, and its puts; a new one comes."""
@@ -230,6 +238,7 @@ class ClientsMachine(RuleBasedStateMachine):
             self.held.remove(held)
         self.clients[handle] = self.daemon.client(arena_bytes=1 << 20)
 
+    @precondition(lambda self: self.held or self.puts)
     @rule()
     def crash(self) -> None:
         """The daemon is killed: every lease is over, and all that was published is there."""
