@@ -222,14 +222,17 @@ class Metadata:
             if self._closed:
                 raise WarehouseClosed(f"{self.directory.parent} has been closed: open it again")
             self._reading += 1
+        view: ReadView | None = None
         try:
-            with self._environment.begin() as txn:
-                yield ReadView(txn, self._tables)
+            view = ReadView(self._environment.begin(), self._tables)
+            yield view
         except lmdb.Error as error:
             raise CorruptMetadata(
                 f"{self.directory / 'data.mdb'} cannot be read: {error}; see `twfs check`"
             ) from error
         finally:
+            if view is not None:
+                view.end()
             with self._users:
                 self._reading -= 1
                 self._users.notify_all()
@@ -402,10 +405,12 @@ class Metadata:
             done.queued.end(done.queued.settled, done.result)
 
     def statistics(self) -> dict[str, int]:
-        """Commits, jobs in them, syncs beside them, and bytes of the file."""
+        """Commits, jobs in them, syncs beside them, bytes of the file, slots of readers in use."""
         size = (self.directory / "data.mdb").stat().st_size
+        slots = self._environment.readers().count("\n") - 1  # below a heading, or one line of none
         return {
-            "commits": self._commits, "jobs": self._jobs, "syncs": self._syncs, "file_bytes": size,
+            "commits": self._commits, "jobs": self._jobs, "syncs": self._syncs,
+            "file_bytes": size, "readers": max(0, slots),
         }  # fmt: skip
 
     def close(self) -> None:

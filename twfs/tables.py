@@ -174,6 +174,15 @@ class ReadView:
         self._tables = tables
         self._blocks = tables["blocks"]
 
+    def end(self) -> None:
+        """End the snapshot, and let go of it.
+
+        LMDB has few slots for readers, and py-lmdb gives one back only with the transaction's
+        object: whoever keeps this view, a traceback for one, must not keep that.
+        """
+        txn, self._txn = self._txn, None
+        txn.abort()
+
     def meta(self, name: str) -> bytes | None:
         """A value of the meta table."""
         return self._get("meta", name.encode())

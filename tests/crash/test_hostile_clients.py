@@ -5,12 +5,14 @@ the hostile one, and a warehouse that holds all invariants.
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fuzz.mutating import mutated_packed
+from fuzz.wire import request_seeds
 from support.daemon import PATIENT_S, REPOSITORY, Daemon, running_daemon
 from twfs.checksums import checksums_of
 from twfs.client import Client
@@ -66,6 +70,7 @@ from twfs.units import ALIGN
 
 LAYOUT = Layout("m", (Group(2, 2, 8),), 16)
 ARENA_BYTES = 64 * ALIGN
+SPOILT_TURNS = 60
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +252,31 @@ def test_random_bytes_after_the_hello_harm_nobody(served: Daemon, data: bytes) -
             pass
     with served.client() as client:
         client.changes()
+
+
+@pytest.mark.slow
+def test_spoilt_messages_on_many_connections_meet_no_bug_and_stop_nobody(daemon: Daemon) -> None:
+    """Messages that are good but for a field, in any order, between those of a client at work."""
+    chance, seeds = random.Random(7), request_seeds()
+    with daemon.client() as client:
+        model = client.open_model("worker", LAYOUT)
+        for turn in range(SPOILT_TURNS):
+            peers = [Peer(daemon, hello=chance.random() < 0.9) for _ in range(8)]
+            for peer in peers:
+                bodies = [chance.choice(seeds) for _ in range(6)]
+                frames = [frame_of(mutated_packed(chance, body) or b"x") for body in bodies]
+                with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
+                    peer.sock.sendall(b"".join(frames))
+            names = model.chain().extend(list(range(64 * turn, 64 * turn + 64))).names()
+            assert client.put(model, names, [bytes(LAYOUT.block_bytes())] * 4).held == 4
+            assert client.lookup(model, names) in {0, 4}  # a spoilt EvictBytes may be a good one
+            for peer in peers:
+                peer.sock.close()
+                if peer.arena >= 0:
+                    os.close(peer.arena)
+        _until_alone(client)
+        assert client.statistics()["server"]["errors"].get("unexpected", 0) == 0
+        assert client.check(data=True).findings == ()
 
 
 def test_half_a_hello_and_silence_is_closed_and_others_do_not_wait(daemon: Daemon) -> None:

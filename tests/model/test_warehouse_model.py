@@ -22,9 +22,8 @@ from hypothesis.stateful import (
     rule,
 )
 
+from support.modelling import MODEL_LAYOUTS, fresh_payload, names_along, paths, which
 from support.warehouses import (
-    MHA,
-    SHARDED,
     assert_memory_agrees,
     links_of,
     make_warehouse,
@@ -46,12 +45,10 @@ from twfs.store import ArenaBlock, Model, PutOutcome, ReadOutcome, Retention
 from twfs.units import ByteCount, PrefixHash, align_up
 from twfs.warehouse import Warehouse
 
-LAYOUTS: dict[str, Layout] = {"plain": MHA, "sharded": SHARDED}
+LAYOUTS = MODEL_LAYOUTS
 OPEN_MAX = 3  # puts and leases at once
 
-paths = st.lists(st.integers(0, 1), min_size=1, max_size=6)
 some_shards = st.sampled_from([(0,), (1,), (0, 1)])
-which = st.sampled_from(sorted(LAYOUTS))
 # Few keys and any parents: rings, branches, orphans and contradictions come by themselves.
 own_keys = st.lists(
     st.tuples(
@@ -106,11 +103,8 @@ class WarehouseMachine(RuleBasedStateMachine):
             self.models[name] = self.warehouse.open_model(name, layout)
 
     def names(self, name: str, path: Sequence[int]) -> Names:
-        """The chain along *path*: every block one token, many times."""
-        chain = self.models[name].chain()
-        for step in path:
-            chain.extend([step] * 16)
-        return chain.names()
+        """The chain along *path*."""
+        return names_along(self.models[name], path)
 
     def records(self) -> dict[BlockKey, Block]:
         return records_of(self.warehouse._core)
@@ -118,7 +112,7 @@ class WarehouseMachine(RuleBasedStateMachine):
     def fresh(self, layout: Layout) -> bytes:
         """A payload that was never there before."""
         self.written += 1
-        return np.random.default_rng(self.written).bytes(layout.block_bytes())
+        return fresh_payload(layout, self.written)
 
     def begin(self, name: str, names: Names, shard: int) -> None:
         """Begin a put and hand over all bytes."""

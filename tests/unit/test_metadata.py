@@ -314,6 +314,25 @@ def test_close_waits_for_reads_under_way(directory: Path) -> None:
     closer.join()
 
 
+def test_errors_that_are_kept_with_their_frames_keep_no_reader_slot(metadata: Metadata) -> None:
+    """LMDB has a slot for each transaction object; a traceback keeps those of its frames alive."""
+    kept: list[BaseException] = []
+
+    def look() -> None:
+        with metadata.read() as view:
+            assert view.counter("model") == 1
+            raise KeyError("nothing there")
+
+    for _ in range(2000):
+        try:
+            look()
+        except KeyError as error:
+            kept.append(error)
+    assert metadata.statistics()["readers"] <= 1  # one is kept for the next
+    with metadata.read() as view:
+        assert view.counter("model") == 1
+
+
 def test_only_one_process_or_object_opens_it(metadata: Metadata) -> None:
     with pytest.raises(WarehouseBusy, match="daemon's socket"):
         Metadata.open(metadata.directory)

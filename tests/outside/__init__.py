@@ -1,0 +1,1 @@
+"""Suites of others on the mount; see README.md."""
