@@ -26,6 +26,8 @@ from twfs.warehouse import Warehouse
 FOREVER: Final = 1 << 30
 # A report: "put" or "gone", seed, fork and blocks of a chain (see chain_of; fork -1 is none).
 Report = tuple[str, int, int, int]
+# What a block keeps for life; a rebuild gives its model another number.
+Name = tuple[bytes, int, int]
 
 
 def write(directory: Path, seed: int, turns: int, report: Callable[[Report], None]) -> None:
@@ -52,8 +54,8 @@ class Survivor:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.durable: set[Report] = set()
-        self.lives: dict[int, BlockKey] = {}
-        self.inos: dict[int, BlockKey] = {}
+        self.lives: dict[int, Name] = {}
+        self.inos: dict[int, Name] = {}
 
     def note(self, reports: list[Report]) -> None:
         """Take what a writer has reported, in its order."""
@@ -90,8 +92,9 @@ class Survivor:
         if block.generation not in self.lives:  # else the checker has proved it to be unchanged
             payload = warehouse.read_block(warehouse.block_info(key))
             assert bytes(payload) == payload_of(model.layout, key.prefix_hash).tobytes()
-        assert self.lives.setdefault(block.generation, key) == key
-        assert self.inos.setdefault(block.ino, key) == key
+        name = (key.prefix_hash, key.group, key.shard)
+        assert self.lives.setdefault(block.generation, name) == name
+        assert self.inos.setdefault(block.ino, name) == name
 
 
 def main(directory: str, seed: str, turns: str) -> None:

@@ -9,6 +9,7 @@ prints what it found as JSON.
 import json
 import select
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -24,8 +25,11 @@ from twfs.warehouse import Warehouse
 PATIENT_S: Final = 20.0
 
 
-def drain_for_ever(directory: Path) -> None:
-    """Empty devices 0 and 1 by turns; every batch is one block, so that kills find many places."""
+def drain_for_ever(directory: Path, report: Callable[[int], None]) -> None:
+    """Empty devices 0 and 1 by turns; every batch is one block, so that kills find many places.
+
+    *report* gets the number of a device whose drain has begun.
+    """
     moving.BATCH_BLOCKS_MAX = 1  # type: ignore[misc]
     with Warehouse.open(directory) as warehouse:
         for index in warehouse.devices:
@@ -33,8 +37,7 @@ def drain_for_ever(directory: Path) -> None:
         while True:
             for index in sorted(warehouse.devices):
                 warehouse.operate("device-drain", device=index, rate_bytes_s=1 << 40)
-                sys.stdout.write(f"{index}\n")
-                sys.stdout.flush()
+                report(index)
 
                 def done(index: int = index) -> bool:
                     rows = warehouse.operate("device-list")
@@ -78,9 +81,15 @@ def read_for_ever(socket: Path, blocks: int, seeds: list[int]) -> dict[str, int]
     return {**found, "devices": len(seen)}
 
 
+def say(index: int) -> None:
+    """Print that the drain of a device has begun."""
+    sys.stdout.write(f"{index}\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "drain":
-        drain_for_ever(Path(sys.argv[2]))
+        drain_for_ever(Path(sys.argv[2]), say)
     else:
         given = read_for_ever(Path(sys.argv[2]), int(sys.argv[3]), list(map(int, sys.argv[4:])))
         sys.stdout.write(json.dumps(given) + "\n")

@@ -4,6 +4,7 @@
 takes them. Started anew on what the last one left, until it is killed again.
 """
 
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,11 +14,18 @@ from typing import Final
 import trio
 
 from support.crashing import FOREVER, Report, write
-from support.warehouses import DEVICE_BYTES, MHA, open_warehouse
+from support.draining import drain_for_ever
+from support.mounting import until
+from support.warehouses import DEVICE_BYTES, MHA, open_warehouse, stop_tending
+from twfs import repair
 from twfs.errors import CorruptMetadata, CorruptSuperblock, NoSuchWarehouse, WrongDevice
 from twfs.formatting import DeviceSpec
+from twfs.metadata import Metadata
+from twfs.rebuild import rebuild
+from twfs.records import BlockKey
 from twfs.server import serve
-from twfs.units import ByteCount
+from twfs.tables import WriteView
+from twfs.units import ByteCount, PrefixHash
 from twfs.warehouse import Warehouse
 
 Reporting = Callable[[Report], None]
@@ -70,10 +78,82 @@ def make_again(directory: Path) -> None:
     shutil.rmtree(directory / "made")
 
 
+def scrubber(directory: Path, _: int, report: Reporting) -> None:
+    """Read every block again and again."""
+    with Warehouse.open(directory) as warehouse:
+        while True:
+            warehouse.operate("scrub-start", rate_bytes_s=0, whole=True)
+            report(("scrubbing", 0, 0, 0))
+            until(lambda: warehouse.operate("scrub-status")["state"] != "running", "a pass ends")
+
+
+def drainer(directory: Path, _: int, report: Reporting) -> None:
+    """Move every block from one device to the other, and back."""
+    drain_for_ever(directory, lambda index: report(("draining", index, 0, 0)))
+
+
+def repairer(directory: Path, seed: int, report: Reporting) -> None:
+    """Break what can be made anew from the blocks, and repair it."""
+    chance = random.Random(seed)
+    while True:
+        metadata = Metadata.open(directory / "meta")
+        metadata.submit(lambda view: break_tables(view, chance)).result()
+        metadata.close()
+        report(("broken", 0, 0, 0))
+        repair.run(directory)
+
+
+def break_tables(view: WriteView, chance: random.Random) -> None:
+    """Lose some heads, children and free runs."""
+    for model, prefix_hash in list(view.all_heads()):
+        if chance.random() < LOSSES:
+            view.drop_head(model, prefix_hash)
+    for parent, child in list(view.all_children()):
+        if chance.random() < LOSSES:
+            view.drop_child(BlockKey.unpack(parent), PrefixHash(child))
+    for run in list(view.runs("free")):
+        if chance.random() < LOSSES:
+            view.take_free(run)
+
+
+def rebuilder(directory: Path, _: int, report: Reporting) -> None:
+    """Make the metadata anew."""
+    while True:
+        rebuild(directory, force=True)
+        report(("rebuilt", 0, 0, 0))
+
+
 VICTIMS: Final[dict[str, Callable[[Path, int, Reporting], None]]] = {
     "writer": writer,
     "daemon": daemon,
     "creator": creator,
+    "scrubber": scrubber,
+    "drainer": drainer,
+    "repairer": repairer,
+    "rebuilder": rebuilder,
+}
+LOSSES: Final = 0.2  # of what a repairer has to mend
+
+
+def settle_repair(directory: Path) -> None:
+    """What a killed repairer left is mended by another run."""
+    repair.run(directory)
+    assert repair.run(directory).done == ()
+
+
+def settle_drain(directory: Path) -> None:
+    """What a killed drainer left: both devices take blocks again."""
+    with open_warehouse(directory) as warehouse:
+        for index in list(warehouse.devices):
+            warehouse.operate("device-online", device=index)
+        stop_tending(warehouse)
+
+
+# What is done after a kill, before the warehouse is looked at.
+SETTLING: Final[dict[str, Callable[[Path], None]]] = {
+    "creator": settle_created,
+    "drainer": settle_drain,
+    "repairer": settle_repair,
 }
 
 
