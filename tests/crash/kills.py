@@ -4,8 +4,9 @@
     python tests/crash/kills.py --kills 0 --every-syscall 200       # each of the first 200 calls
 
 Kills the processes of support/victims.py one after the other on one warehouse that outlives them
-all. After every kill (or so many-th) it is opened: all that was reported durable is there, byte for byte, nothing
-is reserved or in limbo, no generation or inode is given twice, and the checker finds nothing.
+all. After every kill (or so many-th) it is opened: all that was reported durable is there, byte
+for byte, nothing is reserved or in limbo, no generation or inode is given twice, and the checker
+finds nothing.
 
 Prints one JSON document: kills of each victim and kind, and `problems`; the exit code is 0 if there
 are none, else the directory stays.
