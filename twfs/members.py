@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from twfs import modes
 from twfs import slots as states
 from twfs.core import Core
 from twfs.device import Device, DeviceStatistics
@@ -159,6 +160,9 @@ class Members:
                 index, superblock.device, name_of(core.directory, path), superblock.size_bytes
             )
             try:
+                group = modes.group_of(core.directory)
+                if group is not None:
+                    modes.share_image(path, group)
                 self._take_in(record)
             except BaseException:
                 if fresh:

@@ -35,16 +35,25 @@ def gid_of(group: str) -> int:
 def share(directory: Path, images: Iterable[Path], group: str) -> None:
     """Let *group* pass *directory* and read those of *images* that are files; NotAllowed."""
     gid = gid_of(group)
-    path = directory
     try:
         os.chown(directory, -1, gid)
         directory.chmod(SHARED_DIRECTORY)
-        for path in images:
-            if stat.S_ISREG(path.stat().st_mode):
-                os.chown(path, -1, gid)
-                path.chmod(SHARED_IMAGE)
     except OSError as error:
-        raise NotAllowed(f"{path} cannot be given to group {group}: {error.strerror}") from error
+        raise NotAllowed(
+            f"{directory} cannot be given to group {group}: {error.strerror}"
+        ) from error
+    for path in images:
+        share_image(path, gid)
+
+
+def share_image(path: Path, gid: int) -> None:
+    """Let the group *gid* read the device at *path* if it is a file; NotAllowed."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            os.chown(path, -1, gid)
+            path.chmod(SHARED_IMAGE)
+    except OSError as error:
+        raise NotAllowed(f"{path} cannot be given to group {gid}: {error.strerror}") from error
 
 
 def group_of(directory: Path) -> int | None:

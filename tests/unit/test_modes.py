@@ -156,3 +156,12 @@ def test_the_daemon_runs_without_any_privilege(scratch: Path) -> None:
     with Warehouse.open(home) as warehouse:
         assert warehouse.lookup(warehouse.open_model("m"), names) == 3
         assert warehouse.check(data=True).findings == ()
+
+
+@pytest.mark.root
+def test_an_image_that_is_added_is_the_groups_too(scratch: Path) -> None:
+    make(scratch / "w", str(GROUP))
+    with Warehouse.open(scratch / "w") as warehouse:
+        path = scratch / "w" / "b.img"
+        warehouse.operate("device-add", path=str(path), size_bytes=DEVICE_BYTES)
+        assert mode_of(path) == ("0o640", GROUP)

@@ -5,6 +5,7 @@ for a tenant is decided by the uid that the kernel vouches for.
 """
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from twfs.errors import (
 )
 from twfs.metadata import Metadata
 from twfs.prefix import Names
+from twfs.rebuild import rebuild
 from twfs.records import Header
 from twfs.secret import SALT_BYTES
 from twfs.store import Model, PutOutcome, ReadOutcome, Retention, iterate_heads, iterate_sessions
@@ -624,3 +626,22 @@ def test_threads_of_one_user_wait_behind_their_own(scratch: Path) -> None:
         assert limiter.borrowed_tokens == 0
 
     trio.run(main)
+
+
+def test_tenants_and_their_blocks_survive_the_loss_of_the_metadata(scratch: Path) -> None:
+    with two_tenants(scratch) as (warehouse, _, acme, other):
+        names, theirs = chain_of(acme, 3), chain_of(other, 2)
+        put(warehouse, acme, names)
+        put(warehouse, other, theirs)
+        listed = list(warehouse.tenants())
+    shutil.rmtree(scratch / "meta")
+    rebuild(scratch)
+    with open_warehouse(scratch) as warehouse:
+        assert list(warehouse.tenants()) == listed
+        again = warehouse.open_model("m", tenant="acme")
+        assert (again.tenant, again.salt) == (acme.tenant, acme.salt)
+        assert read_all(warehouse, again, names) == 3
+        assert warehouse.lookup(again, theirs) == 0
+        warehouse.operate("tenant-add", name="third", owner=OWNER, uids=[])
+        third = next(each for each in warehouse.tenants() if each.name == "third")
+        assert third.id not in {each.id for each in listed}
