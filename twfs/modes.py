@@ -20,15 +20,16 @@ from twfs.errors import InvalidInput, NotAllowed
 OWN_DIRECTORY: Final = 0o700
 SHARED_DIRECTORY: Final = 0o750
 SHARED_IMAGE: Final = 0o640
+GID_DIGITS_MAX: Final = 9  # all of nine digits fit the kernel's 32 bits
 
 
 def gid_of(group: str) -> int:
     """Return the number of *group*, a name or a number; InvalidInput if there is no such name."""
-    if group.isascii() and group.isdigit():
+    if group.isascii() and group.isdigit() and len(group) <= GID_DIGITS_MAX:
         return int(group)
     try:
         return grp.getgrnam(group).gr_gid
-    except KeyError as error:
+    except (KeyError, ValueError) as error:  # ValueError: a NUL in it
         raise InvalidInput(f"there is no group {group!r}: make it with `groupadd`") from error
 
 

@@ -122,7 +122,7 @@ class Roster:
                     for each in parts["tenants"]
                 ),
             )  # fmt: skip
-        except (zlib.error, KeyError, TypeError, InvalidInput) as error:
+        except (zlib.error, KeyError, TypeError, RecursionError, InvalidInput) as error:
             raise ValueError(f"roster cannot be read: {error}") from error
 
 

@@ -13,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 
 from twfs import ledger
-from twfs.errors import InvalidInput
 from twfs.layout import GroupKind, Layout
 from twfs.records import (
     BLOCK_DTYPE,
@@ -27,7 +26,7 @@ from twfs.records import (
 )
 from twfs.secret import SECRET_BYTES
 from twfs.slots import KEY_BYTES, IntArray
-from twfs.tables import LENGTH, LIMBO, MODEL_KEY, PLACE_KEY, ModelRecord, ReadView
+from twfs.tables import LENGTH, LIMBO, MODEL_KEY, PLACE_KEY, UNREADABLE, ModelRecord, ReadView
 from twfs.units import ALIGN, EXTENTS_MAX, HASH_BYTES, KEY_BYTES_MAX, ModelId, PrefixHash
 
 # Strings of fixed length: they are ordered as LMDB orders them, and compare as a whole.
@@ -391,7 +390,7 @@ def _models(
         try:
             number = ModelId(MODEL_KEY.unpack(key)[0])
             models[number] = ModelRecord.unpack(number, value)
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error, InvalidInput) as why:
+        except UNREADABLE as why:
             aside.append(Unreadable("models", key, value, f"model {key.hex()}: {why!r}"))
     for key, value in view.raw("names"):
         try:
