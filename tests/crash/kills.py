@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from support.crashing import Report, Survivor
+from support.crashing import Report, Survivor, received
 from support.victims import SETTLING, VICTIMS
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, make_warehouse, payloads_of
 from twfs.client import Client, connect
@@ -52,17 +52,6 @@ TRACED_S: Final = 60.0
 def child(name: str, directory: Path, seed: int, pipe: Connection) -> None:
     """The process that is to be killed."""
     VICTIMS[name](directory, seed, pipe.send)
-
-
-def received(pipe: Connection) -> list[Report]:
-    """What a dead victim had reported."""
-    reports = []
-    try:
-        while pipe.poll():
-            reports.append(pipe.recv())
-    except EOFError:
-        pass
-    return reports
 
 
 class Engine:

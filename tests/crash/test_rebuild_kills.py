@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from support.rebuilding import State, assert_back, fill, state_of
+from support.tracing import STRACE, needs_strace
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, open_warehouse, put, read_all
 from twfs.errors import CorruptMetadata, NoSuchWarehouse
 from twfs.rebuild import rebuild
@@ -27,7 +28,6 @@ SYSCALLS = (
     "write,pwrite64,pwritev,pwritev2,fdatasync,fsync,msync,rename,renameat,renameat2,link,linkat,"
     "mkdir,mkdirat,unlink,unlinkat,rmdir,ftruncate,fallocate"
 )
-STRACE = shutil.which("strace")
 SOME = 3
 
 
@@ -42,14 +42,6 @@ def traced(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-
-
-def may_trace() -> bool:
-    """Tell whether strace is there and may trace here."""
-    if STRACE is None:
-        return False
-    command = [STRACE, "-f", "-qq", "-o", "/dev/null", "true"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def points(log: str) -> list[tuple[str, int]]:
@@ -81,7 +73,7 @@ def made(directory: Path) -> tuple[State, bool]:
         return state_of(warehouse), exactly
 
 
-@pytest.mark.skipif(not may_trace(), reason="needs strace, and the right to trace")
+@needs_strace
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("old", ["lost", "outdated"])

@@ -13,26 +13,18 @@ from pathlib import Path
 import pytest
 
 from support.breaking import break_one, fill
+from support.tracing import STRACE, needs_strace
 from support.warehouses import make_warehouse, open_warehouse, payload_of, records_of
 from twfs import repair
 from twfs.payload import read_payload
 
 REPOSITORY = Path(__file__).parents[2]
 SYSCALLS = "pwrite64,pwritev,pwritev2,writev,fdatasync,fsync,msync"
-STRACE = shutil.which("strace")
 BREAKAGES = (
     ("superblock", (0, 30, 1)), ("header", (3, 200, 1)), ("record", (5, 60, 7)),
     ("two in one place", (1, 4, 0)), ("free run anywhere", (3, 4, 0)), ("lost child", (1, 0, 0)),
     ("lost head", (0, 0, 0)), ("counter", (0, 1, 0)), ("roster", (0, 1, 1)), ("roster", (1, 1, 1)),
 )  # fmt: skip
-
-
-def may_trace() -> bool:
-    """Tell whether strace is there and may trace here."""
-    if STRACE is None:
-        return False
-    command = [STRACE, "-f", "-qq", "-o", "/dev/null", "true"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def repair_until(directory: Path, number: int) -> int:
@@ -48,7 +40,7 @@ def repair_until(directory: Path, number: int) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-@pytest.mark.skipif(not may_trace(), reason="needs strace, and the right to trace")
+@needs_strace
 @pytest.mark.slow
 def test_a_repair_killed_at_every_write_or_flush_is_finished_by_the_next(scratch: Path) -> None:
     make_warehouse(scratch / "broken")

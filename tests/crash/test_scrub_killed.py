@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support.tracing import STRACE, needs_strace
 from support.warehouses import (
     DEVICE_BYTES,
     MHA,
@@ -28,21 +29,12 @@ from support.warehouses import (
 from twfs.warehouse import Warehouse
 
 REPOSITORY = Path(__file__).parents[2]
-STRACE = shutil.which("strace")
 BLOCKS = 24
 BAD = (3, 8, 9, 15, 23)
 CALLS = ("preadv,preadv2,pread64", "pwrite64,pwritev,pwritev2", "fdatasync,fsync,msync")
 QUICK = ((0, 20), (0, 33), (1, 8), (2, 3), (2, 6))
 KILLS = int(os.environ.get("TWFS_SCRUB_KILLS", "0"))
 MOMENTS = [(kind, n) for kind in range(3) for n in range(1, KILLS + 1)] or QUICK
-
-
-def may_trace() -> bool:
-    """Tell whether strace is there and may trace here."""
-    if STRACE is None:
-        return False
-    command = [STRACE, "-f", "-qq", "-o", "/dev/null", "true"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def scrub(directory: Path, *before: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +46,7 @@ def scrub(directory: Path, *before: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not may_trace(), reason="needs strace, and the right to trace")
+@needs_strace
 @pytest.mark.slow
 def test_a_scrubber_killed_at_the_nth_call_leaves_nothing_broken(scratch: Path) -> None:
     source = scratch / "source"

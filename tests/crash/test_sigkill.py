@@ -6,7 +6,6 @@ Killed at random moments, and at the n-th write or flush of each of its threads.
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,29 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from support.crashing import FOREVER, Report, Survivor, write
+from support.crashing import FOREVER, Report, Survivor, received, write
+from support.tracing import STRACE, needs_strace
 from support.warehouses import DEVICE_BYTES, make_warehouse
 
 REPOSITORY = Path(__file__).parents[2]
 KILLS = 25
 SYSCALLS = "pwrite64,pwritev,pwritev2,fdatasync,fsync,msync"
-STRACE = shutil.which("strace")
 
 
 def child(directory: Path, seed: int, pipe: Connection) -> None:
     """The writer that is to be killed."""
     write(directory, seed, FOREVER, pipe.send)
-
-
-def received(pipe: Connection) -> list[Report]:
-    """What a dead writer had reported."""
-    reports = []
-    try:
-        while pipe.poll():
-            reports.append(pipe.recv())
-    except EOFError:
-        pass
-    return reports
 
 
 @pytest.mark.slow
@@ -63,15 +51,7 @@ def test_a_writer_killed_at_random_moments_loses_nothing_it_reported(scratch: Pa
     assert len(survivor.durable) > 20
 
 
-def may_trace() -> bool:
-    """Tell whether strace is there and may trace here."""
-    if STRACE is None:
-        return False
-    command = [STRACE, "-f", "-qq", "-o", "/dev/null", "true"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not may_trace(), reason="needs strace, and the right to trace")
+@needs_strace
 @pytest.mark.slow
 def test_a_writer_killed_at_every_nth_write_or_flush_loses_nothing_it_reported(
     scratch: Path,

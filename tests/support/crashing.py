@@ -6,6 +6,7 @@
 import random
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +47,17 @@ def write(directory: Path, seed: int, turns: int, report: Callable[[Report], Non
             assert put(warehouse, model, names).held == blocks
             report(("put", own, fork, blocks))
     warehouse.close()
+
+
+def received(pipe: Connection) -> list[Report]:
+    """What a dead writer had reported."""
+    reports = []
+    try:
+        while pipe.poll():
+            reports.append(pipe.recv())
+    except EOFError:
+        pass
+    return reports
 
 
 class Survivor:
