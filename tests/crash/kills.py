@@ -44,8 +44,12 @@ SYSCALLS: Final = (
     "fallocate,ftruncate,ioctl"
 )
 FIRST_REPORT_S: Final = 20.0
-AFTER_REPORT_S: Final = 0.03  # at most so long into the midst of what follows the last report
-REPORTS_MAX: Final = 10
+# Of each victim: so many reports at most are waited for, and then so many seconds at most, into the
+# midst of what follows.
+MOMENTS: Final = {
+    "writer": (10, 0.03), "daemon": (1, 0.3), "creator": (2, 0.05), "scrubber": (1, 0.1),
+    "drainer": (1, 0.2), "repairer": (1, 0.2), "rebuilder": (1, 0.5),
+}  # fmt: skip
 TRACED_S: Final = 60.0
 
 
@@ -106,7 +110,8 @@ class Run:
         there.close()
         reports: list[Report] = []
         engine = None
-        for _ in range(self.chance.randrange(REPORTS_MAX) if name != "daemon" else 1):
+        reports_max, seconds_max = MOMENTS[name]
+        for _ in range(1 if name == "daemon" else self.chance.randrange(reports_max + 1)):
             if not here.poll(FIRST_REPORT_S):
                 break
             with suppress(EOFError):
@@ -114,7 +119,7 @@ class Run:
         if name == "daemon" and reports:
             with suppress(TwfsError):
                 engine = Engine(self.directory, seed)
-        time.sleep(self.chance.random() * (AFTER_REPORT_S if engine is None else 0.3))
+        time.sleep(self.chance.random() * seconds_max)
         process.kill()
         process.join()
         if process.exitcode != -signal.SIGKILL:
@@ -156,6 +161,35 @@ class Run:
         self.problems.append({"victim": name, "seed": seed, "what": what})
 
 
+def run_together(given: argparse.Namespace) -> int:
+    """Let several runs share the kills, each with a warehouse and a seed of its own; one report."""
+    command = [
+        sys.executable, __file__, "--look-every", str(given.look_every),
+        "--every-syscall", str(given.every_syscall), "--step", str(given.step),
+        "--kills", str(-(-given.kills // given.processes)),
+    ]  # fmt: skip
+    for name in given.victim or ():
+        command += ["--victim", name]
+    running = [
+        subprocess.Popen(
+            [*command, "--seed", str(given.seed + number)], stdout=subprocess.PIPE, text=True
+        )
+        for number in range(given.processes)
+    ]
+    reports = [json.loads(each.communicate()[0]) for each in running]
+    kills: Counter[str] = Counter()
+    for each in reports:
+        kills.update(each["kills"])
+    summed = {name: sum(each[name] for each in reports) for name in ("killed", "blocks_seen")}
+    problems = [problem for each in reports for problem in each["problems"]]
+    report = {
+        "seed": given.seed, "processes": given.processes, "kills": dict(kills), **summed,
+        "problems": problems, "seconds": max(each["seconds"] for each in reports),
+    }  # fmt: skip
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    return bool(problems)
+
+
 def main() -> int:
     """Run, print the report, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -166,7 +200,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--victim", choices=sorted(VICTIMS), action="append")
     parser.add_argument("--directory", type=Path)
+    parser.add_argument("--processes", type=int, default=1, help="runs beside each other")
     given = parser.parse_args()
+    if given.processes > 1:
+        return run_together(given)
     began = time.monotonic()
     directory = given.directory or Path(tempfile.mkdtemp(prefix="twfs-kills-"))
     os.environ["PYTHONPATH"] = os.pathsep.join(
