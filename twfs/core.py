@@ -225,7 +225,7 @@ class Core:
 
     def _enrol(self, changed: Roster, job: Job[T], after: After[T] | None) -> T:
         roster = replace(changed, sequence=self.roster.sequence + 1)
-        write_roster(self.devices.values(), roster, self.secret, self.uuid)
+        self.write_roster(roster)
 
         def noted(view: WriteView) -> T:
             view.set_meta("roster", LENGTH.pack(roster.sequence))
