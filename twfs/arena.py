@@ -42,6 +42,11 @@ class Piece:
         self.byte_count = byte_count
         self.view = arena.view[offset : offset + byte_count]
 
+    @property
+    def arena(self) -> "Arena | None":
+        """Whose part it is, None once it was released."""
+        return self._arena
+
     def release(self) -> None:
         """Give the piece back; the second call does nothing."""
         arena, self._arena = self._arena, None
@@ -211,6 +216,11 @@ class Arena:
                 offset, length = before[0], before[1] + length
             self._free.insert(at, (offset, length))
             self._changed.notify_all()
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that are out."""
+        return self._pieces
 
     def pin(self) -> bool:
         """Pin the arena for asynchronous copies to any GPU; False if there is no CUDA to do it."""

@@ -4,13 +4,14 @@ Here destinations are checked, the lease is asked for after the last I/O, and ba
 reported. Device I/O is the readers'. Thread-safe.
 """
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from twfs.units import (
 
 Rows = npt.NDArray[np.void]
 
+TIMEOUT_SECONDS_MAX: Final = 86_400.0
 _REPORTED = frozenset({ReadOutcome.BAD_CHECKSUM, ReadOutcome.DEVICE_ERROR})
 
 
@@ -116,19 +118,25 @@ class Match:
         first: int | None = None,
         layers: range | None = None,
         reader: str | None = None,
+        timeout_s: float | None = None,
     ) -> ReadReport:
         """Read one block into each of *destinations*, from block *first* (default: start) on.
 
         A destination is a buffer or several in payload order, of the payload's length, or of that
         of *layers*. Bytes of a block that is no HIT in the report must not be used. *reader*
-        names one of host, staged, cufile. Ends when all I/O has. InvalidInput on a destination
-        that does not fit; ReaderUnavailable when *reader* cannot work here.
+        names one of host, staged, cufile. Without *timeout_s* the device writes straight into the
+        destination where it can, and the call ends when all I/O has; blocks on a device that hangs
+        already (HUNG_S) are TIMED_OUT at once. With it the bytes come through twfs's own memory and
+        a copy, and what is missing after so many seconds is TIMED_OUT and never written.
+        InvalidInput on a destination that does not fit, a timeout that is no number of seconds, or
+        one with cufile; ReaderUnavailable when *reader* cannot work here.
         """
+        deadline = _deadline(timeout_s)
         after = _events(destinations)
         blocks = self._blocks(destinations, group, shard, first, layers)
         begun = self._begin()
         try:
-            return self._read(blocks, reader, after, begun=begun)
+            return self._read(blocks, reader, after, deadline, begun=begun)
         finally:
             self._end()
 
@@ -141,17 +149,22 @@ class Match:
         first: int | None = None,
         layers: range | None = None,
         reader: str | None = None,
+        timeout_s: float | None = None,
     ) -> "Future[ReadReport]":
         """As read_into, on another thread; the destinations are kept alive until it is done.
 
-        InvalidInput is raised here, not by the future.
+        *timeout_s* counts from now. InvalidInput is raised here, not by the future.
         """
+        deadline = _deadline(timeout_s)
+        timed = deadline is not None
         after = _events(destinations)
         blocks = self._blocks(destinations, group, shard, first, layers)
-        self._readers.name_for(blocks, reader)
+        self._readers.name_for(blocks, reader, timed=timed)
         begun = self._begin()
         try:
-            future = self._readers.submit(lambda: self._read(blocks, reader, after, begun=begun))
+            future = self._readers.submit(
+                lambda: self._read(blocks, reader, after, deadline, begun=begun), timed=timed
+            )
         except BaseException:
             self._end()
             raise
@@ -172,16 +185,23 @@ class Match:
             self._changed.notify_all()
 
     def _read(
-        self, blocks: list[BlockRead], reader: str | None, after: Sequence[Any], *, begun: bool
+        self,
+        blocks: list[BlockRead],
+        reader: str | None,
+        after: Sequence[Any],
+        deadline: float | None,
+        *,
+        begun: bool,
     ) -> ReadReport:
         """Read, then ask whether the lease held all the time, and report what was bad."""
         if not (blocks and begun and self._holder.held(self.token)):
-            name = self._readers.name_for(blocks, reader)
+            name = self._readers.name_for(blocks, reader, timed=deadline is not None)
             outcomes = [ReadOutcome.LEASE_ENDED] * len(blocks)
         else:
             name, outcomes = self._readers.read(
-                blocks, lambda: self._holder.held(self.token), reader=reader, after=after
-            )
+                blocks, lambda: self._holder.held(self.token), reader=reader, after=after,
+                deadline=deadline,
+            )  # fmt: skip
             if not self._holder.held(self.token):
                 outcomes = [ReadOutcome.LEASE_ENDED] * len(blocks)
         delivered = 0
@@ -348,6 +368,17 @@ class Match:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    """Return when *timeout_s* is over (time.monotonic); InvalidInput if it is no such time."""
+    if timeout_s is None:
+        return None
+    if not 0 <= timeout_s <= TIMEOUT_SECONDS_MAX:
+        raise InvalidInput(
+            f"a read cannot time out after {timeout_s} seconds: give 0 to {TIMEOUT_SECONDS_MAX:.0f}"
+        )
+    return time.monotonic() + timeout_s
 
 
 def _targets(index: int, destination: Pieces, wanted: int) -> tuple[Target, ...]:

@@ -247,12 +247,14 @@ class LeasedMatch(Protocol):
     def read_into(
         self, destinations: Sequence[Pieces], *, group: int = 0, shard: int = 0,
         first: int | None = None, layers: range | None = None, reader: str | None = None,
+        timeout_s: float | None = None,
     ) -> ReadReport:  # fmt: skip
         """Read one block into each destination; see Match.read_into."""
 
     def read_async(
         self, destinations: Sequence[Pieces], *, group: int = 0, shard: int = 0,
         first: int | None = None, layers: range | None = None, reader: str | None = None,
+        timeout_s: float | None = None,
     ) -> "Future[ReadReport]":  # fmt: skip
         """As read_into, on another thread."""
 

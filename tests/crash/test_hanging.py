@@ -3,15 +3,17 @@
 Two real block devices, each over a faulty disk of its own, in this process and behind a real
 daemon. While one hangs: match, lookup and touch answer, blocks of the other device are read, and
 the daemon answers everybody. What hung ends with the device's answer: right bytes, or a miss; the
-lease decides, however long it took.
+lease decides, however long it took. A read with a deadline ends at it: what is missing is a miss,
+and the engine's memory is never written afterwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from support.daemon import running_daemon
@@ -24,13 +26,15 @@ from support.warehouses import (
     MHA,
     chain_of,
     open_warehouse,
+    payload_of,
     payloads_of,
     put,
     read_all,
 )
 from twfs.formatting import DeviceSpec
 from twfs.prefix import Names
-from twfs.store import Model, PutOutcome, ReadOutcome
+from twfs.store import Model, PutOutcome, ReadOutcome, Store
+from twfs.units import DeviceIndex
 from twfs.warehouse import Warehouse
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, needs_faults]
@@ -38,6 +42,8 @@ pytestmark = [pytest.mark.root, pytest.mark.fuse, needs_faults]
 BLOCKS = 6
 SEEDS = 8
 LEASE_MS = 400
+TIMEOUT_S = 0.5
+TIMED_OUT = ReadOutcome.TIMED_OUT
 PUBLISHED, FAILED = PutOutcome.PUBLISHED, PutOutcome.FAILED
 
 
@@ -218,3 +224,84 @@ def test_a_daemon_whose_device_hangs_answers_all_its_clients(
                 assert [outcomes(late, model, each) for each in second] == [[HIT]] * len(second)
         assert putting.result(timeout=60).held == BLOCKS
         assert outcomes(engine, model, new) == [HIT] * BLOCKS
+
+
+def timely(found: Iterable[ReadOutcome], missing: list[bool]) -> bool:
+    """Whether all is there but what was *missing*, and what a busy machine was too slow for."""
+    return all(
+        outcome is TIMED_OUT or (outcome is HIT and not missed)
+        for outcome, missed in zip(found, missing, strict=True)
+    )
+
+
+def left_behind(
+    pair: Pair, store: Store, model: Model, names: Names, missing: list[bool], *, as_future: bool
+) -> None:
+    """Read while the first device hangs; no byte of what was *missing* comes when it goes on."""
+    mark = 0xA5
+    match = store.match(model, names)
+    into = [np.full(MHA.block_bytes(), mark, np.uint8) for _ in range(match.blocks)]
+    with pair.hang(Op.READ):
+        if as_future:
+            report = match.read_async(into, timeout_s=TIMEOUT_S).result(timeout=60)
+        else:
+            report = match.read_into(into, timeout_s=TIMEOUT_S)
+        assert timely(report.outcomes, missing)
+        assert pair.hanging.hanging() > 0  # it was left behind, and neither waited for nor ended
+        match.release()
+    until(lambda: pair.hanging.hanging() == 0, "the device goes on")
+    until(lambda: outcomes(store, model, names) == [HIT] * BLOCKS, "it is not hung any more")
+    assert outcomes(store, model, names, timeout_s=60.0) == [HIT] * BLOCKS
+    for at, outcome in enumerate(report.outcomes):
+        hit = outcome is HIT
+        wanted = payload_of(MHA, names.hash_at(at)) if hit else np.full_like(into[at], mark)
+        assert np.array_equal(into[at], wanted)
+
+
+@pytest.mark.parametrize("as_future", [False, True], ids=["call", "future"])
+def test_a_read_with_a_deadline_ends_at_it_and_its_memory_is_not_written_afterwards(
+    pair: Pair, as_future: bool
+) -> None:
+    with open_warehouse(pair.directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        on_first = [device == 0 for device in devices_of(warehouse, model, names)]
+        assert any(on_first)
+        left_behind(pair, warehouse, model, names, on_first, as_future=as_future)
+
+
+def test_a_client_ends_at_its_deadline_and_closes_while_the_device_hangs(pair: Pair) -> None:
+    with Warehouse.open(pair.directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        on_first = [device == 0 for device in devices_of(warehouse, model, names)]
+    with running_daemon(pair.directory) as daemon, daemon.client() as engine:
+        model = engine.open_model("m", MHA)
+        left_behind(pair, engine, model, names, on_first, as_future=False)
+        with pair.hang(Op.READ):
+            with daemon.client() as leaving:
+                assert timely(outcomes(leaving, model, names, timeout_s=TIMEOUT_S), on_first)
+            assert pair.hanging.hanging() > 0
+        assert outcomes(engine, model, names) == [HIT] * BLOCKS
+
+
+def test_blocks_of_a_device_that_is_known_to_hang_are_misses_at_once(pair: Pair) -> None:
+    with open_warehouse(pair.directory) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, BLOCKS)
+        put(warehouse, model, names)
+        first, second = single_blocks(warehouse, model)
+        with pair.hang(Op.READ):
+            assert outcomes(warehouse, model, first[0], timeout_s=TIMEOUT_S) == [TIMED_OUT]
+            readers = warehouse._sources.now()
+            source = readers.sources[DeviceIndex(0)]
+            until(lambda: readers._watch.hung(source), "it is known")
+            asked = pair.hanging.hanging()
+            for each in first:
+                assert outcomes(warehouse, model, each) == [TIMED_OUT]
+            assert [outcomes(warehouse, model, each) for each in second] == [[HIT]] * len(second)
+            assert pair.hanging.hanging() == asked  # nothing was asked of it any more
+        until(lambda: not readers._watch.hung(source), "it goes on")
+        assert outcomes(warehouse, model, names) == [HIT] * BLOCKS

@@ -3,6 +3,8 @@
 Real weights (random, tiny), a real warehouse on an image file, no sockets.
 """
 
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -274,3 +276,33 @@ def test_layout_says_what_the_config_says() -> None:
     )
     assert isinstance(layout, Layout)
     assert layout.block_bytes() == 3 * 2 * 3 * 32 * 16 * 2
+
+
+def test_a_device_that_hangs_is_a_miss_and_not_a_stuck_engine(
+    warehouse: Warehouse, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokens_of(4 * BLOCK_TOKENS + 1)
+    _, kv = compute(model, ids)
+    store = prefix_store(warehouse, model, timeout_s=0.2)
+    patient = prefix_store(warehouse, model, timeout_s=None)
+    store.save(ids, kv)
+    assert patient.load(ids)[1] == 4 * BLOCK_TOKENS
+    real, asked, go_on = os.preadv, threading.Event(), threading.Event()
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        asked.set()
+        assert go_on.wait(60)
+        return real(fd, buffers, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", preadv)
+        try:
+            cache, held = store.load(ids)
+            assert (len(cache.layers), held) == (0, 0)
+            assert asked.is_set()
+            assert not go_on.is_set()
+        finally:
+            go_on.set()
+    cache, held = patient.load(ids)
+    assert held == 4 * BLOCK_TOKENS
+    assert_same_kv(cache, kv, held)

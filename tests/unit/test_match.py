@@ -296,3 +296,16 @@ def test_located_blocks_say_where_the_payloads_lie(file: BlockFile, readers: Rea
             assert len(data) - block.payload_bytes < ALIGN
             assert block.prefix_hash == hash_of(block.index)
     assert match.located_blocks(3, 0) == []
+
+
+@pytest.mark.parametrize("timeout_s", [-1.0, float("nan"), float("inf"), 1e9])
+def test_a_timeout_that_is_no_time_is_refused(
+    file: BlockFile, readers: Readers, timeout_s: float
+) -> None:
+    match = file.match(readers)
+    for read in (match.read_into, match.read_async):
+        with pytest.raises(InvalidInput, match="cannot time out after"):
+            read([bytearray(BLOCK_BYTES)], timeout_s=timeout_s)
+    with pytest.raises(InvalidInput, match="cufile"):
+        match.read_into([bytearray(BLOCK_BYTES)], reader="cufile", timeout_s=1.0)
+    assert match.statistics()["in_flight"] == 0

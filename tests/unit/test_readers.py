@@ -582,3 +582,31 @@ def test_kvikio_brings_the_same_bytes_and_finds_the_same_damage(
     code = HOST_CODE if memory == "host" else GPU_CODE
     out = fakecuda.run_under(folder, code, str(scratch), memory, str(payload_bytes))
     assert out.startswith("read ")
+
+
+@pytest.mark.parametrize("reader", ["host", "staged"])
+@pytest.mark.parametrize("payload_bytes", [14_240, 65_536, 6 << 20])
+def test_a_read_with_a_deadline_brings_every_byte_through_the_arena(
+    device: Path, payload_bytes: int, reader: str
+) -> None:
+    count = min(40, (40 << 20) // payload_bytes)
+    payloads = [random_payload(payload_bytes, seed) for seed in range(count)]
+    with blocks_on([device], payload_bytes) as file:
+        blocks = [file.write(payload) for payload in payloads]
+        readers = file.readers(arena_bytes=1 << 20)  # many waves, or an arena for each block
+        match = file.match(readers)
+        into = [np.zeros(payload_bytes, np.uint8) for _ in payloads]
+        options: dict[str, Any] = {"reader": reader, "timeout_s": 60.0}
+        assert match.read_into(into, **options).outcomes == (HIT,) * count
+        assert [each.tobytes() for each in into] == payloads
+        assert match.read_async(into, **options).result(60).blocks == count
+        file.flip(blocks[1], 77)
+        assert match.read_into(into, **options).outcomes[1] is ReadOutcome.BAD_CHECKSUM
+        assert match.read_into(into, reader=reader, timeout_s=0).outcomes == (
+            (ReadOutcome.TIMED_OUT,) * count
+        )
+        statistics = readers.statistics()[reader]
+        assert statistics["direct"] == statistics["arenas_left"] == 0
+        assert statistics["arena"] is None or statistics["arena"]["pieces"] == 0
+        assert statistics["under_way"] == {}
+        readers.close()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Where a model came from and which library wrote its config say nothing about its KV.
 CONFIG_IGNORED: Final = frozenset({"_name_or_path", "transformers_version", "architectures"})
 COUNTERS: Final = ("saves", "loads", "saved_bytes", "asked_tokens", "hit_tokens")
+READ_TIMEOUT_S: Final = 5.0  # then computing the rest again is sooner done
 NAME_HEX: Final = 8  # digits of the fingerprint in a model's name: tells its layouts apart
 
 
@@ -77,6 +78,7 @@ class PrefixStore:
     *hf_model* is only looked at here and not kept. Its weights are part of the model's name in the
     store (*model_name* and 8 hex digits), so other weights never hit. The KV belongs to *tenant*
     (None: everybody), for which this user must be allowed to act; *salt* keeps parts of it apart.
+    What a load has not read after *timeout_s* seconds (a device hangs) is a miss; None: it waits.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class PrefixStore:
         tenant: str | None = None,
         salt: bytes = b"",
         retention: Retention = Retention.STANDARD,
+        timeout_s: float | None = READ_TIMEOUT_S,
     ) -> None:
         layout = layout_of(
             hf_model.config, hf_model.dtype, model_name=model_name,
@@ -99,6 +102,7 @@ class PrefixStore:
         self._store = store
         self._salt = salt
         self._retention = retention
+        self._timeout_s = timeout_s
         self._device = hf_model.device
         self._dtype = hf_model.dtype
         self._chain = self.model.chain(salt)
@@ -179,7 +183,7 @@ class PrefixStore:
             else torch.empty(match.blocks * step, dtype=torch.uint8, device=self._device)
         )
         rows = flat.view(match.blocks, step)[:, :payload_bytes]
-        blocks = match.read_into(list(rows.unbind())).blocks
+        blocks = match.read_into(list(rows.unbind()), timeout_s=self._timeout_s).blocks
         if blocks:
             # [block, layer, K or V, head, token, dim]; a layer's tensor wants [head, all tokens].
             shape = (blocks, group.layers, 2, group.kv_heads, layout.block_tokens, group.head_size)

@@ -208,13 +208,19 @@ class Reader(Protocol):
     """One way from extents to destinations."""
 
     def read(
-        self, blocks: Sequence[BlockRead], held: Callable[[], bool], after: Sequence[Any] = ()
+        self,
+        blocks: Sequence[BlockRead],
+        held: Callable[[], bool],
+        after: Sequence[Any] = (),
+        deadline: float | None = None,
     ) -> list[ReadOutcome]:
         """Read *blocks* and verify them; return one outcome per block, in their order.
 
         Every I/O into a destination has ended when this returns or raises, KeyboardInterrupt
         included. *held* is asked from time to time, and once it says no the rest is LEASE_ENDED.
-        *after* are CUDA events that must have happened before a destination is written.
+        *after* are CUDA events that must have happened before a destination is written. At
+        *deadline* (time.monotonic) what has not been read is TIMED_OUT; only I/O into the
+        reader's own memory is left behind.
         """
 
     def statistics(self) -> dict[str, Any]:

@@ -161,9 +161,15 @@ class CufileReader:
             raise ReaderUnavailable(f"the cufile reader cannot work here: {error}") from error
 
     def read(
-        self, blocks: Sequence[BlockRead], held: Callable[[], bool], after: Sequence[Any] = ()
+        self,
+        blocks: Sequence[BlockRead],
+        held: Callable[[], bool],
+        after: Sequence[Any] = (),
+        deadline: float | None = None,
     ) -> list[ReadOutcome]:
-        """Read and verify *blocks*; see Reader.read."""
+        """Read and verify *blocks*; see Reader.read. ReaderUnavailable with a deadline."""
+        if deadline is not None:
+            raise ReaderUnavailable("cufile reads into the GPU itself: it cannot end at a deadline")
         self._guard.check()
         outcomes = [ReadOutcome.NOT_READ] * len(blocks)
         if not blocks:

@@ -1,14 +1,17 @@
 """The host reader: O_DIRECT preadv from several threads, into the destination or huge pages.
 
 Serves host memory; staged builds on it. What cannot be placed directly (unaligned, in pieces, by
-layers) goes through the reader's own arena and a copy of exactly the payload. Thread-safe.
+layers), and all that is read with a deadline, goes through the reader's own arena and a copy of
+exactly the payload. Thread-safe.
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Condition, Lock
 from typing import Any, Final
 
@@ -17,6 +20,7 @@ import xxhash
 
 from twfs.arena import Arena, Piece
 from twfs.checksums import Bytes, flat_bytes
+from twfs.readers.arenas import Arenas
 from twfs.readers.base import (
     ARENA_TIMEOUT_S,
     HEADER_BYTES,
@@ -28,6 +32,7 @@ from twfs.readers.base import (
     may_read,
     spans_of,
 )
+from twfs.readers.hanging import Hands, TimedWave, Watch
 from twfs.records import Header
 from twfs.store import ReadOutcome
 from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up
@@ -133,14 +138,15 @@ class HostReader:
         *,
         threads: int = 4,
         arena_bytes: int = 64 << 20,
+        watch: Watch | None = None,
     ) -> None:
         self._sources = sources
+        self._watch = watch or Watch()
+        self._hands: dict[DeviceSource, Hands] = {}
         self._threads = threads
-        self._arena_bytes = arena_bytes
+        self._arenas = Arenas(self._make_arena, arena_bytes)
         self._guard = ForkGuard()
         self._lock = Lock()
-        self._large = Lock()  # held by the one read that has an arena beyond arena_bytes
-        self._arena: Arena | None = None
         self._executor = ThreadPoolExecutor(
             max(threads, SMALL_READS_THREADS), f"twfs-{self.name}"
         )  # starts threads only as they are needed
@@ -149,7 +155,11 @@ class HostReader:
         self._tally = Tally()
 
     def read(
-        self, blocks: Sequence[BlockRead], held: Callable[[], bool], after: Sequence[Any] = ()
+        self,
+        blocks: Sequence[BlockRead],
+        held: Callable[[], bool],
+        after: Sequence[Any] = (),
+        deadline: float | None = None,
     ) -> list[ReadOutcome]:
         """Read and verify *blocks*; see Reader.read."""
         self._guard.check()
@@ -162,19 +172,24 @@ class HostReader:
                 break
             jobs: list[Job] = []
             large: list[Arena] = []
+            wave: TimedWave[Io] | None = None
             try:
-                if not self._gather(blocks, begin, jobs, large):
+                if not self._gather(blocks, begin, jobs, large, deadline):
                     outcomes[begin:] = [ReadOutcome.TIMED_OUT] * (len(blocks) - begin)
                     break
-                self._run(jobs, outcomes)
+                if deadline is None:
+                    self._run(jobs, outcomes)
+                else:
+                    wave = self._timed_wave(jobs, outcomes)
+                    wave.begin(self._hands_of)
+                    wave.wait(deadline)
             finally:
                 self._settle()
-                for job in jobs:
-                    if job.piece is not None:
-                        job.piece.release()
-                if large:
-                    large[0].close()
-                    self._large.release()
+                give_back = partial(self._give_back, jobs, large)
+                if wave is None:
+                    give_back()
+                elif not wave.when_over(give_back):
+                    self._arenas.leave(_pieces(jobs))
             direct += sum(job.piece is None for job in jobs)
             begin += len(jobs)
         self._tally.count_read(blocks, outcomes, direct)
@@ -203,46 +218,53 @@ class HostReader:
         return Arena.private(byte_count)
 
     def _gather(
-        self, blocks: Sequence[BlockRead], begin: int, jobs: list[Job], large: list[Arena]
+        self,
+        blocks: Sequence[BlockRead],
+        begin: int,
+        jobs: list[Job],
+        large: list[Arena],
+        deadline: float | None,
     ) -> bool:
         """Fill *jobs* with blocks from *begin* on, as many as the arena has room for.
 
         Waits only while it holds nothing, so that two reads cannot wait for each other. False if
-        there was no room for even one in ARENA_TIMEOUT_S.
+        there was no room for even one in ARENA_TIMEOUT_S, or until *deadline*.
         """
+        timeout_s = ARENA_TIMEOUT_S
+        if deadline is not None:
+            timeout_s = min(timeout_s, deadline - time.monotonic())
+            if timeout_s <= 0:
+                return False
         for at in range(begin, len(blocks)):
             block = blocks[at]
-            if self._places_directly(block):
+            if deadline is None and self._places_directly(block):
                 array = block.targets[0].array
                 assert array is not None
                 jobs.append(Job(block, at, array, HEADER_BYTES, None))
                 continue
             start, stop, header = _wanted(block)
             byte_count = header + stop - start
-            if byte_count > self._arena_bytes:
+            if not self._arenas.fits(byte_count):
                 if jobs:
                     break
-                if not self._large.acquire(timeout=ARENA_TIMEOUT_S):
+                arena = self._arenas.large(byte_count, timeout_s)
+                if arena is None:
                     return False
-                try:
-                    large.append(self._make_arena(align_up(byte_count)))
-                except BaseException:
-                    self._large.release()
-                    raise
-                piece = large[0].take(byte_count)
+                large.append(arena)
+                piece = arena.take(byte_count)
             else:
-                piece = self._own_arena().take(byte_count, 0 if jobs else ARENA_TIMEOUT_S)
+                hangs = None if deadline is None else self._hung
+                piece = self._arenas.take(byte_count, 0 if jobs else timeout_s, hangs)
             if piece is None:
                 break
             jobs.append(Job(block, at, flat_bytes(piece.view), start, piece))
         return bool(jobs)
 
-    def _own_arena(self) -> Arena:
-        """Return the arena, made when first needed."""
-        with self._lock:
-            if self._arena is None:
-                self._arena = self._make_arena(self._arena_bytes)
-            return self._arena
+    def _give_back(self, jobs: list[Job], large: list[Arena]) -> None:
+        """Give the memory of *jobs* back: no I/O is under way into it any more."""
+        self._arenas.give_back(_pieces(jobs))
+        if large:
+            self._arenas.close_large(large[0])
 
     def _run(self, jobs: list[Job], outcomes: list[ReadOutcome]) -> None:
         """Read all *jobs* and put their outcomes into *outcomes*."""
@@ -264,13 +286,43 @@ class HostReader:
         finally:
             wave.end(stop=not done)
 
+    def _timed_wave(self, jobs: list[Job], outcomes: list[ReadOutcome]) -> TimedWave[Io]:
+        """Return the I/Os of all *jobs*, not yet begun; what is not finished stays TIMED_OUT."""
+        for job in jobs:
+            outcomes[job.at] = ReadOutcome.TIMED_OUT
+        ios = self._plan(jobs, outcomes)
+        of: dict[DeviceSource, list[Io]] = {}
+        for io in ios:
+            source = self._sources.get(DeviceIndex(io.device))
+            if source is not None:
+                of.setdefault(source, []).append(io)
+        small = sum(io.byte_count for io in ios) < len(ios) * MERGED_BYTES_MIN
+        threads = SMALL_READS_THREADS if small else self._threads
+        finish = partial(self._ended, outcomes)
+        return TimedWave(of, threads, self._read_parts, finish)
+
+    def _hands_of(self, source: DeviceSource) -> Hands:
+        """Return the threads that read *source* for those who do not wait."""
+        with self._lock:
+            for gone in set(self._hands) - set(dict(self._sources).values()):
+                del self._hands[gone]
+            hands = self._hands.get(source)
+            if hands is None:
+                most = max(self._threads, SMALL_READS_THREADS)
+                hands = self._hands[source] = Hands(most, f"twfs-{self.name}-timed")
+            return hands
+
     def _plan(self, jobs: list[Job], outcomes: list[ReadOutcome]) -> list[Io]:
         """Cut and merge the spans of all *jobs* into I/Os, in order of device and offset."""
         parts: list[tuple[int, int, Job, Span, Bytes]] = []
+        hung = self._hung()
         for job in jobs:
             spans = _spans(job)
             if not spans or not all(may_read(self._sources, span) for span, _ in spans):
                 outcomes[job.at] = ReadOutcome.DEVICE_ERROR
+                continue
+            if hung and any(span.device in hung for span, _ in spans):
+                outcomes[job.at] = ReadOutcome.TIMED_OUT
                 continue
             job.left = len(spans)
             parts.extend((span.device, span.offset, job, span, memory) for span, memory in spans)
@@ -300,23 +352,44 @@ class HostReader:
 
     def _perform(self, io: Io, outcomes: list[ReadOutcome]) -> None:
         """Do one I/O, and finish every block that it completes."""
+        self._ended(outcomes, io, self._read_parts(io))
+
+    def _read_parts(self, io: Io, fd: int | None = None) -> list[bool]:
+        """Do one I/O, through *fd* if given; tell for each part whether it came."""
         self._tally.count_io(io.byte_count)
-        good = self._preadv(io.device, io.buffers, io.offset, io.byte_count)
-        for job, span, memory in io.parts:
-            came = good or (
-                # One bad sector must not cost its neighbours: ask for each part alone.
-                len(io.parts) > 1 and self._preadv(span.device, [memory], span.offset, span.length)
-            )
-            if self._part_done(job, came=came):
+        if self._preadv(io.device, io.buffers, io.offset, io.byte_count, fd):
+            return [True] * len(io.parts)
+        # One bad sector must not cost its neighbours: ask for each part alone.
+        return [
+            len(io.parts) > 1 and self._preadv(span.device, [memory], span.offset, span.length, fd)
+            for _, span, memory in io.parts
+        ]
+
+    def _ended(self, outcomes: list[ReadOutcome], io: Io, came: list[bool]) -> None:
+        """Finish every block that an I/O completes."""
+        for (job, _, _), part_came in zip(io.parts, came, strict=True):
+            if self._part_done(job, came=part_came):
                 outcomes[job.at] = self._finish(job)
 
-    def _preadv(self, device: int, buffers: list[Bytes], offset: int, byte_count: int) -> bool:
+    def _hung(self) -> set[DeviceIndex]:
+        """The devices that are known to hang."""
+        return {at for at, source in dict(self._sources).items() if self._watch.hung(source)}
+
+    def _preadv(
+        self, device: int, buffers: list[Bytes], offset: int, byte_count: int, fd: int | None = None
+    ) -> bool:
         """Read exactly *byte_count* bytes; False if the device gives an error or less."""
-        try:
-            fd = self._sources[DeviceIndex(device)].fd
-            return os.preadv(fd, buffers, offset) == byte_count  # type: ignore[arg-type]
-        except (OSError, KeyError):  # KeyError: the device has just been taken out
+        source = self._sources.get(DeviceIndex(device))
+        if source is None:  # it has just been taken out
             return False
+        flight = self._watch.begin(source)
+        try:
+            to = source.fd if fd is None else fd
+            return os.preadv(to, buffers, offset) == byte_count  # type: ignore[arg-type]
+        except OSError:
+            return False
+        finally:
+            self._watch.end(source, flight)
 
     def _part_done(self, job: Job, *, came: bool) -> bool:
         """Count a part of *job*; True when it was the last."""
@@ -370,18 +443,20 @@ class HostReader:
 
     def statistics(self) -> dict[str, Any]:
         """What was read, and the arena."""
-        arena = self._arena
         return self._tally.statistics() | {
             "threads": self._threads,
-            "arena": None if arena is None else arena.statistics(),
-        }
+            "under_way": self._watch.statistics(),
+        } | self._arenas.statistics()  # fmt: skip
 
     def close(self) -> None:
         """Wait for reads under way and let go of threads and memory."""
         self._executor.shutdown()
-        with self._lock:
-            if self._arena is not None:
-                self._arena.close()
+        self._arenas.close()
+
+
+def _pieces(jobs: list[Job]) -> list[Piece]:
+    """Return what *jobs* have of arenas."""
+    return [job.piece for job in jobs if job.piece is not None]
 
 
 def _place(part: tuple[int, int, Job, Span, Bytes]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 from twfs.errors import InvalidInput
 from twfs.readers.base import BlockRead, DeviceSource, ForkGuard, Reader
 from twfs.readers.cufile import CufileReader
+from twfs.readers.hanging import Watch
 from twfs.readers.host import HostReader
 from twfs.readers.probe import direct_obstacle, probe_direct
 from twfs.readers.staged import StagedReader
@@ -44,6 +45,7 @@ class Readers:
         self._threads = threads
         self._arena_bytes = arena_bytes
         self._guard = ForkGuard()
+        self._watch = Watch()
         self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._under_way = 0
@@ -51,7 +53,8 @@ class Readers:
         self._direct: bool | None = None  # whether cuFile reaches the devices; None: not yet known
         self._why_not_direct = "not asked for yet"
         self._probe: threading.Thread | None = None
-        self._executor: ThreadPoolExecutor | None = None
+        # Apart, so that reads with a deadline do not queue behind such as wait for a device.
+        self._executors: dict[bool, ThreadPoolExecutor] = {}
         self._queued = threading.BoundedSemaphore(ASYNC_QUEUED_MAX)
         self._closed = False
         self._retired: list[Callable[[], None]] = []  # to be called when no read is under way
@@ -68,6 +71,7 @@ class Readers:
         *,
         reader: str | None = None,
         after: Sequence[Any] = (),
+        deadline: float | None = None,
     ) -> tuple[ReaderName, list[ReadOutcome]]:
         """Read *blocks* through *reader*, or the best one; return its name and the outcomes.
 
@@ -75,12 +79,12 @@ class Readers:
         one memory; ReaderUnavailable if the reader asked for by name cannot work here.
         """
         self._guard.check()
-        name = self.name_for(blocks, reader)
+        name = self.name_for(blocks, reader, timed=deadline is not None)
         with self._changed:
             self._check_open()
             self._under_way += 1
         try:
-            return name, self._reader(name).read(blocks, held, after)
+            return name, self._reader(name).read(blocks, held, after, deadline)
         finally:
             with self._changed:
                 self._under_way -= 1
@@ -118,8 +122,13 @@ class Readers:
         if self._closed:
             raise InvalidInput("the readers are closed: connect anew")
 
-    def name_for(self, blocks: Sequence[BlockRead], reader: str | None) -> ReaderName:
-        """Return the name of the reader for *blocks*: *reader* if given."""
+    def name_for(
+        self, blocks: Sequence[BlockRead], reader: str | None, *, timed: bool = False
+    ) -> ReaderName:
+        """Return the name of the reader for *blocks*: *reader* if given.
+
+        InvalidInput if it cannot do that, or what is *timed*.
+        """
         devices = {target.device for block in blocks for target in block.targets}
         if len(devices) > 1:
             names = ", ".join(sorted("host memory" if d is None else str(d) for d in devices))
@@ -135,11 +144,17 @@ class Readers:
             raise InvalidInput("the host reader cannot write to a GPU: use staged or cufile")
         if wanted is ReaderName.CUFILE and partial:
             raise InvalidInput("layers are verified in host memory: read them with host or staged")
+        if wanted is ReaderName.CUFILE and timed:
+            raise InvalidInput(
+                "cufile reads straight into the GPU and cannot end at a deadline: use staged, or "
+                "give no timeout"
+            )
         if wanted is not None:
             return wanted
         if not on_gpu:
             return ReaderName.HOST
-        return ReaderName.CUFILE if not partial and self._is_direct() else ReaderName.STAGED
+        direct = not partial and not timed and self._is_direct()
+        return ReaderName.CUFILE if direct else ReaderName.STAGED
 
     def _is_direct(self) -> bool:
         """Tell whether cuFile is known to reach GPU memory directly; ask in the background first.
@@ -180,21 +195,25 @@ class Readers:
     def _make(self, name: ReaderName) -> Reader:
         """Make the reader *name*."""
         if name is ReaderName.HOST:
-            return HostReader(self._sources, threads=self._threads, arena_bytes=self._arena_bytes)
-        if name is ReaderName.STAGED:
-            return StagedReader(self._sources, threads=self._threads, arena_bytes=self._arena_bytes)
-        return CufileReader(
-            self._sources, staging_bytes=self._arena_bytes, direct=bool(self._direct)
+            kind = HostReader
+        elif name is ReaderName.STAGED:
+            kind = StagedReader
+        else:
+            return CufileReader(
+                self._sources, staging_bytes=self._arena_bytes, direct=bool(self._direct)
+            )
+        return kind(
+            self._sources, threads=self._threads, arena_bytes=self._arena_bytes, watch=self._watch
         )
 
-    def submit(self, call: Callable[[], _T]) -> "Future[_T]":
+    def submit(self, call: Callable[[], _T], *, timed: bool = False) -> "Future[_T]":
         """Run *call* on a thread for reads; waits while ASYNC_QUEUED_MAX are outstanding."""
         self._guard.check()
         with self._changed:
             self._check_open()
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(ASYNC_READS_MAX, "twfs-async")
-            executor = self._executor
+            if timed not in self._executors:
+                self._executors[timed] = ThreadPoolExecutor(ASYNC_READS_MAX, "twfs-async")
+            executor = self._executors[timed]
         self._queued.acquire()
         try:
             future = executor.submit(call)
@@ -216,8 +235,8 @@ class Readers:
     def close(self) -> None:
         """Wait for reads under way and let go of threads and memory. Idempotent."""
         with self._changed:
-            executor, self._executor = self._executor, None
-        if executor is not None:
+            executors, self._executors = self._executors, {}
+        for executor in executors.values():
             executor.shutdown()  # its reads still find the readers open
         with self._changed:
             self._closed = True
