@@ -55,7 +55,7 @@ def row_of(row: dict[str, Any], there: Counter[str]) -> str:
     tried = []
     count = sum(there[name] for name in row["tests"])
     if count:
-        tried.append(f"{count} cases")
+        tried.append("1 case" if count == 1 else f"{count} cases")
     result = "each run passes"
     if "run" in row:
         run = row["run"]
