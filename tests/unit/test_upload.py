@@ -16,10 +16,10 @@ from twfs.arena import Arena
 from twfs.checksums import checksums_of
 from twfs.errors import InvalidInput, NoDaemon, TooLarge
 from twfs.layout import Arrangement, Group, Layout
-from twfs.messages import WINDOW_BLOCKS_MAX
 from twfs.store import ArenaBlock, PutOutcome, PutResult
 from twfs.units import ALIGN, ByteCount, align_up
 from twfs.upload import WINDOWS_PER_ARENA, check_payloads, pieces_of, upload
+from twfs.wire import WINDOW_BLOCKS_MAX
 
 
 def layout_of(block_bytes: int) -> Layout:
