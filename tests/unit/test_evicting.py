@@ -27,9 +27,29 @@ from twfs import evicting, ledger
 from twfs.errors import DeviceError, NoSuchBlock, NotEmpty
 from twfs.metadata import BACKLOG_MAX
 from twfs.store import PutOutcome
-from twfs.units import ByteCount, PrefixHash
+from twfs.units import ByteCount, Millis, PrefixHash
 
 BLOCK = 8192  # bytes on the device of one block of the small layouts
+
+
+def test_uses_and_publishes_are_stamped_by_the_clock_that_is_given(scratch: Path) -> None:
+    days = iter(range(1, 100))
+    with open_warehouse(scratch, clock=lambda: Millis(next(days) * 86_400_000)) as warehouse:
+        model, stamp = warehouse.open_model("m", MHA), warehouse._core.slots.stamp
+        older, newer = chain_of(model, 2), chain_of(model, 2, seed=1)
+        seen = []
+        for names in (older, newer):
+            put(warehouse, model, names)
+            _, block = block_at(warehouse, model, names, 0)
+            seen += [int(block.published_ms), int(stamp[block.slot])]
+        warehouse.touch(model, older)
+        _, block = block_at(warehouse, model, older, 0)
+        seen.append(int(stamp[block.slot]))
+        days_seen = [ms / 86_400_000 for ms in seen]
+        assert days_seen == sorted(set(days_seen)), "each moment asks the clock"
+        assert all(day in range(1, 100) for day in days_seen), "and no other clock"
+        warehouse.evict(ByteCount(2 * BLOCK))
+        assert [warehouse.lookup(model, names) for names in (older, newer)] == [2, 0]
 
 
 def test_a_chain_loses_its_tail_and_never_its_middle(scratch: Path) -> None:
