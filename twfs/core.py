@@ -30,6 +30,7 @@ from twfs.leases import Ended, Leases
 from twfs.metadata import After, Job, Metadata
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
+from twfs.scoring import LRU, Policy
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
@@ -80,6 +81,7 @@ class Core:
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
     erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
+    policy: Policy = LRU  # of eviction
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
@@ -174,10 +176,8 @@ class Core:
             first, first_ino = self._next_generation, self._next_ino
             self._next_generation += count
             self._next_ino += count
-        return (
-            [Generation(number) for number in range(first, first + count)],
-            [Ino(number) for number in range(first_ino, first_ino + count)],
-        )
+        generations = [Generation(first + at) for at in range(count)]
+        return generations, [Ino(first_ino + at) for at in range(count)]
 
     def _extend_numbers(self, count: int) -> None:
         """Make a new range durable."""
