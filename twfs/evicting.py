@@ -15,7 +15,7 @@ import numpy as np
 
 from twfs import ledger
 from twfs import slots as states
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.payload import read_payload
 from twfs.ranking import NEVER, Ranks, ranks
@@ -43,7 +43,7 @@ class Order:
     @staticmethod
     def of(core: Core) -> "Order":
         """The order of now, by ranks and the warehouse's policy. Hold the lock."""
-        now_ms = wall_ms()
+        now_ms = core.clock()
         return Order(ranks(core, now_ms), core.policy.scores(core.slots, now_ms))
 
     @staticmethod
