@@ -18,12 +18,12 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("counters", "operating", "tenants"),
+    ("clocks", "counters", "operating", "tenants"),
     ("secret",),
     ("layout", "prefix", "records"),
     ("store",),
     ("checksums", "formatting", "leases", "messages", "slots", "tables"),
-    ("metafile",),
+    ("metafile", "scoring"),
     ("arena", "device", "extents", "ledger", "metadata", "protocol"),
     ("flushing", "payload"),
     ("modes", "roster", "salvaging"),
@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("match", "upload"),
     ("devicestates",),
     ("core", "sources"),
-    ("enrolling",),
+    ("enrolling", "ranking"),
     ("evicting", "listing", "matching", "opening", "tenancy"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
     ("scanning",),

@@ -17,6 +17,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import enrolling, ledger, modes
+from twfs.clocks import Clock, wall_ms
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standing, Standings
@@ -191,7 +192,7 @@ def open_devices(
 
 def open_core(
     directory: Path, *, lease_ms: int, durability: Durability = Durability.STRICT,
-    wary: bool = False, degraded: bool = True,
+    wary: bool = False, degraded: bool = True, clock: Clock = wall_ms,
 ) -> Core:  # fmt: skip
     """Open everything; see Warehouse.open for what may be raised."""
     if wary:
@@ -227,6 +228,7 @@ def open_core(
         core = Core(
             directory, warehouse, metadata, Standings(lock, allocator, standings.values()),
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
+            clock,
         )  # fmt: skip
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
