@@ -299,7 +299,7 @@ def test_removing_a_block_takes_all_that_goes_on_from_it_and_nothing_else(scratc
         with pytest.raises(NoSuchBlock):
             warehouse.remove(model.id, trunk.hash_at(3), below=True)
         warehouse.remove(model.id, trunk.hash_at(0), below=True)
-        assert warehouse.heads(model.id) == warehouse.detached(model.id) == []
+        assert (warehouse.heads(model.id), warehouse.detached(model.id)) == ([], [])
 
 
 def test_the_low_water_mark_is_kept_free_in_the_background(scratch: Path) -> None:
