@@ -7,7 +7,6 @@ after its commit: until then a published block is a miss, and a removed one is c
 
 import mmap
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +19,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import ledger, slots
+from twfs.clocks import Clock, wall_ms
 from twfs.config import Config
 from twfs.counters import Counters
 from twfs.device import Device
@@ -32,6 +32,7 @@ from twfs.limbo import Freed, Left
 from twfs.metadata import After, Job, Metadata
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
+from twfs.scoring import LRU, Policy
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
@@ -42,11 +43,6 @@ T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
 RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
-
-
-def wall_ms() -> Millis:
-    """Wall clock in milliseconds."""
-    return Millis(time.time_ns() // 1_000_000)
 
 
 @dataclass(slots=True)
@@ -64,12 +60,14 @@ class Core:
     roster: Roster  # as it is on the devices
     tenants: Tenants  # of the roster; replaced whole, never changed: readers take no lock
     lock: threading.RLock  # the one that guards the standings too
-    config: Config
+    clock: Clock = wall_ms
+    config: Config = field(default_factory=Config)
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
     erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
+    policy: Policy = LRU  # of eviction
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
@@ -164,10 +162,8 @@ class Core:
             first, first_ino = self._next_generation, self._next_ino
             self._next_generation += count
             self._next_ino += count
-        return (
-            [Generation(number) for number in range(first, first + count)],
-            [Ino(number) for number in range(first_ino, first_ino + count)],
-        )
+        generations = [Generation(first + at) for at in range(count)]
+        return generations, [Ino(first_ino + at) for at in range(count)]
 
     def _extend_numbers(self, count: int) -> None:
         """Make a new range durable."""

@@ -1,4 +1,4 @@
-"""Making room: eviction by recency and depth, removal of sessions, old epochs, lost blocks.
+"""Making room: eviction by rank, score and depth, removal of sessions, old epochs, lost blocks.
 
 Only a block without child and without lease is evicted, so a chain loses its tail and never its
 middle (invariant I18 of FORMAT.md). Victims are chosen in one step under the lock, together with
@@ -8,6 +8,7 @@ the lease check, and are condemned there and then: nobody matches them any more.
 import heapq
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -17,7 +18,9 @@ from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.payload import read_payload
+from twfs.ranking import NEVER, Ranks, ranks
 from twfs.records import Block, BlockKey
+from twfs.scoring import Scores
 from twfs.slots import IntArray, Slots
 from twfs.tables import ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
@@ -27,8 +30,26 @@ VICTIMS_PER_COMMIT: Final = 2048  # about 30 ms of transaction: readers of the t
 LOW_WATER_PARTS: Final = 64  # 1/64 of the space is kept free ahead of demand
 LOW_WATER_BYTES_MAX: Final = 8 << 30
 
-# Reachable, stamp, -position, slot: the least goes first.
-_Turn = tuple[bool, int, int, int]
+_Turn = tuple[int, float, int, int]  # rank, score, -position, slot: the least goes first
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order blocks go, by slot: the least (rank, score, -position, slot) first."""
+
+    rank: Ranks
+    score: Scores
+
+    @staticmethod
+    def of(core: Core) -> "Order":
+        """The order of now, by ranks and the warehouse's policy. Hold the lock."""
+        now_ms = core.clock()
+        return Order(ranks(core, now_ms), core.policy.scores(core.slots, now_ms))
+
+    @staticmethod
+    def none(slots: Slots) -> "Order":
+        """All may go, and only their depth decides."""
+        return Order(np.zeros(len(slots), np.uint8), np.zeros(len(slots)))
 
 
 def low_water_bytes(core: Core) -> int:
@@ -39,19 +60,22 @@ def low_water_bytes(core: Core) -> int:
 def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
     """Condemn slots worth *wanted_bytes*, in the order they are to go. Hold the lock.
 
-    What no match reaches goes first (detached, below a hole), then the least recently used; among
-    equals the deepest. A parent follows its last child within the same choice, in its turn.
+    Least rank first, then least score; among equals the deepest. A parent follows its last child
+    within the same choice, in its turn.
     """
     core.expire()
     leaves, slots = core.slots.leaves(), core.slots
+    order = Order.of(core)
     victims: list[int] = []
     offline = list(core.standings.offline)
     if offline:  # they make no room, and would be missed when their device is back
         there = leaves[~np.isin(slots.device[leaves], offline)]
-        victims = _choose(core, there, bytes_max=wanted_bytes)
+        victims = _choose(core, there, order, bytes_max=wanted_bytes)
         wanted_bytes -= _room_bytes(core, victims)
         leaves = slots.leaves()
-    return victims + (_choose(core, leaves, bytes_max=wanted_bytes) if wanted_bytes > 0 else [])
+    if wanted_bytes > 0:
+        victims += _choose(core, leaves, order, bytes_max=wanted_bytes)
+    return victims
 
 
 def _room_bytes(core: Core, victims: list[int]) -> int:
@@ -62,17 +86,17 @@ def _room_bytes(core: Core, victims: list[int]) -> int:
 
 
 def _choose(
-    core: Core, leaves: IntArray, *, bytes_max: int = 1 << 62, blocks_max: int = 1 << 62
-) -> list[int]:
-    """Condemn *leaves*, and parents that become leaves, in order, until one limit is reached."""
+    core: Core, leaves: IntArray, order: Order, *, bytes_max: int = 1 << 62,
+    blocks_max: int = 1 << 62,
+) -> list[int]:  # fmt: skip
+    """Condemn *leaves*, and parents that become leaves, in *order*, until one limit is reached."""
     slots = core.slots
-    unreachable = slots.unreachable()
     rising: list[_Turn] = []  # parents whose last child has been condemned here
     missing: dict[int, int] = {}
     dry = core.standings.dry if core.allocator.allotted_bytes else frozenset()
     victims: list[int] = []
     freed = 0
-    turns = _in_turn(slots, leaves, unreachable)
+    turns = _in_turn(slots, leaves, order)
     leaf = next(turns, None)
     while freed < bytes_max and len(victims) < blocks_max:
         if rising and (leaf is None or rising[0] < leaf):
@@ -89,31 +113,42 @@ def _choose(
         if parent == states.NONE:
             continue
         missing[parent] = missing.get(parent, int(slots.children[parent])) - 1
-        if missing[parent] == 0 and not slots.leases[parent] and slots.state[parent] == states.LIVE:
+        if missing[parent] == 0 and _may_go(slots, parent, order):
             turn = (
-                not bool(unreachable[parent]), int(slots.stamp[parent]),
+                int(order.rank[parent]), float(order.score[parent]),
                 -int(slots.position[parent]), parent,
             )  # fmt: skip
             heapq.heappush(rising, turn)
     return victims
 
 
-def _in_turn(slots: Slots, leaves: IntArray, unreachable: IntArray) -> Iterator[_Turn]:
+def _may_go(slots: Slots, slot: int, order: Order) -> bool:
+    """Tell whether a block that has no child any more may be condemned."""
+    return bool(
+        not slots.leases[slot] and slots.state[slot] == states.LIVE and order.rank[slot] != NEVER
+    )
+
+
+def _in_turn(slots: Slots, leaves: IntArray, order: Order) -> Iterator[_Turn]:
     """Yield *leaves* in the order they are to go; sorts few of many where few are wanted."""
-    stamps = slots.stamp[leaves].copy()
-    stamps[unreachable[leaves]] = 0
-    while len(leaves):
-        some = np.ones(len(leaves), np.bool_)
-        if len(leaves) > SORTED_AT_ONCE:
-            some = stamps <= np.partition(stamps, SORTED_AT_ONCE)[SORTED_AT_ONCE]
-        now = leaves[some]
-        reachable, depth = ~unreachable[now], -slots.position[now].astype(np.int64)
-        order = np.lexsort((now, depth, slots.stamp[now], reachable))
-        yield from zip(
-            reachable[order].tolist(), slots.stamp[now][order].tolist(), depth[order].tolist(),
-            now[order].tolist(), strict=True,
-        )  # fmt: skip
-        leaves, stamps = leaves[~some], stamps[~some]
+    ranks_of = order.rank[leaves]
+    for rank in np.unique(ranks_of).tolist():
+        if rank == NEVER:
+            break
+        waiting = leaves[ranks_of == rank]
+        scores, wanted = order.score[waiting], SORTED_AT_ONCE
+        while len(waiting):
+            some = np.ones(len(waiting), np.bool_)
+            if len(waiting) > wanted:
+                some = scores <= np.partition(scores, wanted)[wanted]
+            now, values = waiting[some], scores[some]
+            depth = -slots.position[now].astype(np.int64)
+            turn = np.lexsort((now, depth, values))
+            for score, minus, slot in zip(
+                values[turn].tolist(), depth[turn].tolist(), now[turn].tolist(), strict=True
+            ):
+                yield rank, score, minus, slot
+            waiting, scores, wanted = waiting[~some], scores[~some], 2 * wanted
 
 
 def submit_eviction(
@@ -183,11 +218,12 @@ def _one_done(core: Core) -> None:
 
 
 def remove_session(
-    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False
+    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False, below: bool = False
 ) -> ByteCount:
     """Unpublish a session from the tail up, every block that no other head uses.
 
-    What hangs below them (incomplete, so under no head) goes too. Leased blocks wait in limbo.
+    What hangs below them (incomplete, so under no head) goes too. With *below* it is the block
+    *head*, which need be none, and what goes on from it. Leased blocks wait in limbo.
     NoSuchBlock, or NotEmpty when *head* is not a head; NoSuchModel, StaleEpoch.
     """
     layout = core.record(model).layout
@@ -197,13 +233,17 @@ def remove_session(
             block = view.block(standing)
             if block is None or core.slots.state[block.slot] != states.LIVE:
                 raise NoSuchBlock(f"no session {head.hex()}")
-            if not view.is_head(model, head):
+            if not below and not view.is_head(model, head):
                 raise NotEmpty(f"{head.hex()} is no session's head: longer sessions go on from it")
-            own = [
-                core.slots.key_of(slot).prefix_hash
-                for slot in core.slots.ancestors(block.slot)
-                if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
-            ]
+            own = (
+                [head]
+                if below
+                else [
+                    core.slots.key_of(slot).prefix_hash
+                    for slot in core.slots.ancestors(block.slot)
+                    if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
+                ]
+            )
             keys = [
                 key
                 for group in range(len(layout.groups))
@@ -243,7 +283,7 @@ def sweep_epochs(core: Core) -> ByteCount:
                 core.expire()
                 leaves = core.slots.leaves()
                 mine = leaves[core.slots.models()[leaves] == record.id]
-                victims = _choose(core, mine, blocks_max=VICTIMS_PER_COMMIT)
+                victims = _choose(core, mine, Order.none(core.slots), blocks_max=VICTIMS_PER_COMMIT)
                 keys = [core.slots.key_of(slot) for slot in victims]
                 futures = submit_condemned(core, keys, evicted=True)
             if not futures:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twfs import slots as states
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.errors import InvalidInput, LeaseEnded
 from twfs.hints import NO_HINT, Hint
 from twfs.layout import GroupKind, Layout
@@ -301,7 +301,7 @@ def _fitting(
 
 def _use(core: Core, used: "npt.NDArray[Any]", needed: list[Found]) -> None:
     """Stamp what was matched, and what is before it: the asker held that itself."""
-    now = wall_ms()
+    now = core.clock()
     core.slots.use(used, now)
     for run in needed:
         if run.first and len(run.records):
@@ -327,7 +327,7 @@ def touch_blocks(
         used = [run.records["slot"] for run in needed if len(run.records)]
         if used:
             slots = np.concatenate(used)
-            core.slots.use(slots, wall_ms())
+            core.slots.use(slots, core.clock())
             core.slots.stop[slots] = 0 if hint.stop is None else hint.stop.code
 
 

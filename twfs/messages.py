@@ -221,6 +221,7 @@ class RemoveSession(Request, frozen=True):
 
     model: U32
     head: Hash
+    below: bool = False
 
 
 class RetainSession(Request, frozen=True):

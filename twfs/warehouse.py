@@ -18,14 +18,11 @@ import numpy as np
 
 from twfs import enrolling, erasing, evicting, matching, opening, putting, tenancy
 from twfs.arena import Arena
+from twfs.clocks import Clock, wall_ms
 from twfs.config import Config, settings_of
 from twfs.core import Core
 from twfs.device import Device
-from twfs.errors import (
-    InvalidInput,
-    TwfsError,
-    WarehouseClosed,
-)
+from twfs.errors import InvalidInput, TwfsError, WarehouseClosed
 from twfs.formatting import DeviceSpec
 from twfs.hints import NO_HINT, Hint, check_session
 from twfs.layout import Layout
@@ -95,12 +92,13 @@ class Warehouse(OpenNamespace):
 
     @classmethod
     def open(
-        cls, directory: Path, *, lease_ms: int = LEASE_MS,
+        cls, directory: Path, *, lease_ms: int = LEASE_MS, clock: Clock = wall_ms,
         durability: Durability | str = Durability.STRICT, wary: bool = False, degraded: bool = True,
         config: Config | None = None,
     ) -> Self:  # fmt: skip
         """Open the warehouse in *directory*, exclusively; *durability* is "strict" or "relaxed".
 
+        *clock* stamps uses and publishes; leases have a clock of their own.
         *wary*: let a child process read the metadata first, for LMDB ends a process on some damage.
         *config*: the settings, by default those of the file twfs.toml in *directory*.
         Without a device that is missing, damaged, another's or read-only, which `notes` tells,
@@ -113,7 +111,8 @@ class Warehouse(OpenNamespace):
         directory = Path(directory)
         core = opening.open_core(
             directory, lease_ms=lease_ms, durability=Durability(durability), wary=wary,
-            degraded=degraded, config=settings_of(directory) if config is None else config,
+            degraded=degraded, clock=clock,
+            config=settings_of(directory) if config is None else config,
         )  # fmt: skip
         try:
             return cls(core)
