@@ -436,10 +436,10 @@ class Warehouse:
                 evicting.spoil(self._core, info.key, info.block.generation)
                 raise
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """See Namespace.remove. Blocks."""
         with self._using():
-            return evicting.remove_session(self._core, model, head)
+            return evicting.remove_session(self._core, model, head, below=below)
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention. Blocks."""
