@@ -19,7 +19,7 @@ FUNCTION_LINES_MAX = 70
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
     ("clocks", "counters", "operating", "tenants"),
-    ("secret",),
+    ("copying", "secret"),
     ("hints", "layout", "prefix", "records"),
     ("config", "store"),
     ("checksums", "formatting", "leases", "limbo", "slots", "tables", "wire"),

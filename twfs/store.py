@@ -13,6 +13,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from twfs.copying import Copying
 from twfs.hints import NO_HINT, Hint
 from twfs.hints import Retention as Retention  # noqa: PLC0414 - of the interface
 from twfs.layout import Layout
@@ -303,14 +304,15 @@ class Store(Protocol):
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
-        hint: Hint = NO_HINT,
+        hint: Hint = NO_HINT, copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """Store one payload per name; returns once what it reports is durable.
 
         *retention* is the class of a session that is new; *hint* names the session, and a class
         in it changes that of a session which is known.
 
-        Only what the store lacks is copied. InvalidInput on a payload that has not the layout's
+        Only what the store lacks is copied; *copying* tells when that is done, long before the
+        return, and can end it. InvalidInput on a payload that has not the layout's
         block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits.
         """
 

@@ -20,6 +20,7 @@ from twfs import enrolling, erasing, evicting, matching, opening, putting, tenan
 from twfs.arena import Arena
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config, settings_of
+from twfs.copying import Copying
 from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import InvalidInput, TwfsError, WarehouseClosed
@@ -265,6 +266,7 @@ class Warehouse(OpenNamespace):
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
         hint: Hint = NO_HINT,
+        copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """See Store.put. Blocks."""
         check_payloads(model.layout, group, payloads)
@@ -280,7 +282,8 @@ class Warehouse(OpenNamespace):
             except BaseException:
                 put.abandon()
                 raise
-            return upload(LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
+            port = LocalPort(put, arena, self._puts)
+            return upload(port, arena, model.layout, group, payloads, copying=copying)
 
     def forget(self, model: Model, session: str) -> ByteCount:
         """See Store.forget. Blocks."""
