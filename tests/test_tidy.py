@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),
     ("checksums", "formatting", "leases", "messages", "slots", "tables"),
     ("metafile", "scoring"),
-    ("arena", "device", "extents", "ledger", "metadata", "protocol"),
+    ("arena", "device", "extents", "ledger", "metadata", "protocol", "runs"),
     ("flushing", "payload"),
     ("modes", "roster", "salvaging"),
     ("readers", "readers.base"),
