@@ -19,7 +19,7 @@ FUNCTION_LINES_MAX = 70
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
     ("clocks", "counters", "operating", "tenants"),
-    ("secret",),
+    ("copying", "secret"),
     ("layout", "prefix", "records"),
     ("store",),
     ("checksums", "formatting", "leases", "messages", "slots", "tables"),

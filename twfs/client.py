@@ -18,6 +18,7 @@ from uuid import UUID
 
 import numpy as np
 
+from twfs.copying import Copying
 from twfs.errors import (
     InvalidInput,
     LayoutMismatch,
@@ -336,6 +337,7 @@ class Client(RemoteNamespace):
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+        copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """See Store.put; a dead or failing daemon gives the outcome FAILED.
 
@@ -350,10 +352,11 @@ class Client(RemoteNamespace):
         written = 0
         for first in range(0, len(names), BLOCKS_MAX):
             part = names.slice(first, first + BLOCKS_MAX)
+            last = first + BLOCKS_MAX >= len(names)
             try:
                 result = self._put_part(
-                    model, part, payloads[first : first + BLOCKS_MAX],
-                    group=group, shard=shard, retention=retention,
+                    model, part, payloads[first : first + BLOCKS_MAX], group=group, shard=shard,
+                    retention=retention, copying=copying if last else None,
                 )  # fmt: skip
             except RAISED_BY_PUT:
                 if not outcomes:
@@ -369,7 +372,7 @@ class Client(RemoteNamespace):
 
     def _put_part(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
-        group: int, shard: int, retention: Retention,
+        group: int, shard: int, retention: Retention, copying: Copying | None,
     ) -> PutResult:  # fmt: skip
         """One put over the connection as it is now."""
         link = self._link_for(model)
@@ -381,7 +384,7 @@ class Client(RemoteNamespace):
                 link, self._executor(), model.id, names,
                 group=group, shard=shard, retention=retention, tenant=model.tenant,
             )  # fmt: skip
-            return upload(port, link.arena, model.layout, group, payloads)
+            return upload(port, link.arena, model.layout, group, payloads, copying=copying)
         finally:
             self._connector.arenas.leave(link)
 

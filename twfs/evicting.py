@@ -218,11 +218,12 @@ def _one_done(core: Core) -> None:
 
 
 def remove_session(
-    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False
+    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False, below: bool = False
 ) -> ByteCount:
     """Unpublish a session from the tail up, every block that no other head uses.
 
-    What hangs below them (incomplete, so under no head) goes too. Leased blocks wait in limbo.
+    What hangs below them (incomplete, so under no head) goes too. With *below* it is the block
+    *head*, which need be none, and what goes on from it. Leased blocks wait in limbo.
     NoSuchBlock, or NotEmpty when *head* is not a head; NoSuchModel, StaleEpoch.
     """
     layout = core.record(model).layout
@@ -232,13 +233,17 @@ def remove_session(
             block = view.block(standing)
             if block is None or core.slots.state[block.slot] != states.LIVE:
                 raise NoSuchBlock(f"no session {head.hex()}")
-            if not view.is_head(model, head):
+            if not below and not view.is_head(model, head):
                 raise NotEmpty(f"{head.hex()} is no session's head: longer sessions go on from it")
-            own = [
-                core.slots.key_of(slot).prefix_hash
-                for slot in core.slots.ancestors(block.slot)
-                if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
-            ]
+            own = (
+                [head]
+                if below
+                else [
+                    core.slots.key_of(slot).prefix_hash
+                    for slot in core.slots.ancestors(block.slot)
+                    if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
+                ]
+            )
             keys = [
                 key
                 for group in range(len(layout.groups))

@@ -13,6 +13,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from twfs.copying import Copying
 from twfs.layout import Layout
 from twfs.prefix import Chain, Names, Root, root_of
 from twfs.records import Block, BlockKey
@@ -312,10 +313,12 @@ class Store(Protocol):
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+        copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """Store one payload per name; returns once what it reports is durable.
 
-        Only what the store lacks is copied. InvalidInput on a payload that has not the layout's
+        Only what the store lacks is copied; *copying* tells when that is done, long before the
+        return, and can end it. InvalidInput on a payload that has not the layout's
         block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits.
         """
 
@@ -354,10 +357,11 @@ class Namespace(Protocol):
         BlockGone if this life of the block is over; BadPayload or DeviceError if it is lost.
         """
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """Unpublish a session from the tail up, every block that no other head uses.
 
-        NoSuchBlock, or NotEmpty when *head* is not a head.
+        With *below* instead the block *head* itself, which need be none, and all that goes on from
+        it. NoSuchBlock, or NotEmpty when *head* is not a head.
         """
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from twfs import check, enrolling, erasing, evicting, listing, matching, opening, putting, tenancy
 from twfs.arena import Arena
 from twfs.clocks import Clock, wall_ms
+from twfs.copying import Copying
 from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import BadPayload, DeviceError, InvalidInput, TwfsError, WarehouseClosed
@@ -271,6 +272,7 @@ class Warehouse:
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+        copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """See Store.put. Blocks."""
         check_payloads(model.layout, group, payloads)
@@ -286,7 +288,8 @@ class Warehouse:
             except BaseException:
                 put.abandon()
                 raise
-            return upload(LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
+            port = LocalPort(put, arena, self._puts)
+            return upload(port, arena, model.layout, group, payloads, copying=copying)
 
     def _put_arena(self, block_bytes: int) -> Arena:
         """The arena that puts copy into, made for the first."""
@@ -433,10 +436,10 @@ class Warehouse:
                 evicting.spoil(self._core, info.key, info.block.generation)
                 raise
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """See Namespace.remove. Blocks."""
         with self._using():
-            return evicting.remove_session(self._core, model, head)
+            return evicting.remove_session(self._core, model, head, below=below)
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention. Blocks."""

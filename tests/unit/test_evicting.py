@@ -282,6 +282,26 @@ def test_removing_leaves_other_sessions_alone_even_when_they_are_incomplete(scra
         ]  # fmt: skip
 
 
+def test_removing_a_block_takes_all_that_goes_on_from_it_and_nothing_else(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", HYBRID)
+        trunk, branch = chain_of(model, 6), chain_of(model, 7, 1, fork=4)
+        aside = chain_of(model, 5, 2, fork=2)
+        for names in (trunk, branch, aside):
+            put_whole(warehouse, model, names)
+        with warehouse.match(model, trunk) as match:
+            assert match.blocks == 6
+            freed = warehouse.remove(model.id, trunk.hash_at(3), below=True)
+        assert freed > 0
+        assert sorted(warehouse.heads(model.id)) == sorted([trunk.hash_at(2), aside.hash_at(4)])
+        assert read_all(warehouse, model, aside) == 5
+        assert [warehouse.lookup(model, names) for names in (trunk, branch)] == [3, 3]
+        with pytest.raises(NoSuchBlock):
+            warehouse.remove(model.id, trunk.hash_at(3), below=True)
+        warehouse.remove(model.id, trunk.hash_at(0), below=True)
+        assert (warehouse.heads(model.id), warehouse.detached(model.id)) == ([], [])
+
+
 def test_the_low_water_mark_is_kept_free_in_the_background(scratch: Path) -> None:
     with open_warehouse(scratch) as warehouse:
         model, core = warehouse.open_model("m", MHA), warehouse._core
