@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checksums", "formatting", "leases", "limbo", "slots", "tables", "wire"),
     ("messages",),
     ("metafile", "scoring"),
-    ("arena", "device", "extents", "ledger", "metadata", "protocol"),
+    ("arena", "device", "extents", "ledger", "metadata", "protocol", "runs"),
     ("flushing", "payload"),
     ("modes", "roster", "salvaging"),
     ("readers", "readers.base"),

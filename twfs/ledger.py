@@ -7,7 +7,7 @@ nothing but the view.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from twfs.errors import StaleEpoch
 from twfs.layout import GroupKind, Layout
@@ -47,6 +47,7 @@ class Published:
     attached: list[int] = field(default_factory=list)
     heads: HeadMoves = field(default_factory=HeadMoves)
     replaced: list[tuple[int, tuple[Extent, ...]]] = field(default_factory=list)  # slot, old place
+    also: Any = None  # the result of what else the transaction did
 
 
 @dataclass(slots=True)
