@@ -110,6 +110,12 @@ class WarehouseFull(TwfsError):
     exit_code = 14
 
 
+class PromiseRefused(WarehouseFull):
+    """More would be pinned than may be: what was asked for is not promised, and not done."""
+
+    exit_code = 35
+
+
 class LayoutMismatch(TwfsError):
     """A model was opened with a layout that is not its own."""
 

@@ -18,8 +18,9 @@ from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.payload import read_payload
-from twfs.ranking import NEVER, Ranks, ranks
+from twfs.ranking import NEVER, Ranks, only, ranks
 from twfs.records import Block, BlockKey
+from twfs.retention import PINNED, expired
 from twfs.scoring import Scores
 from twfs.slots import IntArray, Slots
 from twfs.tables import ReadView, WriteView
@@ -28,6 +29,7 @@ from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
 SORTED_AT_ONCE: Final = 8192  # leaves: sorting a million would take 0.3 s under the lock
 VICTIMS_PER_COMMIT: Final = 2048  # about 30 ms of transaction: readers of the tables never notice
 LOW_WATER_PARTS: Final = 64  # 1/64 of the space is kept free ahead of demand
+LOOK_MS_MAX: Final = 60_000  # between two looks for blocks whose time to live is over
 LOW_WATER_BYTES_MAX: Final = 8 << 30
 
 _Turn = tuple[int, float, int, int]  # rank, score, -position, slot: the least goes first
@@ -217,10 +219,42 @@ def _one_done(core: Core) -> None:
         core.evicting -= 1
 
 
+def sweep_expired(core: Core) -> "list[Future[ledger.Removed]]":
+    """Begin to evict blocks whose time to live is over; a transaction's worth of them.
+
+    Between two looks that found something it only asks the clock. Blocks of devices that are
+    offline stay: they make no room, and are found again.
+    """
+    with core.lock:
+        now_ms = core.clock()
+        if now_ms < core.next_expiry_ms or core.evicting:
+            return []
+        core.expire()
+        slots = core.slots
+        leaves = slots.leaves()
+        there = ~np.isin(slots.device[leaves], list(core.standings.offline))
+        leaves = leaves[there & (slots.retention[leaves] != PINNED)]
+        ends = core.terms.ends(slots, leaves)
+        over = ends <= np.uint64(now_ms)
+        core.next_expiry_ms = now_ms + LOOK_MS_MAX
+        if not over.any():
+            if len(ends):
+                core.next_expiry_ms = min(core.next_expiry_ms, int(ends.min()))
+            return []
+        core.next_expiry_ms = 0
+        order = Order.of(core)
+        order = Order(only(order.rank, expired(slots, core.terms, now_ms)), order.score)
+        victims = _choose(core, leaves[over], order, blocks_max=VICTIMS_PER_COMMIT)
+        core.counters.expired_blocks += len(victims)
+        keys = [slots.key_of(slot) for slot in victims]
+        keys.sort(key=lambda key: key.model)
+        return submit_condemned(core, keys, evicted=True)
+
+
 def remove_session(
     core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False, below: bool = False
 ) -> ByteCount:
-    """Unpublish a session from the tail up, every block that no other head uses.
+    """Unpublish a session from the tail up, every block that no other session uses.
 
     What hangs below them (incomplete, so under no head) goes too. With *below* it is the block
     *head*, which need be none, and what goes on from it. Leased blocks wait in limbo.
@@ -241,7 +275,7 @@ def remove_session(
                 else [
                     core.slots.key_of(slot).prefix_hash
                     for slot in core.slots.ancestors(block.slot)
-                    if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
+                    if core.slots.over[slot].sum() == 1 and core.slots.state[slot] == states.LIVE
                 ]
             )
             keys = [

@@ -29,11 +29,14 @@ from twfs.records import (
     TENANT_OFFSET,
     Block,
 )
+from twfs.retention import PINNED
+from twfs.sessions import STANDARD, Request, SessionKey, Touch
 from twfs.store import Explanation
 from twfs.tables import ReadView
 from twfs.tenants import EVERYBODY
-from twfs.units import ALIGN, ByteCount, ModelId, TokenCount
+from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash, TokenCount
 
+TOUCHES_MAX: Final = 65_536  # of sessions, between two commits: a second's worth and more
 BATCH: Final = 512  # gets before looking whether the chain has ended
 
 
@@ -303,6 +306,8 @@ def _use(core: Core, used: "npt.NDArray[Any]", needed: list[Found]) -> None:
     """Stamp what was matched, and what is before it: the asker held that itself."""
     now = core.clock()
     core.slots.use(used, now)
+    core.slots.stop[used] = 0  # the session is back: how its request ends is not known yet
+    core.slots.back_ms[used] = 0
     for run in needed:
         if run.first and len(run.records):
             core.slots.use(core.slots.ancestors(int(run.records["slot"][0])), now)
@@ -323,12 +328,37 @@ def touch_blocks(
     with core.lock:
         if not core.is_current(model):
             return
-        _, needed = gather(core, model, names, 0, tenant)
+        held, needed = gather(core, model, names, 0, tenant)
         used = [run.records["slot"] for run in needed if len(run.records)]
         if used:
             slots = np.concatenate(used)
             core.slots.use(slots, core.clock())
             core.slots.stop[slots] = 0 if hint.stop is None else hint.stop.code
+            back_ms = 0 if hint.return_ms is None else core.clock() + hint.return_ms
+            core.slots.back_ms[slots] = back_ms
+        if held and (hint.session or hint.retention is not None):
+            note_touch(core, model, tenant, names.hash_at(held - 1), hint)
+
+
+def note_touch(core: Core, model: ModelId, tenant: int, head: PrefixHash, hint: Hint) -> None:
+    """Remember what a touch says of its session, for one commit with many others. Hold the lock."""
+    named = bool(hint.session)
+    key = (
+        SessionKey.of(model, tenant, hint.session)
+        if named
+        else SessionKey.without_id(model, tenant, head)
+    )
+    if key not in core.asked and len(core.asked) >= TOUCHES_MAX:
+        core.counters.lost_touches += 1
+        return
+    before = core.asked.get(key)
+    wanted = None if hint.retention is None else hint.retention.rank
+    if wanted is None and before is not None:
+        wanted = before.wanted
+    # What is to be pinned has to be promised first: that is done when the class is set.
+    retention = STANDARD if wanted is None or wanted == PINNED else wanted
+    asked = Request(tenant, hint.session, retention, [head], core.clock(), only_named=True)
+    core.asked[key] = Touch(asked, wanted)
 
 
 def join_located(core: Core, token: bytes, owner: int) -> Located:

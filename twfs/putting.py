@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger
+from twfs import ledger, retaining
 from twfs import slots as states
 from twfs.checksums import host_sums_of
 from twfs.core import Core
@@ -26,12 +26,13 @@ from twfs.errors import (
     WarehouseFull,
 )
 from twfs.evicting import keep_low_water, submit_eviction
-from twfs.hints import NO_HINT, Hint
+from twfs.hints import NO_HINT, Hint, Retention
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
 from twfs.runs import Run, plan_runs
-from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
+from twfs.sessions import Request
+from twfs.store import ArenaBlock, PutOutcome, PutResult
 from twfs.tables import ModelRecord, WriteView
 from twfs.tenants import EVERYBODY
 from twfs.units import (
@@ -55,9 +56,11 @@ class Put:
     def __init__(
         self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
         retention: Retention, tenant: int = EVERYBODY, uid: int | None = None,
-        lengths: Sequence[int] = (),
+        lengths: Sequence[int] = (), session: str = "",
     ) -> None:  # fmt: skip
         self._core = core
+        self._session = session  # the engine's id of it
+        self._promised = 0  # bytes that this put may pin
         self._tenant = tenant
         self._uid = uid  # whose bound on reservations counts; None: there is none
         self._model = model
@@ -136,6 +139,36 @@ class Put:
 
     def _own_key(self, index: int) -> bytes:
         return self._names.keys[index] if self._names.keys else b""
+
+    def promise(self, lacking: list[int]) -> list[int]:
+        """Settle the class of the session, and with it that of the blocks. Hold the core's lock.
+
+        Returns the leading part of *lacking* that may be promised what it asks for: all, but where
+        it is to be pinned. PromiseRefused if nothing of it is.
+        """
+        core, parents = self._core, [self._parent(index) for index in lacking[:1]]
+        self._retention = retaining.class_of_put(
+            core, self._model.id, self._tenant, self._session, self._retention, parents
+        )
+        if self._retention is not Retention.PINNED:
+            return lacking
+        needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
+        fit, self._promised = retaining.promise_put(core, self._pinned.tolist(), needs)
+        for index in lacking[fit:]:
+            self._outcomes[index] = PutOutcome.NO_ROOM
+        return lacking[:fit]
+
+    def _asked(self, candidates: list[tuple[int, Block]]) -> Request:
+        """What this put says of its session: it ends where the leading part ends that is there."""
+        there = {index for index, _ in candidates}
+        reach = []
+        for index in range(len(self._names)):
+            if index not in there and self._outcomes.get(index) is not PutOutcome.PRESENT:
+                break
+            reach.append(self._names.hash_at(index))
+        return Request(
+            self._tenant, self._session, self._retention.rank, reach, self._core.clock()
+        )  # fmt: skip
 
     def reserve(self, lacking: list[int]) -> None:
         """Reserve extents for the longest leading part of *lacking* that fits, making room.
@@ -262,7 +295,7 @@ class Put:
                 xxh3, layer_sums = host_sums_of(view, self._layers)
                 if xxh3 != block.xxh3:
                     bad.add(block.index)
-                record = _with_sums(reserved, sums)
+                record = reserved.with_sums(sums)
                 whole[block.index] = record
                 headers[number * ALIGN : (number + 1) * ALIGN] = self._header(
                     block.index, record, layer_sums
@@ -298,6 +331,7 @@ class Put:
         self._seal()
         self._flush()
         candidates = self._candidates()
+        asked = self._asked(candidates)
         now = self._core.clock()
 
         def after(done: ledger.Published) -> None:
@@ -310,7 +344,7 @@ class Put:
 
         def job(view: WriteView) -> ledger.Published:
             blocks = [(self._key(index), block) for index, block in candidates]
-            done = ledger.publish(view, self._model, blocks, self._core.standings.offline)
+            done = ledger.publish(view, self._model, blocks, self._core.standings.offline, asked)
             done.also = None if also is None else also(view, done)
             return done
 
@@ -378,6 +412,8 @@ class Put:
                 core.slots.give_back(block.slot)
         core.unpin(self._pinned, self._pin)
         core.puts_of[self._tenant] -= 1
+        core.promised_bytes -= self._promised
+        self._promised = 0
         self._ended = True
 
     def abandon(self) -> None:
@@ -394,15 +430,12 @@ class Put:
         outcomes = tuple(self._outcomes[index] for index in range(len(self._names)))
         count = {outcome: outcomes.count(outcome) for outcome in PutOutcome}
         written = sum(self._reserved[i].device_bytes for i in self._written)
-        counters = self._core.counters
         with self._core.lock:
-            counters.puts += 1
-            counters.published_blocks += count[PutOutcome.PUBLISHED]
-            counters.present_blocks += count[PutOutcome.PRESENT]
-            counters.collisions += count[PutOutcome.COLLISION]
-            counters.failed_blocks += count[PutOutcome.FAILED]
-            counters.no_room_blocks += count[PutOutcome.NO_ROOM]
-            counters.written_bytes += written
+            self._core.counters.count_put(
+                published=count[PutOutcome.PUBLISHED], present=count[PutOutcome.PRESENT],
+                collisions=count[PutOutcome.COLLISION], failed=count[PutOutcome.FAILED],
+                no_room=count[PutOutcome.NO_ROOM], written_bytes=written,
+            )  # fmt: skip
         return PutResult(outcomes, ByteCount(written))
 
 
@@ -410,15 +443,6 @@ def _leading(needs: Sequence[ByteCount], room: int) -> list[ByteCount]:
     """The longest leading part of *needs* that *room* bytes hold."""
     ends = np.cumsum(needs)
     return list(needs[: int(np.searchsorted(ends, room, "right"))])
-
-
-def _with_sums(block: Block, sums: Checksums) -> Block:
-    """*block* with its checksums; dataclasses.replace costs three times as much."""
-    return Block(
-        block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
-        block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
-        block.retention,
-    )  # fmt: skip
 
 
 def begin_put(
@@ -430,11 +454,12 @@ def begin_put(
 
     The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
     *lengths* has the payload bytes of each where the layout allows any.
-    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull.
+    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull, PromiseRefused.
     """
     if len(names) > PUT_BLOCKS_MAX:
         raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
     check_names(names)
+    retaining.change_asked(core, model, tenant, hint)
     hashes = {names.hash_at(index) for index in range(len(names))}
     if len(hashes) != len(names):
         raise InvalidInput(f"{len(names) - len(hashes)} names stand twice in one put")
@@ -456,11 +481,13 @@ def begin_put(
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
         put = Put(
             core, record, names, group=group, shard=shard, retention=hint.retention or retention,
-            tenant=tenant, uid=uid, lengths=lengths,
+            tenant=tenant, uid=uid, lengths=lengths, session=hint.session,
         )  # fmt: skip
         lacking = put.compare()
         core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed
     try:
+        with core.lock:
+            lacking = put.promise(lacking)
         put.reserve(lacking)
     except BaseException:
         put.abandon()
