@@ -19,6 +19,7 @@ from twfs.prefix import (
     Names,
     OwnKey,
     Root,
+    joined,
     names_of_keys,
     names_of_run,
     root_of,

@@ -192,7 +192,7 @@ class Finder:
         first = 0 if known is None else len(known)
         if known is None or first < len(keys):
             more = name_keys(model, keys, first, len(keys), self._block_tokens)
-            known = more if known is None else known.plus(more)
+            known = more if known is None else joined([known, more])
             asked.names, asked.model = known, model
         return known.head(len(keys))
 
@@ -205,9 +205,12 @@ class Finder:
             self._desk.put(lambda: self._renew(asked, match))
 
     def _renew(self, asked: _Asked, match: LeasedMatch) -> None:
-        if asked.match is match and not self._attachment.quietly("a renewal", match.renew, False):
+        if asked.match is match and not self._renewed(match):
             asked.blocks = asked.start  # over: a load would fail
             self._attachment.count("leases that ended while a request waited")
+
+    def _renewed(self, match: LeasedMatch) -> bool:
+        return bool(self._attachment.quietly("a renewal failed", match.renew, None))
 
     def held(self, request: str, first: int, count: int) -> Held | None:
         """What a worker needs to load *count* blocks from *first* on; None if they are not held."""
@@ -229,14 +232,14 @@ class Finder:
             self._release(asked)
 
     def decline(self, request: str) -> None:
-        """Let every later ask of *request* be a miss: its load failed, or computing is sooner done."""
+        """Let every later ask of *request* be a miss: its load failed, or would not pay."""
         asked = self._requests.get(request)
         if asked is not None:
             asked.declined = True
             self._release(asked)
 
     def finish(self, request: str, keys: Sequence[bytes]) -> None:
-        """End *request*, whose whole chain is *keys*: one touch for all of it, and no lease more."""
+        """End *request*, whose whole chain is *keys*: one touch for all of it, no more lease."""
         asked = self._requests.pop(request, None)
         if asked is None:
             return
@@ -268,7 +271,7 @@ class Finder:
             self._attachment.quietly("a release failed", match.release, None)
 
     def reset(self) -> bool:
-        """Open a new epoch and forget every answer; False if nobody answered. Blocks for a moment."""
+        """Open a new epoch and forget every answer; False if nobody answered. Blocks."""
         for asked in self._requests.values():
             self._release(asked)
             asked.names = asked.model = None

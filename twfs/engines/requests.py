@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from twfs.errors import InvalidInput
-from twfs.store import NO_HINT, Hint, Retention, Stop
+from twfs.hints import NO_HINT, Hint, Retention, Stop
 
 PARAMETERS: Final = "twfs"  # the name under which an engine's open parameters carry ours
 KNOWN: Final = frozenset({"tenant", "session", "class", "stop", "return_ms"})

@@ -1,4 +1,4 @@
-"""The worker's side of an engine: blocks between the engine's memory and the store, many jobs at once.
+"""The worker's side of an engine: blocks between its memory and the store, many jobs at once.
 
 A job is a list of (memory, block). A load reads straight into the memory it was given, within a
 deadline; what did not come is told block by block, and after the deadline nothing is written any
@@ -8,7 +8,7 @@ submitting never blocks, and a failure is a result, never an exception.
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -20,7 +20,7 @@ from twfs.engines.finding import Held
 from twfs.errors import InvalidInput
 from twfs.hints import NO_HINT, Hint
 from twfs.prefix import Names, joined, names_of_run
-from twfs.store import LeasedMatch, Model, Pieces, PutResult, Retention
+from twfs.store import LeasedMatch, Model, Pieces, PutResult
 
 LOADERS: Final = 4  # loads at once: each reads its blocks in parallel itself
 URGENT_LOADERS: Final = 2  # that a step waits for, so they stand in no queue
@@ -119,11 +119,15 @@ class Transfers:
         entered = self._enter(job, store=False, asked=len(destinations))
         after = _events_of(destinations)
         deadline_s = entered.begun_s + timeout_s
+        first = held.first if isinstance(held, Held) else first
+
+        def read(match: LeasedMatch) -> tuple[int, int]:
+            return self._read(match, destinations, group, first, deadline_s)
 
         def work() -> None:
             blocks, read_bytes = self._attachment.quietly(
                 "a load failed",
-                lambda: self._load(held, destinations, group, first, deadline_s, after),
+                lambda: self._load(held, read, after),
                 (0, 0),
             )
             self._end(job, blocks, read_bytes)
@@ -131,17 +135,17 @@ class Transfers:
         self._submit(self._urgent if urgent else self._loaders, work, job)
 
     def _load(
-        self, held: Held | LeasedMatch, destinations: Sequence[Pieces], group: int,
-        first: int | None, deadline_s: float, after: Sequence[Any],
+        self, held: Held | LeasedMatch, read: Callable[[LeasedMatch], tuple[int, int]],
+        after: Sequence[Any],
     ) -> tuple[int, int]:  # fmt: skip
-        """Read, on a thread of ours; return how many leading blocks came, and their bytes."""
+        """Have *read* read, on a thread of ours; it tells the leading blocks and their bytes."""
         for event in after:
             event.synchronize()
         if not isinstance(held, Held):
-            return self._read(held, destinations, group, first, deadline_s)
+            return read(held)
         self._attachment.model(held.tenant)  # a lease is joined on a model that is known
         with self._attachment.store.join(held.token) as match:
-            return self._read(match, destinations, group, held.first, deadline_s)
+            return read(match)
 
     def _read(
         self, match: LeasedMatch, destinations: Sequence[Pieces], group: int, first: int | None,
@@ -158,9 +162,7 @@ class Transfers:
             self._attachment.complain("a load was short", report.outcomes[report.blocks])
         return report.blocks, report.payload_bytes
 
-    def store(
-        self, job: int, offer: Offer, payloads: Sequence[Pieces], *, group: int = 0
-    ) -> None:
+    def store(self, job: int, offer: Offer, payloads: Sequence[Pieces], *, group: int = 0) -> None:
         """Begin to store one payload per block of *offer*; `finished` when they have been read."""
         entered = self._enter(job, store=True, asked=len(payloads))
         copied_bytes = len(payloads) * self._attachment.layout.block_bytes(group)
@@ -195,8 +197,8 @@ class Transfers:
         if len(names) != len(payloads):
             raise InvalidInput(f"{len(payloads)} payloads for {len(names)} names")
         result: PutResult = self._attachment.store.put(
-            model, names, payloads, group=group, shard=self._shard,
-            retention=offer.hint.retention or Retention.STANDARD, copying=copying, hint=offer.hint,
+            model, names, payloads, group=group, shard=self._shard, copying=copying,
+            hint=offer.hint,
         )  # fmt: skip
         self._attachment.count("stored blocks", result.held)
         if result.held < len(payloads):
@@ -207,7 +209,7 @@ class Transfers:
             entered = self._jobs[job] = _Job(store, asked, time.monotonic())
             return entered
 
-    def _submit(self, executor: ThreadPoolExecutor, work: Any, job: int) -> None:
+    def _submit(self, executor: ThreadPoolExecutor, work: Callable[[], None], job: int) -> None:
         """Hand *work* to a thread; once closed, the job has failed."""
         try:
             executor.submit(work)
@@ -231,7 +233,7 @@ class Transfers:
             return finished
 
     def wait(self, jobs: Collection[int]) -> None:
-        """Return when none of *jobs* uses the engine's memory: loads by their deadline, stores soon.
+        """Return when no job uses the engine's memory: loads by their deadline, stores soon.
 
         A store that has not been copied after a moment is given up, for it may wait for room.
         """
