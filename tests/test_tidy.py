@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("counters", "operating", "tenants"),
+    ("charges", "counters", "operating", "tenants"),
     ("secret",),
     ("layout", "prefix", "records"),
     ("store",),
@@ -35,8 +35,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("match", "upload"),
     ("devicestates",),
     ("core", "sources"),
-    ("enrolling", "ranking"),
-    ("evicting", "listing", "matching", "opening", "tenancy"),
+    ("enrolling", "quotas", "ranking"),
+    ("evicting", "listing", "matching", "opening"),
+    ("reserving", "tenancy"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
     ("scanning",),
     ("survivors",),

@@ -17,7 +17,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import enrolling, ledger, modes
-from twfs.core import Core
+from twfs.core import Core, wall_ms
 from twfs.device import Device
 from twfs.devicestates import Standing, Standings
 from twfs.errors import (
@@ -202,7 +202,7 @@ def open_core(
         warehouse = metadata.warehouse()
         standings = open_devices(directory, metadata, undo, degraded=degraded)
         devices = [each.device for each in standings.values() if each.device is not None]
-        slots = Slots(directory / HEAT_FILE)
+        slots = Slots(directory / HEAT_FILE, wall_ms)
         undo.callback(slots.close)
         with metadata.read() as view:
             units = sum(each.record.data_area[1] // ALIGN for each in standings.values())
@@ -294,3 +294,4 @@ def load_slots(view: ReadView, slots: Slots, units: int) -> None:
         block = view.block(BlockKey.unpack(packed))
         assert block is not None
         slots.units[block.slot] = block.device_bytes // ALIGN
+    slots.charge_all()

@@ -8,13 +8,13 @@ put is driven by one thread at a time, but its windows may be written by several
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from twfs import ledger
+from twfs import ledger, reserving
 from twfs import slots as states
 from twfs.checksums import host_sums_of
 from twfs.core import Core, wall_ms
@@ -24,9 +24,8 @@ from twfs.errors import (
     NoSuchTenant,
     TooLarge,
     WarehouseClosed,
-    WarehouseFull,
 )
-from twfs.evicting import keep_low_water, submit_eviction
+from twfs.evicting import keep_low_water, keep_quota
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
@@ -48,7 +47,6 @@ from twfs.units import (
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
 IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
-ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
 
 
 @dataclass(slots=True)
@@ -151,39 +149,24 @@ class Put:
     def reserve(self, lacking: list[int]) -> None:
         """Reserve extents for the longest leading part of *lacking* that fits, making room.
 
-        WarehouseFull if there is something lacking and none of it fits.
+        Evicts of the put's own tenant what its quota has no room for. WarehouseFull or
+        QuotaExceeded if there is something lacking and none of it fits.
         """
+        if not lacking:
+            return
         core = self._core
-        if lacking and not core.allocator.allotted_bytes:
-            raise WarehouseFull(
-                "no device takes blocks: all are read-only, draining or offline; see `twfs device "
-                "list`, and bring one back or add one"
-            )
         need = ByteCount(ALIGN + align_up(self._payload_bytes))
-        extents: list[tuple[Extent, ...]] = []
+        extents, over = reserving.reserve(
+            core, need, len(lacking), tenant=self._tenant, uid=self._uid
+        )
         try:
-            for _ in range(ROOM_TRIES):
-                with core.lock:
-                    wanted = min(len(lacking) - len(extents), core.room_of(self._uid) // need)
-                    got = core.allocator.reserve([need] * wanted)
-                    core.count_reserved(self._uid, need * len(got))
-                    extents += got
-                    missing = need * (wanted - len(got))
-                    futures = submit_eviction(core, missing) if missing else []
-                if not missing or not futures:
-                    break
-                wait(futures)
             self.lacking = lacking[: len(extents)]
             for index in lacking[len(extents) :]:
-                self._outcomes[index] = PutOutcome.NO_ROOM
-            if lacking and not extents:
-                raise core.no_room(self._uid, need)
+                self._outcomes[index] = PutOutcome.OVER_QUOTA if over else PutOutcome.NO_ROOM
             self._number(extents)
         except BaseException:
             with core.lock:
-                core.count_reserved(self._uid, -need * len(extents))
-                for each in extents:
-                    core.allocator.release(each)
+                reserving.release(core, need, extents, tenant=self._tenant, uid=self._uid)
             raise
 
     def _number(self, extents: list[tuple[Extent, ...]]) -> None:
@@ -369,6 +352,7 @@ class Put:
             self._outcomes[index] = outcome
         result = self._result()
         keep_low_water(self._core)
+        keep_quota(self._core, self._tenant)
         return result
 
     def _flush(self) -> None:
@@ -413,7 +397,7 @@ class Put:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
         for index, block in self._reserved.items():
-            core.count_reserved(self._uid, -block.device_bytes)
+            core.count_reserved(self._uid, self._tenant, -block.device_bytes)
             if index not in published:
                 core.release_after(block.extents, self._stuck.get(index, []))
             if index not in published or block.slot not in (kept_slots or ()):
@@ -444,6 +428,7 @@ class Put:
             counters.collisions += count[PutOutcome.COLLISION]
             counters.failed_blocks += count[PutOutcome.FAILED]
             counters.no_room_blocks += count[PutOutcome.NO_ROOM]
+            counters.over_quota_blocks += count[PutOutcome.OVER_QUOTA]
             counters.written_bytes += written
         return PutResult(outcomes, ByteCount(written))
 
@@ -453,7 +438,7 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
     return Block(
         block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
         block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
-        block.retention,
+        block.retention, payer=block.payer,
     )  # fmt: skip
 
 
@@ -464,7 +449,7 @@ def begin_put(
     """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
 
     The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
-    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull.
+    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull, QuotaExceeded.
     """
     if len(names) > PUT_BLOCKS_MAX:
         raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
@@ -480,7 +465,7 @@ def begin_put(
                 f"group {group}, shard {shard} of model {record.name}: it has "
                 f"{len(layout.groups)} groups and {layout.shards} shards"
             )
-        if not core.tenants.there(tenant):
+        if not core.tenants.pays(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
         put = Put(
             core, record, names, group=group, shard=shard, retention=retention, tenant=tenant,

@@ -77,6 +77,7 @@ class PutOutcome(StrEnum):
     COLLISION = "collision"  # there with another digest: refused, never mixed
     NO_ROOM = "no room"
     FAILED = "failed"  # its bytes did not reach the device, or not whole
+    OVER_QUOTA = "over quota"  # no room in its tenant's quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +317,8 @@ class Store(Protocol):
         """Store one payload per name; returns once what it reports is durable.
 
         Only what the store lacks is copied. InvalidInput on a payload that has not the layout's
-        block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits.
+        block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits,
+        QuotaExceeded, which is one, if that is because of its tenant's quota.
         """
 
     def close(self) -> None:

@@ -186,9 +186,7 @@ class Tenants:
 
         A request is a tenant's: none names a share group.
         """
-        if not self.may_act(uid, number) or (
-            self.is_group(number) and uid not in self.operators
-        ):
+        if not self.may_act(uid, number) or (self.is_group(number) and uid not in self.operators):
             raise NotAllowed(
                 f"uid {uid} may not act for tenant {number}: an operator allows it with "
                 "`twfs tenant set`"

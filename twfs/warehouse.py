@@ -197,6 +197,7 @@ class Warehouse:
             with self._core.lock:
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
+            evicting.keep_quotas(self._core)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
             if over:
@@ -468,8 +469,7 @@ class Warehouse:
     def operate(self, verb: str, **arguments: Any) -> Any:
         """See Namespace.operate. Blocks."""
         with self._using():
-            result = operate(self.verbs, verb, msgspec.json.encode(arguments))
-        return msgspec.json.decode(result)
+            return msgspec.json.decode(operate(self.verbs, verb, msgspec.json.encode(arguments)))
 
     def changes(self) -> int:
         """See Namespace.changes."""

@@ -1,0 +1,110 @@
+"""Room for a put: extents within the devices, its tenant's quota and the bound on one user.
+
+What is counted is counted in the same step under the lock in which it is reserved, so no bound is
+ever passed, however many puts there are at once. What must go first is removed and waited for.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from typing import Any, Final
+
+from twfs import quotas
+from twfs.core import Core
+from twfs.errors import WarehouseFull
+from twfs.evicting import submit_eviction
+from twfs.records import Extent
+from twfs.units import ByteCount
+
+ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
+RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
+
+Room = list[tuple[Extent, ...]]  # of one block each
+
+
+def reserve(
+    core: Core, need: ByteCount, count: int, *, tenant: int, uid: int | None
+) -> tuple[Room, bool]:
+    """Reserve up to *count* blocks of *need* bytes, charged to *tenant*; may evict and wait.
+
+    Returns what was got, to be ended by `release` or a publish, and whether the quota is what cut
+    it short. WarehouseFull, or QuotaExceeded, if it is nothing.
+    """
+    if not core.allocator.allotted_bytes:
+        raise WarehouseFull(
+            "no device takes blocks: all are read-only, draining or offline; see `twfs device "
+            "list`, and bring one back or add one"
+        )
+    room: Room = []
+    try:
+        for _ in range(ROOM_TRIES):
+            with core.lock:
+                wanted = min(count - len(room), _room_of(core, uid) // need)
+                going = _take(core, room, need, wanted, tenant=tenant, uid=uid)
+            if not going:
+                break
+            wait(going)
+        return room, len(room) < count and _is_over(core, room, need, tenant=tenant, uid=uid)
+    except BaseException:
+        with core.lock:
+            release(core, need, room, tenant=tenant, uid=uid)
+        raise
+
+
+def _take(
+    core: Core, room: Room, need: ByteCount, wanted: int, *, tenant: int, uid: int | None
+) -> Sequence[Future[Any]]:
+    """Add up to *wanted* blocks to *room*; begin to evict for the rest. Hold the lock.
+
+    Empty if there is no rest, or nothing to evict for it.
+    """
+    left = quotas.room_bytes(core, tenant)
+    allowed = min(wanted, max(0, left) // need)
+    got = core.allocator.reserve([need] * allowed)
+    core.count_reserved(uid, tenant, need * len(got))
+    room += got
+    going: list[Future[Any]] = []
+    if allowed < wanted:
+        going += submit_eviction(core, need * wanted - left, payer=tenant)
+    if len(got) < allowed:
+        going += submit_eviction(core, need * (allowed - len(got)))
+    return going
+
+
+def _is_over(core: Core, room: Room, need: int, *, tenant: int, uid: int | None) -> bool:
+    """Tell whether the quota has no room for one block more; raise it if *room* is nothing."""
+    with core.lock:
+        over = quotas.room_bytes(core, tenant) < need
+        if room:
+            return over
+        if over:
+            core.counters.refused_puts += 1
+            raise quotas.exceeded(core, tenant, need)
+        raise _no_room(core, uid, need)
+
+
+def release(core: Core, need: int, room: Room, *, tenant: int, uid: int | None) -> None:
+    """Undo `reserve`. Hold the lock."""
+    core.count_reserved(uid, tenant, -need * len(room))
+    for extents in room:
+        core.allocator.release(extents)
+
+
+def _room_of(core: Core, uid: int | None) -> int:
+    """What the puts of *uid* may reserve more; None is bounded by the space alone."""
+    total = core.allocator.total_bytes
+    if uid is None:
+        return total
+    return max(0, total // RESERVED_PARTS - core.reserved_of[uid])
+
+
+def _no_room(core: Core, uid: int | None, need: int) -> WarehouseFull:
+    """The error that says why not one block of *need* bytes can be reserved."""
+    if _room_of(core, uid) < need:
+        return WarehouseFull(
+            f"uid {uid} has {core.reserved_of[uid or 0]} bytes reserved for puts under way, "
+            f"and one user may have 1/{RESERVED_PARTS} of the space: end some"
+        )
+    return WarehouseFull(
+        f"no room for a block of {need} bytes: {core.allocator.free_bytes} bytes are free "
+        "and nothing may be evicted; release leases or add a device"
+    )
