@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("charges", "counters", "operating", "tenants"),
+    ("charges", "clocks", "counters", "operating", "tenants"),
     ("secret",),
     ("layout", "prefix", "records"),
     ("store",),

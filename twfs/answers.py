@@ -111,7 +111,8 @@ def _info(warehouse: Permitted, request: InfoOfBlock) -> AnyReply:
 
 
 def _remove(warehouse: Permitted, request: RemoveSession) -> AnyReply:
-    freed = warehouse.remove(ModelId(request.model), PrefixHash(request.head))
+    head = PrefixHash(request.head)
+    freed = warehouse.remove(ModelId(request.model), head, below=request.below)
     return Counted(request.id, freed)
 
 

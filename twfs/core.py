@@ -7,7 +7,6 @@ after its commit: until then a published block is a miss, and a removed one is c
 
 import mmap
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,6 +20,7 @@ import numpy as np
 
 from twfs import ledger, slots
 from twfs.charges import Charges
+from twfs.clocks import Clock, wall_ms
 from twfs.counters import Counters
 from twfs.device import Device
 from twfs.devicestates import Standings
@@ -41,11 +41,6 @@ from twfs.units import ALIGN, Generation, Ino, Millis, ModelId
 T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
-
-
-def wall_ms() -> Millis:
-    """Wall clock in milliseconds."""
-    return Millis(time.time_ns() // 1_000_000)
 
 
 @dataclass(slots=True)
@@ -80,6 +75,7 @@ class Core:
     roster: Roster  # as it is on the devices
     tenants: Tenants  # of the roster; replaced whole, never changed: readers take no lock
     lock: threading.RLock  # the one that guards the standings too
+    clock: Clock = wall_ms
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still

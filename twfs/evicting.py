@@ -15,7 +15,7 @@ import numpy as np
 
 from twfs import ledger, quotas
 from twfs import slots as states
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.payload import read_payload
 from twfs.ranking import NEVER, STANDARD, Ranks, ranks
@@ -43,7 +43,7 @@ class Order:
     @staticmethod
     def of(core: Core) -> "Order":
         """The order of now, by ranks and the warehouse's policy. Hold the lock."""
-        now_ms = wall_ms()
+        now_ms = core.clock()
         return Order(ranks(core, now_ms), core.policy.scores(core.slots, now_ms))
 
     @staticmethod
@@ -275,11 +275,12 @@ def keep_quotas(core: Core) -> None:
 
 
 def remove_session(
-    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False
+    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False, below: bool = False
 ) -> ByteCount:
     """Unpublish a session from the tail up, every block that no other head uses.
 
-    What hangs below them (incomplete, so under no head) goes too. Leased blocks wait in limbo.
+    What hangs below them (incomplete, so under no head) goes too. With *below* it is the block
+    *head*, which need be none, and what goes on from it. Leased blocks wait in limbo.
     NoSuchBlock, or NotEmpty when *head* is not a head; NoSuchModel, StaleEpoch.
     """
     layout = core.record(model).layout
@@ -289,13 +290,17 @@ def remove_session(
             block = view.block(standing)
             if block is None or core.slots.state[block.slot] != states.LIVE:
                 raise NoSuchBlock(f"no session {head.hex()}")
-            if not view.is_head(model, head):
+            if not below and not view.is_head(model, head):
                 raise NotEmpty(f"{head.hex()} is no session's head: longer sessions go on from it")
-            own = [
-                core.slots.key_of(slot).prefix_hash
-                for slot in core.slots.ancestors(block.slot)
-                if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
-            ]
+            own = (
+                [head]
+                if below
+                else [
+                    core.slots.key_of(slot).prefix_hash
+                    for slot in core.slots.ancestors(block.slot)
+                    if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
+                ]
+            )
             keys = [
                 key
                 for group in range(len(layout.groups))

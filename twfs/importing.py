@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from twfs.chainfile import CHAIN_BYTES_MAX, CHAIN_NAME, ChainBlock, ChainFile, parse_block_name
 from twfs.checksums import xxh3_of
+from twfs.clocks import wall_ms
 from twfs.errors import (
     BlockGone,
     DeviceError,
@@ -34,7 +35,7 @@ from twfs.prefix import Names
 from twfs.spool import Spool
 from twfs.store import Model, ModelInfo, PutOutcome, Store
 from twfs.tenants import Tenants
-from twfs.units import ByteCount, Ino, Millis, ModelId, PrefixHash
+from twfs.units import ByteCount, Ino, ModelId, PrefixHash
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,6 @@ class PendingState(Enum):
     OPEN = "open"
     PUBLISHED = "published"
     DROPPED = "dropped"
-
-
-def wall_ms() -> Millis:
-    """The time that a file is shown with while it comes."""
-    return Millis(time.time_ns() // 1_000_000)
 
 
 class PendingFile:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twfs import slots as states
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.errors import InvalidInput, LeaseEnded
 from twfs.layout import GroupKind, Layout
 from twfs.leases import Leases, Located
@@ -300,7 +300,7 @@ def _fitting(
 
 def _use(core: Core, used: "npt.NDArray[Any]", needed: list[Found]) -> None:
     """Stamp what was matched, and what is before it: the asker held that itself."""
-    now = wall_ms()
+    now = core.clock()
     core.slots.use(used, now)
     for run in needed:
         if run.first and len(run.records):
@@ -323,7 +323,7 @@ def touch_blocks(core: Core, model: ModelId, names: Names, tenant: int = EVERYBO
         _, needed = gather(core, model, names, 0, tenant)
         used = [run.records["slot"] for run in needed if len(run.records)]
         if used:
-            core.slots.use(np.concatenate(used), wall_ms())
+            core.slots.use(np.concatenate(used), core.clock())
 
 
 def join_located(core: Core, token: bytes, owner: int) -> Located:

@@ -282,6 +282,7 @@ class RemoveSession(Request, frozen=True):
 
     model: _U32
     head: _Hash
+    below: bool = False
 
 
 class RetainSession(Request, frozen=True):

@@ -17,7 +17,8 @@ from uuid import UUID
 import numpy as np
 
 from twfs import enrolling, ledger, modes
-from twfs.core import Core, wall_ms
+from twfs.clocks import Clock, wall_ms
+from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standing, Standings
 from twfs.errors import (
@@ -191,7 +192,7 @@ def open_devices(
 
 def open_core(
     directory: Path, *, lease_ms: int, durability: Durability = Durability.STRICT,
-    wary: bool = False, degraded: bool = True,
+    wary: bool = False, degraded: bool = True, clock: Clock = wall_ms,
 ) -> Core:  # fmt: skip
     """Open everything; see Warehouse.open for what may be raised."""
     if wary:
@@ -202,7 +203,7 @@ def open_core(
         warehouse = metadata.warehouse()
         standings = open_devices(directory, metadata, undo, degraded=degraded)
         devices = [each.device for each in standings.values() if each.device is not None]
-        slots = Slots(directory / HEAT_FILE, wall_ms)
+        slots = Slots(directory / HEAT_FILE, clock)
         undo.callback(slots.close)
         with metadata.read() as view:
             units = sum(each.record.data_area[1] // ALIGN for each in standings.values())
@@ -227,6 +228,7 @@ def open_core(
         core = Core(
             directory, warehouse, metadata, Standings(lock, allocator, standings.values()),
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
+            clock,
         )  # fmt: skip
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)

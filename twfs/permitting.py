@@ -173,10 +173,10 @@ class Permitted:
         self.block_info(info.key)
         return self._warehouse.read_block(info)
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """See Namespace.remove; NoSuchBlock for another tenant's. Blocks."""
         self.chain_of(model, head)
-        return self._warehouse.remove(model, head)
+        return self._warehouse.remove(model, head, below=below)
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention; NoSuchBlock for another tenant's. Blocks."""

@@ -17,7 +17,7 @@ import numpy as np
 from twfs import ledger, reserving
 from twfs import slots as states
 from twfs.checksums import host_sums_of
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.errors import (
     DeviceError,
     InvalidInput,
@@ -172,7 +172,7 @@ class Put:
     def _number(self, extents: list[tuple[Extent, ...]]) -> None:
         """Give every reserved block its generation, inode and slot: all of them, or none."""
         generations, inos = self._core.take_numbers(len(extents))
-        now = wall_ms()
+        now = self._core.clock()
         with self._core.lock:
             slots = self._core.slots.allot(len(extents))
             self._reserved = {
@@ -323,7 +323,7 @@ class Put:
         self._seal()
         self._flush()
         candidates = self._candidates()
-        now = wall_ms()
+        now = self._core.clock()
 
         def after(done: ledger.Published) -> None:
             with self._core.lock:

@@ -150,9 +150,9 @@ class RemoteNamespace:
             )
         return memoryview(payload).toreadonly()
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """See Namespace.remove."""
-        return ByteCount(self._count(RemoveSession(0, model, head), None))
+        return ByteCount(self._count(RemoveSession(0, model, head, below), None))
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention."""

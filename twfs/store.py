@@ -356,10 +356,11 @@ class Namespace(Protocol):
         BlockGone if this life of the block is over; BadPayload or DeviceError if it is lost.
         """
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """Unpublish a session from the tail up, every block that no other head uses.
 
-        NoSuchBlock, or NotEmpty when *head* is not a head.
+        With *below* instead the block *head* itself, which need be none, and all that goes on from
+        it. NoSuchBlock, or NotEmpty when *head* is not a head.
         """
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:

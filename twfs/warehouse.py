@@ -20,15 +20,10 @@ import numpy as np
 
 from twfs import check, enrolling, erasing, evicting, listing, matching, opening, putting, tenancy
 from twfs.arena import Arena
+from twfs.clocks import Clock, wall_ms
 from twfs.core import Core
 from twfs.device import Device
-from twfs.errors import (
-    BadPayload,
-    DeviceError,
-    InvalidInput,
-    TwfsError,
-    WarehouseClosed,
-)
+from twfs.errors import BadPayload, DeviceError, InvalidInput, TwfsError, WarehouseClosed
 from twfs.formatting import DeviceSpec
 from twfs.layout import Layout
 from twfs.leases import Located
@@ -104,11 +99,12 @@ class Warehouse:
 
     @classmethod
     def open(
-        cls, directory: Path, *, lease_ms: int = LEASE_MS,
+        cls, directory: Path, *, lease_ms: int = LEASE_MS, clock: Clock = wall_ms,
         durability: Durability | str = Durability.STRICT, wary: bool = False, degraded: bool = True,
     ) -> Self:  # fmt: skip
         """Open the warehouse in *directory*, exclusively; *durability* is "strict" or "relaxed".
 
+        *clock* stamps uses and publishes; leases have a clock of their own.
         *wary*: let a child process read the metadata first, for LMDB ends a process on some damage.
         Without a device that is missing, damaged, another's or read-only, which `notes` tells,
         while another takes writes; unless *degraded* is False. NoSuchWarehouse, WarehouseBusy,
@@ -119,7 +115,7 @@ class Warehouse:
             raise InvalidInput(f"durability is strict or relaxed, not {durability!r}")
         core = opening.open_core(
             Path(directory), lease_ms=lease_ms, durability=Durability(durability), wary=wary,
-            degraded=degraded,
+            degraded=degraded, clock=clock,
         )  # fmt: skip
         try:
             return cls(core)
@@ -438,10 +434,10 @@ class Warehouse:
                 evicting.spoil(self._core, info.key, info.block.generation)
                 raise
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """See Namespace.remove. Blocks."""
         with self._using():
-            return evicting.remove_session(self._core, model, head)
+            return evicting.remove_session(self._core, model, head, below=below)
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention. Blocks."""

@@ -33,9 +33,29 @@ from twfs.metadata import BACKLOG_MAX
 from twfs.ranking import NEVER, ranks
 from twfs.slots import Slots
 from twfs.store import PutOutcome
-from twfs.units import ByteCount, PrefixHash
+from twfs.units import ByteCount, Millis, PrefixHash
 
 BLOCK = 8192  # bytes on the device of one block of the small layouts
+
+
+def test_uses_and_publishes_are_stamped_by_the_clock_that_is_given(scratch: Path) -> None:
+    days = iter(range(1, 100))
+    with open_warehouse(scratch, clock=lambda: Millis(next(days) * 86_400_000)) as warehouse:
+        model, stamp = warehouse.open_model("m", MHA), warehouse._core.slots.stamp
+        older, newer = chain_of(model, 2), chain_of(model, 2, seed=1)
+        seen = []
+        for names in (older, newer):
+            put(warehouse, model, names)
+            _, block = block_at(warehouse, model, names, 0)
+            seen += [int(block.published_ms), int(stamp[block.slot])]
+        warehouse.touch(model, older)
+        _, block = block_at(warehouse, model, older, 0)
+        seen.append(int(stamp[block.slot]))
+        days_seen = [ms / 86_400_000 for ms in seen]
+        assert days_seen == sorted(set(days_seen)), "each moment asks the clock"
+        assert all(day in range(1, 100) for day in days_seen), "and no other clock"
+        warehouse.evict(ByteCount(2 * BLOCK))
+        assert [warehouse.lookup(model, names) for names in (older, newer)] == [2, 0]
 
 
 def test_a_chain_loses_its_tail_and_never_its_middle(scratch: Path) -> None:
@@ -260,6 +280,26 @@ def test_removing_leaves_other_sessions_alone_even_when_they_are_incomplete(scra
         assert [i.key.group for i in warehouse.chain_of(model.id, branch.hash_at(5))] == [
             0, 1, 2, 0, 1, 2, 0, 1, 2, 1, 1, 1,
         ]  # fmt: skip
+
+
+def test_removing_a_block_takes_all_that_goes_on_from_it_and_nothing_else(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", HYBRID)
+        trunk, branch = chain_of(model, 6), chain_of(model, 7, 1, fork=4)
+        aside = chain_of(model, 5, 2, fork=2)
+        for names in (trunk, branch, aside):
+            put_whole(warehouse, model, names)
+        with warehouse.match(model, trunk) as match:
+            assert match.blocks == 6
+            freed = warehouse.remove(model.id, trunk.hash_at(3), below=True)
+        assert freed > 0
+        assert sorted(warehouse.heads(model.id)) == sorted([trunk.hash_at(2), aside.hash_at(4)])
+        assert read_all(warehouse, model, aside) == 5
+        assert [warehouse.lookup(model, names) for names in (trunk, branch)] == [3, 3]
+        with pytest.raises(NoSuchBlock):
+            warehouse.remove(model.id, trunk.hash_at(3), below=True)
+        warehouse.remove(model.id, trunk.hash_at(0), below=True)
+        assert (warehouse.heads(model.id), warehouse.detached(model.id)) == ([], [])
 
 
 def test_the_low_water_mark_is_kept_free_in_the_background(scratch: Path) -> None:

@@ -456,6 +456,7 @@ def test_a_listing_shows_only_tenants_that_the_asker_may_act_for(daemon: Daemon)
         for forbidden in (
             lambda: other.chain_of(mine.id, head), lambda: other.block_info(info.key),
             lambda: other.read_block(info), lambda: other.remove(mine.id, head),
+            lambda: other.remove(mine.id, head, below=True),
             lambda: other.set_retention(mine.id, head, Retention.PINNED),
             lambda: other.read_block(replace(info, block=replace(info.block, tenant=2))),
         ):  # fmt: skip
