@@ -9,13 +9,14 @@ from concurrent.futures import Future, wait
 from typing import Any, Final
 
 from twfs import quotas
+from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import WarehouseFull
 from twfs.evicting import submit_eviction
 from twfs.records import Extent
 from twfs.units import ByteCount
 
-ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
+ROOM_TRIES: Final = 32  # evict and try again: other puts may take what was freed for this one
 RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
 
 Room = list[tuple[Extent, ...]]  # of one block each
@@ -67,7 +68,17 @@ def _take(
         going += submit_eviction(core, need * wanted - left, payer=tenant)
     if len(got) < allowed:
         going += submit_eviction(core, need * (allowed - len(got)))
+    short_of_quota = allowed < wanted and len(got) == allowed
+    if not going and len(got) < wanted and _being_removed(core, tenant if short_of_quota else None):
+        going.append(core.metadata.submit(lambda _: None, settled=lambda _: None, urgent=True))
     return going
+
+
+def _being_removed(core: Core, payer: int | None) -> bool:
+    """Tell whether blocks of *payer* (None: of any) are on their way out, for other puts."""
+    slots, here = core.slots, len(core.slots)
+    going = slots.state[:here] == states.CONDEMNED
+    return bool((going if payer is None else going & (slots.payer[:here] == payer)).any())
 
 
 def _is_over(core: Core, room: Room, need: int, *, tenant: int, uid: int | None) -> bool:
