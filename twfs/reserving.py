@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Final
 
+import numpy as np
+
 from twfs import quotas
 from twfs import slots as states
 from twfs.core import Core
@@ -23,9 +25,9 @@ Room = list[tuple[Extent, ...]]  # of one block each
 
 
 def reserve(
-    core: Core, need: ByteCount, count: int, *, tenant: int, uid: int | None
+    core: Core, needs: Sequence[ByteCount], *, tenant: int, uid: int | None
 ) -> tuple[Room, bool]:
-    """Reserve up to *count* blocks of *need* bytes, charged to *tenant*; may evict and wait.
+    """Reserve blocks of *needs* bytes, as many leading ones as fit; may evict and wait.
 
     Returns what was got, to be ended by `release` or a publish, and whether the quota is what cut
     it short. WarehouseFull, or QuotaExceeded, if it is nothing.
@@ -39,37 +41,47 @@ def reserve(
     try:
         for _ in range(ROOM_TRIES):
             with core.lock:
-                wanted = min(count - len(room), _room_of(core, uid) // need)
-                going = _take(core, room, need, wanted, tenant=tenant, uid=uid)
+                wanted = leading(needs[len(room) :], _room_of(core, uid))
+                going = _take(core, room, wanted, tenant=tenant, uid=uid)
             if not going:
                 break
             wait(going)
-        return room, len(room) < count and _is_over(core, room, need, tenant=tenant, uid=uid)
+        over = len(room) < len(needs) and _is_over(
+            core, needs[len(room)], tenant=tenant, uid=uid, refused=not room
+        )
     except BaseException:
         with core.lock:
-            release(core, need, room, tenant=tenant, uid=uid)
+            release(core, room, tenant=tenant, uid=uid)
         raise
+    return room, over
+
+
+def leading(needs: Sequence[ByteCount], room_bytes: int) -> Sequence[ByteCount]:
+    """The leading *needs* that fit into *room_bytes* together."""
+    ends = np.cumsum(needs)
+    return needs[: int(np.searchsorted(ends, room_bytes, "right"))]
 
 
 def _take(
-    core: Core, room: Room, need: ByteCount, wanted: int, *, tenant: int, uid: int | None
+    core: Core, room: Room, wanted: Sequence[ByteCount], *, tenant: int, uid: int | None
 ) -> Sequence[Future[Any]]:
-    """Add up to *wanted* blocks to *room*; begin to evict for the rest. Hold the lock.
+    """Add blocks of *wanted* bytes to *room*; begin to evict for the rest. Hold the lock.
 
     Empty if there is no rest, or nothing to evict for it.
     """
     left = quotas.room_bytes(core, tenant)
-    allowed = min(wanted, max(0, left) // need)
-    got = core.allocator.reserve([need] * allowed)
-    core.count_reserved(uid, tenant, need * len(got))
+    allowed = leading(wanted, left)
+    got = core.allocator.reserve(allowed)
+    core.count_reserved(uid, tenant, sum(allowed[: len(got)]))
     room += got
     going: list[Future[Any]] = []
-    if allowed < wanted:
-        going += submit_eviction(core, need * wanted - left, payer=tenant)
-    if len(got) < allowed:
-        going += submit_eviction(core, need * (allowed - len(got)))
-    short_of_quota = allowed < wanted and len(got) == allowed
-    if not going and len(got) < wanted and _being_removed(core, tenant if short_of_quota else None):
+    if len(allowed) < len(wanted):
+        going += submit_eviction(core, sum(wanted) - left, payer=tenant)
+    missing = sum(allowed[len(got) :])
+    if missing:
+        going += submit_eviction(core, missing)
+    short = len(got) < len(wanted) and not going
+    if short and _being_removed(core, None if missing else tenant):
         going.append(core.metadata.submit(lambda _: None, settled=lambda _: None, urgent=True))
     return going
 
@@ -81,11 +93,11 @@ def _being_removed(core: Core, payer: int | None) -> bool:
     return bool((going if payer is None else going & (slots.payer[:here] == payer)).any())
 
 
-def _is_over(core: Core, room: Room, need: int, *, tenant: int, uid: int | None) -> bool:
-    """Tell whether the quota has no room for one block more; raise it if *room* is nothing."""
+def _is_over(core: Core, need: int, *, tenant: int, uid: int | None, refused: bool) -> bool:
+    """Tell whether the quota has no room for *need* bytes; if the put is *refused*, raise why."""
     with core.lock:
         over = quotas.room_bytes(core, tenant) < need
-        if room:
+        if not refused:
             return over
         if over:
             core.counters.refused_puts += 1
@@ -93,9 +105,9 @@ def _is_over(core: Core, room: Room, need: int, *, tenant: int, uid: int | None)
         raise _no_room(core, uid, need)
 
 
-def release(core: Core, need: int, room: Room, *, tenant: int, uid: int | None) -> None:
+def release(core: Core, room: Room, *, tenant: int, uid: int | None) -> None:
     """Undo `reserve`. Hold the lock."""
-    core.count_reserved(uid, tenant, -need * len(room))
+    core.count_reserved(uid, tenant, -sum(each.length for extents in room for each in extents))
     for extents in room:
         core.allocator.release(extents)
 

@@ -214,7 +214,8 @@ def assert_charges_agree(
     cells: Counter[tuple[int, int, int]] = Counter()
     for key, block in records.items():
         held[block.charged] += block.device_bytes
-        cells[block.charged, key.model, block.retention] += block.device_bytes
+        retention = int(core.slots.retention[block.slot])
+        cells[block.charged, key.model, retention] += block.device_bytes
     waiting: Counter[int] = Counter()
     for block in reserved:
         waiting[block.charged] += block.device_bytes

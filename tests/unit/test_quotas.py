@@ -74,10 +74,10 @@ def watch(warehouse: Warehouse, **quota: int) -> tuple[Watched, Watched]:
 
 @contextmanager
 def with_tenants(
-    directory: Path, *, devices: tuple[int, ...] = (DEVICE_BYTES,), **tenants: dict[str, Any]
+    directory: Path, **tenants: dict[str, Any]
 ) -> Iterator[tuple[Warehouse, dict[str, Model]]]:
     """A warehouse with *tenants* and a model opened for each."""
-    with open_warehouse(directory, devices) as warehouse:
+    with open_warehouse(directory) as warehouse:
         models = {}
         for name, options in tenants.items():
             warehouse.operate("tenant-add", name=name, owner=0, uids=[], **options)
