@@ -289,7 +289,12 @@ def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(
     engine.store(keys, payloads)
     assert engine.ask("r", keys) == 3
     stale = engine.offer(keys)
-    assert engine.finder.reset()
+    engine.finder.reset()
+    assert engine.finder.epoch("r") is None  # nothing is stored until the new epoch is known
+    assert engine.ask("r", keys) == 0
+    while engine.finder.epoch("r") is None:
+        engine.finder.admit("s")
+        time.sleep(0.001)
     assert engine.ask("r", keys) == 0
     assert engine.ask("s", keys) == 0
     for job in (50, 51):  # the worker learns of the epoch only by its failing

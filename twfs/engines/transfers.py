@@ -69,6 +69,19 @@ class Offer:
         )  # fmt: skip
 
 
+def runs_of(chain: Sequence[bytes], indices: Sequence[int]) -> tuple[Run, ...]:
+    """Return the blocks *indices* (ascending) of a *chain* of keys as runs."""
+    runs: list[Run] = []
+    first = 0
+    for at, index in enumerate(indices):
+        if at + 1 == len(indices) or indices[at + 1] != index + 1:
+            begin = indices[first]
+            parent = chain[begin - 1] if begin else None
+            runs.append(Run(tuple(chain[begin : index + 1]), parent, begin))
+            first = at + 1
+    return tuple(runs)
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """What became of a job. Of a load: the leading blocks that are right; all others are not."""
@@ -143,6 +156,9 @@ class Transfers:
             event.synchronize()
         if not isinstance(held, Held):
             return read(held)
+        if not held.token:
+            self._attachment.count("loads without a lease")
+            return 0, 0
         self._attachment.model(held.tenant)  # a lease is joined on a model that is known
         with self._attachment.store.join(held.token) as match:
             return read(match)
