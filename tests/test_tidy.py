@@ -69,7 +69,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding",),
     ("engines.transfers", "engines.vllm_layout"),
-    ("engines.transformers", "engines.vllm"),
+    ("engines.transformers", "engines.vllm", "engines.vllm_tier"),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 

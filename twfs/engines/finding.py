@@ -225,6 +225,11 @@ class Finder:
             return None
         return Held(asked.match.token, first, count, asked.params.tenant)
 
+    def match(self, request: str) -> LeasedMatch | None:
+        """The lease itself, for a worker in this process; it stays this finder's."""
+        asked = self._requests.get(request)
+        return None if asked is None else asked.match
+
     def epoch(self, request: str) -> int | None:
         """The epoch that blocks of *request* are stored in; None as long as nobody has said."""
         return None if self._resetting else self._attachment.epoch(self.params(request).tenant)

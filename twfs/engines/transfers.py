@@ -122,14 +122,15 @@ class Transfers:
     def load(
         self, job: int, held: Held | LeasedMatch, destinations: Sequence[Pieces], *,
         group: int = 0, first: int | None = None, timeout_s: float = LOAD_SECONDS_MAX,
-        urgent: bool = False,
+        urgent: bool = False, asked: int | None = None,
     ) -> None:  # fmt: skip
         """Begin to load one block into each of *destinations*, from *held*'s first (*first*) on.
 
         *held* is a lease to be joined, released here at the end, or a match, which stays the
-        caller's. Within *timeout_s* seconds from now the job is in `finished`.
+        caller's. Within *timeout_s* seconds from now the job is in `finished`, as one that *asked*
+        for so many blocks.
         """
-        entered = self._enter(job, store=False, asked=len(destinations))
+        entered = self._enter(job, store=False, asked=asked or len(destinations))
         after = _events_of(destinations)
         deadline_s = entered.begun_s + timeout_s
         first = held.first if isinstance(held, Held) else first
@@ -177,6 +178,11 @@ class Transfers:
         if report.blocks < len(destinations):
             self._attachment.complain("a load was short", report.outcomes[report.blocks])
         return report.blocks, report.payload_bytes
+
+    def fail(self, job: int, asked: int) -> None:
+        """Enter a load that failed before it began."""
+        self._enter(job, store=False, asked=asked)
+        self._end(job, 0, 0)
 
     def store(self, job: int, offer: Offer, payloads: Sequence[Pieces], *, group: int = 0) -> None:
         """Begin to store one payload per block of *offer*; `finished` when they have been read."""

@@ -335,7 +335,7 @@ class TwfsConnector(OffloadingConnector):
     """What `kv_connector` names: vLLM's own offloading connector, for which no load is fatal."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
-        prepare(vllm_config)
+        prepare(vllm_config, ("TwfsSpec", "twfs.engines.vllm"))
         super().__init__(vllm_config, role, kv_cache_config)
         self._step: tuple[float, int] = (0.0, 0)
         stock: Any = getattr(self, "connector_scheduler", None)

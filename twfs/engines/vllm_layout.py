@@ -20,8 +20,8 @@ BLOCK_TOKENS: Final = 256  # of a stored block, where nothing is configured
 SMALL_BLOCK_BYTES: Final = 2 << 20  # below this a drive is kept busy with requests, not bytes
 
 
-def prepare(vllm_config: Any) -> None:
-    """Put our defaults and the model's identity where the spec finds them; refuse what cannot be.
+def prepare(vllm_config: Any, spec: tuple[str, str]) -> None:
+    """Put our defaults and the model's identity where the *spec* finds them; refuse what cannot be.
 
     InvalidInput says what to change; it is raised at the engine's start and never later.
     """
@@ -46,8 +46,8 @@ def prepare(vllm_config: Any) -> None:
     if "block_size" not in extra and "blocks_per_chunk" not in extra:
         extra["blocks_per_chunk"] = max(1, BLOCK_TOKENS // vllm_config.cache_config.block_size)
     extra.setdefault("offload_prompt_only", False)
-    extra.setdefault("spec_name", "TwfsSpec")
-    extra.setdefault("spec_module_path", "twfs.engines.vllm")
+    extra.setdefault("spec_name", spec[0])
+    extra.setdefault("spec_module_path", spec[1])
     extra[IDENTITY] = identity_of(vllm_config, extra)
 
 
@@ -86,8 +86,11 @@ def revision_of(model: str, revision: str | None) -> str:
         ) from error
 
 
-def layout_of(config: Any) -> Layout:
-    """Return the layout of an engine with this OffloadingConfig; InvalidInput if it has none."""
+def layout_of(config: Any, *, row_bytes: int | None = None) -> Layout:
+    """Return the layout of an engine with this OffloadingConfig; InvalidInput if it has none.
+
+    With *row_bytes* it is that of the CPU tier's rows, which hold all ranks' shares.
+    """
     if len(config.groups) != 1 or config.canonical_layout:
         raise InvalidInput(
             f"{len(config.groups)} groups of layers that are cached differently (sliding windows, "
@@ -102,7 +105,7 @@ def layout_of(config: Any) -> Layout:
         )
     blocks, parallel = config.cache.blocks_per_chunk, config.parallel
     tokens = group.tokens_per_block * blocks
-    payload_bytes = config.worker_kv_bytes_per_block * blocks
+    payload_bytes = row_bytes or config.worker_kv_bytes_per_block * blocks
     if payload_bytes < SMALL_BLOCK_BYTES or tokens < BLOCK_TOKENS:
         log.warning(
             "twfs: blocks of %d tokens and %d bytes are small: block_size in the extra config of "
@@ -123,9 +126,9 @@ def layout_of(config: Any) -> Layout:
         ),
         tokens,
         revision=identity.pop("revision"),
-        shards=1 if config.replicated_layout else parallel.world_size,
+        shards=1 if config.replicated_layout or row_bytes else parallel.world_size,
         replicated=config.replicated_layout,
-        engine="vllm",
+        engine="vllm" if row_bytes is None else "vllm-cpu-tier",
         overrides={
             **identity,
             "kv_dtype": config.model.dtype,
