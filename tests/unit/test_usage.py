@@ -215,7 +215,7 @@ def test_du_prints_tenants_models_and_sessions(made: Path) -> None:
     assert {row["name"] for row in sessions["rows"]} == heads
     text = twfs("du", made, "--by", "session", "--top", "1").stdout
     assert "and 3 others" in text
-    assert "in several sessions, counted once: 48.0 KiB" in text
+    assert "in several sessions, counted once: 32.0 KiB" in text
     assert "used of the devices" in text
     assert_refused(twfs("du", made, "--by", "planet"), 2)
 
