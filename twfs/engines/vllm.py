@@ -320,15 +320,15 @@ class _Scheduler(OffloadingConnectorScheduler):
     """Looks up all keys of a prefix in one go instead of one by one."""
 
     def _maximal_prefix_lookup(
-        self, keys: Any, req_context: Any, req: Any, group_config: Any, start_chunk_idx: int
+        self, keys: Any, req_context: Any, req: Any, group_config: Any, start: int
     ) -> int | None:
         if self.manager.spec.kv_events_config.self_describing_kv_events:
             found: int | None = super()._maximal_prefix_lookup(
-                keys, req_context, req, group_config, start_chunk_idx
+                keys, req_context, req, group_config, start
             )
             return found
         blocks = self.manager.requests[req.request_id].blocks
-        return max(0, min(len(keys), (blocks or 0) - start_chunk_idx))
+        return max(0, min(len(keys), (blocks or 0) - start))
 
 
 class TwfsConnector(OffloadingConnector):
