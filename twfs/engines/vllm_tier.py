@@ -83,9 +83,9 @@ class TwfsTier(SecondaryTierManager):
             return LookupResult.RETRY
         return LookupResult.HIT if places[key] < blocks else LookupResult.MISS
 
-    def _rows(self, chunk_ids: Any) -> list[memoryview]:
+    def _rows(self, places: Any) -> list[memoryview]:
         step = self.block_size_bytes
-        return [self._view[at * step : (at + 1) * step] for at in map(int, chunk_ids)]
+        return [self._view[at * step : (at + 1) * step] for at in map(int, places)]
 
     def submit_store(self, job_metadata: Any) -> None:
         """Begin a store; the rows are free again once they were copied."""
