@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("clocks", "counters", "operating", "tenants"),
+    ("charges", "clocks", "counters", "operating", "tenants"),
     ("copying", "secret"),
     ("hints", "layout", "prefix", "records"),
     ("config", "counting", "store"),
@@ -36,9 +36,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("match", "upload"),
     ("devicestates",),
     ("core", "sources"),
-    ("enrolling", "ranking"),
-    ("evicting", "listing", "matching", "opening", "tenancy"),
+    ("enrolling", "quotas", "ranking"),
+    ("evicting", "listing", "matching", "opening"),
     ("retaining",),
+    ("metering", "reserving", "tenancy", "usage"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
     ("covering", "scanning"),
     ("survivors",),
@@ -66,7 +67,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tree",),
     ("__init__",),
     ("engines",),
-    ("engines.transformers",),
+    ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
+    ("engines.finding",),
+    ("engines.transfers", "engines.vllm_layout"),
+    ("engines.transformers", "engines.vllm", "engines.vllm_tier"),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 

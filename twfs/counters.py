@@ -18,6 +18,8 @@ class Counters:
     collisions: int = 0
     failed_blocks: int = 0
     no_room_blocks: int = 0
+    over_quota_blocks: int = 0
+    refused_puts: int = 0  # not one block fitted into the tenant's quota
     written_bytes: int = 0
     evicted_blocks: int = 0
     evicted_bytes: int = 0
@@ -39,7 +41,7 @@ class Counters:
 
     def count_put(
         self, *, published: int, present: int, collisions: int, failed: int, no_room: int,
-        written_bytes: int,
+        over_quota: int, written_bytes: int,
     ) -> None:  # fmt: skip
         """Add what became of the blocks of one put."""
         self.puts += 1
@@ -48,4 +50,5 @@ class Counters:
         self.collisions += collisions
         self.failed_blocks += failed
         self.no_room_blocks += no_room
+        self.over_quota_blocks += over_quota
         self.written_bytes += written_bytes

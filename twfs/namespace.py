@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from twfs import check, evicting, listing, matching, retaining
+from twfs import check, evicting, listing, matching, metering, retaining
 from twfs.arena import Arena
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError
@@ -146,6 +146,7 @@ class OpenNamespace:
                 "allocator": asdict(core.allocator.statistics()),
                 "records": view.counts(),
                 "changes": core.changes,
+                "tenants": metering.figures(core),
             }
             figures["retention"] = retention_figures(
                 core.slots, core.terms, core.promises, core.allocator.total_bytes

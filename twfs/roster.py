@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
+import msgspec
+
 from twfs.device import Device
 from twfs.errors import DeviceError, InvalidInput, TooLarge, TwfsError
 from twfs.hints import Retention, check_session
@@ -101,10 +103,7 @@ class Roster:
                 }
                 for model in self.models
             ],
-            "tenants": [
-                {"id": each.id, "name": each.name, "owner": each.owner, "uids": list(each.uids)}
-                for each in self.tenants
-            ],
+            "tenants": [msgspec.to_builtins(each) for each in self.tenants],
             "classes": _rows_of(self.classes),
         }  # fmt: skip
 
@@ -137,13 +136,11 @@ class Roster:
                     )
                     for each in parts["models"]
                 ),
-                tuple(
-                    Tenant(each["id"], each["name"], each["owner"], tuple(each["uids"]))
-                    for each in parts["tenants"]
-                ),
+                msgspec.convert(parts["tenants"], tuple[Tenant, ...]),
                 tuple(map(_class_of, parts["classes"])),
             )  # fmt: skip
-        except (zlib.error, KeyError, TypeError, RecursionError, InvalidInput) as error:
+        except (zlib.error, KeyError, TypeError, RecursionError, InvalidInput,
+                msgspec.ValidationError) as error:  # fmt: skip
             raise ValueError(f"roster cannot be read: {error}") from error
 
 

@@ -52,7 +52,7 @@ def share_classes(
         key = slots.key_of(slot)
         model = models.get(key.model)
         if model is not None and not is_alone(model):
-            slots.retention[others(view, model, key)] = slots.retention[slot]
+            slots.classify(others(view, model, key), int(slots.retention[slot]))
     for key in entered:
         model = models.get(key.model)
         if model is None or is_alone(model):
@@ -62,14 +62,14 @@ def share_classes(
         if at is None:
             continue
         mine = others(view, model, standing) if key == standing else [slot_of(view, key)]
-        slots.retention[[each for each in mine if each is not None]] = slots.retention[at]
+        slots.classify([each for each in mine if each is not None], int(slots.retention[at]))
     for key in gone:
         model = models.get(key.model)
         if model is not None and not is_alone(model) and (key.group, key.shard) == (
             model.layout.spine, 0,
         ):  # fmt: skip
             left = others(view, model, key)  # no session is over them any more
-            slots.retention[left] = np.minimum(slots.given[left], NOBODY)
+            slots.classify(left, np.minimum(slots.given[left], NOBODY))
 
 
 def share_all(slots: Slots, keys: IntArray, spines: Mapping[ModelId, int], at: IntArray) -> None:

@@ -3,25 +3,27 @@
 A slot is a small number that a block keeps in its record for life. The arrays are what match,
 eviction and listing look at, so that none of them scans LMDB; all but the stamps are rebuilt from
 the records at open. The stamps are an mmap-ed file outside the commit path: a stamp is max(what it
-was, wall clock), so it never goes back. Not thread-safe: the warehouse's lock guards it.
+was, wall clock), so it never goes back. What tenants are charged follows the arrays at each change
+here (`charges`). Not thread-safe: the warehouse's lock guards it.
 """
 
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from twfs.charges import Charges
 from twfs.clocks import STAMP_MS_MAX
 from twfs.counting import NONE as NONE  # noqa: PLC0414 - a name of the arrays
 from twfs.counting import move_marks
 from twfs.errors import CorruptMetadata, NoSpaceForImage
 from twfs.hints import Retention
 from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
-from twfs.units import ALIGN, Slot
+from twfs.units import ALIGN, ModelId, Slot
 
 IntArray = npt.NDArray[Any]
 
@@ -39,7 +41,8 @@ CLASSES: Final = len(Retention)
 NOBODY: Final = Retention.STANDARD.rank  # the most that a block is worth which no session is over
 ARRAYS: Final = (
     "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
-    "retention", "given", "anchored", "over", "tenant", "stop", "back_ms", "detached", "hole",
+    "retention", "given", "anchored", "over", "tenant", "payer", "stop", "back_ms", "detached",
+    "hole",
 )  # fmt: skip
 
 
@@ -55,7 +58,8 @@ def highest(over: IntArray, given: IntArray) -> IntArray:
 class Slots:
     """The arrays; see the module's docstring. Fields are indexed by slot."""
 
-    def __init__(self, heat_path: Path) -> None:
+    def __init__(self, heat_path: Path, clock: Callable[[], int] = lambda: 0) -> None:
+        self.charges = Charges(clock)
         self._failed_persists = 0
         self._heat_fd = os.open(heat_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._map: mmap.mmap | None = None
@@ -77,6 +81,7 @@ class Slots:
         self.anchored: IntArray = np.zeros(0, np.uint8)  # highest class of sessions that end here
         self.over: IntArray = np.zeros((0, CLASSES), np.int32)  # such ends at or below, by class
         self.tenant: IntArray = np.zeros(0, np.uint16)
+        self.payer: IntArray = np.zeros(0, np.uint16)  # the tenant that is charged
         self.stop: IntArray = np.zeros(0, np.uint8)  # how the last request ended: Stop.code, or 0
         self.back_ms: IntArray = np.zeros(0, np.uint64)  # when its session is expected, or 0
         self.detached: IntArray = np.zeros(0, np.bool_)
@@ -135,6 +140,7 @@ class Slots:
     def set_live(
         self, slot: int, key: bytes, parent: int | None, *, position: int, units: int,
         now_ms: int, detached: bool, device: int = 0, retention: int = 1, tenant: int = 0,
+        payer: int | None = None,
     ) -> None:  # fmt: skip
         """Enter a block that has just been published; its parent gains a child."""
         self.key[slot] = np.void(key)
@@ -146,6 +152,7 @@ class Slots:
         self.anchored[slot] = 0
         self.retention[slot] = highest(self.over[slot : slot + 1], self.given[slot : slot + 1])[0]
         self.tenant[slot] = tenant
+        self.payer[slot] = tenant if payer is None else payer
         self.stop[slot] = 0
         self.back_ms[slot] = 0
         self.children[slot] = 0
@@ -156,6 +163,54 @@ class Slots:
             self.adopt(slot, parent)
         self.use([slot], now_ms)
         self.state[slot] = LIVE
+        self._charge(slot)
+
+    def _charge(self, slot: int, sign: int = 1) -> None:
+        """Charge for the block in *slot*, or with *sign* -1 no more."""
+        account = (int(self.payer[slot]), self.model_of(slot), int(self.retention[slot]))
+        self.charges.add(account, sign * int(self.units[slot]) * ALIGN)
+
+    def fill(self, slot: int, *, units: int, device: int, payer: int, retention: int) -> None:
+        """Let the block in *slot*, a hole or one on an offline device, have bytes elsewhere."""
+        self._charge(slot, -1)
+        self.units[slot] = units
+        self.device[slot] = device
+        self.payer[slot] = payer
+        self.given[slot] = retention
+        self.retention[slot] = highest(self.over[slot : slot + 1], self.given[slot : slot + 1])[0]
+        self.hole[slot] = False
+        self._charge(slot)
+
+    def spoil(self, slot: int) -> None:
+        """Let the block in *slot* be a hole: it takes no bytes and nobody is charged."""
+        self._charge(slot, -1)
+        self.units[slot] = 0
+        self.hole[slot] = True
+
+    def charge_to(self, slot: int, payer: int) -> None:
+        """Let another tenant be charged for the block in *slot*."""
+        self._charge(slot, -1)
+        self.payer[slot] = payer
+        self._charge(slot)
+
+    def classify(self, slots: Sequence[int] | IntArray, retention: IntArray | int) -> list[int]:
+        """Let the blocks in *slots* have other classes; returns those of another than before."""
+        some = np.asarray(slots, np.int64)
+        wanted = np.broadcast_to(np.asarray(retention, np.uint8), some.shape)
+        differ = self.retention[some] != wanted
+        changed: list[int] = some[differ].tolist()
+        for slot, rank in zip(changed, wanted[differ].tolist(), strict=True):
+            self._charge(slot, -1)
+            self.retention[slot] = rank
+            self._charge(slot)
+        return changed
+
+    def charge_all(self) -> None:
+        """Charge for all blocks there are; once, after load."""
+        here = np.flatnonzero(self.state[: self._count] == LIVE)
+        self.charges.load(
+            self.payer[here], self.models()[here], self.retention[here], self.units[here]
+        )
 
     def adopt(self, slot: int, parent: int) -> list[int]:
         """Hang *slot*, and what is below it, below *parent*; returns slots whose class changed."""
@@ -168,7 +223,11 @@ class Slots:
         return self._judge_classes(above)
 
     def drop(self, slot: int) -> None:
-        """Take a block out of the tree; give_back follows when no lease reads it any more."""
+        """Take a block out of the tree; give_back follows when no lease reads it any more.
+
+        Nobody is charged for it any more: what a lease may still read is in limbo.
+        """
+        self._charge(slot, -1)
         parent = self.parent[slot]
         if parent != NONE:
             self.children[parent] -= 1
@@ -197,6 +256,10 @@ class Slots:
     def key_of(self, slot: int) -> BlockKey:
         """The full name of the block in *slot*."""
         return BlockKey.unpack(self.key[slot].tobytes())
+
+    def model_of(self, slot: int) -> ModelId:
+        """The model number of the block in *slot*."""
+        return ModelId(int.from_bytes(self.key[slot].tobytes()[:4], "big"))
 
     def ancestors(self, slot: int) -> list[int]:
         """*slot*, its parent, and so on up to the first block."""
@@ -238,10 +301,7 @@ class Slots:
         if not slots:
             return []
         some = np.unique(np.asarray(slots, np.int64))
-        now = highest(self.over[some], self.given[some])
-        changed = some[self.retention[some] != now]
-        self.retention[some] = now
-        return [int(slot) for slot in changed]
+        return self.classify(some, highest(self.over[some], self.given[some]))
 
     def models(self) -> IntArray:
         """The model number of the block in each slot."""
@@ -304,6 +364,7 @@ class Slots:
         self.device[slots] = records["device"]
         self.given[slots] = records["retention"]
         self.tenant[slots] = records["tenant"]
+        self.payer[slots] = np.where(records["payer"] != 0, records["payer"], records["tenant"])
         self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
         self.hole[slots] = (records["flags"] & FLAG_HOLE) != 0
         parents = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES).copy()

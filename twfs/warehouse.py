@@ -16,7 +16,17 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import enrolling, erasing, evicting, matching, opening, putting, retaining, tenancy
+from twfs import (
+    enrolling,
+    erasing,
+    evicting,
+    matching,
+    opening,
+    putting,
+    retaining,
+    tenancy,
+    usage,
+)
 from twfs.arena import Arena
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config, settings_of
@@ -76,7 +86,7 @@ class Warehouse(OpenNamespace):
         self.scrubber = Scrubber(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
-            **tenancy.verbs(core),
+            **tenancy.verbs(core), **usage.verbs(core),
         }  # fmt: skip
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
@@ -196,6 +206,7 @@ class Warehouse(OpenNamespace):
             with self._core.lock:
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
+            evicting.keep_quotas(self._core)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
             with suppress(TwfsError):
