@@ -63,9 +63,9 @@ def choose_victims(core: Core, wanted_bytes: int, payer: int | None = None) -> l
     """Condemn slots worth *wanted_bytes*, in the order they are to go. Hold the lock.
 
     What no match reaches and what is expired first, then blocks of the tenants that hold most for
-    their weight (see quotas.py), or with *payer* only what that tenant is charged for. Of each, least rank first,
-    then least score; among equals the deepest. A parent follows its last child within the same
-    choice, in its turn.
+    their weight (see quotas.py), or with *payer* only what that tenant is charged for. Of each,
+    least rank first, then least score; among equals the deepest. A parent follows its last child
+    within the same choice, in its turn.
     """
     core.expire()
     leaves, slots = core.slots.leaves(), core.slots
