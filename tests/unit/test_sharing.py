@@ -1,7 +1,8 @@
 """Share groups: public prompts are there once for all members, and charged to one of them.
 
 Private blocks stay apart, also those that go on from public ones; who is in no group, or in
-another, reaches nothing. The charge passes when the payer lets go, in the record, and never past a quota.
+another, reaches nothing. The charge passes when the payer lets go, in the record, and never past
+a quota.
 """
 
 import shutil
