@@ -34,20 +34,18 @@ class Naming:
 
     hashes: npt.NDArray[np.uint8]  # (b, 16)
     digests: npt.NDArray[np.uint8]  # (b, 32)
-    roots: dict[tuple[int, int], bytes]  # (tenant, model) -> its root's prefix hash
+    roots: dict[tuple[int, int], PrefixHash]  # (tenant, model) -> its root's prefix hash
     stream: Stream
 
     @classmethod
     def of(cls, stream: Stream, models: "dict[tuple[int, int], Model]") -> "Naming":
-        """Name the blocks as chains of token ids below the roots of *models*, by (tenant, model)."""
+        """Name the blocks as chains of token ids below the roots of *models*, (tenant, model)."""
         count = stream.unique_blocks
         hashes: list[PrefixHash] = [PrefixHash(b"")] * count
         digests: list[Digest] = [Digest(b"")] * count
         tokens = np.zeros(stream.block_tokens, np.uint32)
         owners = zip(stream.block_tenant.tolist(), stream.block_model.tolist(), strict=True)
-        for block, (parent, owner) in enumerate(
-            zip(stream.parent.tolist(), owners, strict=True)
-        ):
+        for block, (parent, owner) in enumerate(zip(stream.parent.tolist(), owners, strict=True)):
             root = (
                 models[owner].root()
                 if parent == NO_PARENT
@@ -71,5 +69,3 @@ class Naming:
             hashes, self.digests[chain].tobytes(), (self.roots[owner] + hashes)[: 16 * count],
             tuple(range(step, (count + 1) * step, step)),
         )  # fmt: skip
-
-
