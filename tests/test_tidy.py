@@ -66,6 +66,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tree",),
     ("__init__",),
     ("engines",),
+    ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
+    ("engines.finding",),
+    ("engines.transfers",),
     ("engines.transformers",),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
