@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from twfs.config import Config
@@ -25,6 +26,7 @@ from twfs.prefix import Names
 from twfs.records import DATA_START
 from twfs.store import Durability, Model, PutOutcome, ReadOutcome
 from twfs.units import ALIGN, ByteCount, Millis, align_up
+from twfs.usage import By, Usage
 from twfs.warehouse import Warehouse
 from twfs_tools.output import size
 from twfs_tools.replay.naming import Naming, layout_for, payload_of
@@ -270,4 +272,16 @@ class _Run:
             f"{what}: {mine:,} by the replay, {its:,} by the warehouse"
             for what, (mine, its) in sums.items()
             if mine != its
-        ]
+        ] + self._usage()
+
+    def _usage(self) -> list[str]:
+        """Whether what `twfs du` says of tenants, models and sessions adds up to what is used."""
+        found = []
+        for by in By:
+            usage = msgspec.convert(self._warehouse.operate("du", by=by.value), Usage)
+            if not usage.adds_up or usage.used_bytes != self.outcome.used_bytes:
+                found.append(
+                    f"the rows by {by} do not add up to the {self.outcome.used_bytes:,} bytes "
+                    f"used, of which twfs du knows {usage.used_bytes:,}"
+                )
+        return found

@@ -106,12 +106,15 @@ def tenant_map(
 
 def settings_with(text: bytes, where: str, policy: str) -> Config:
     """The settings in the TOML *text*, with another policy of eviction; InvalidInput."""
-    parse(text, where)
+    config = parse(text, where)
     if policy == DEFAULT_POLICY:
-        return parse(text, where)
-    document = msgspec.toml.decode(text)
+        return config
+    document = msgspec.to_builtins(config)
     document.setdefault("eviction", {})["policy"] = policy
-    return parse(msgspec.toml.encode(document), f"{where} with --policy {policy}")
+    try:
+        return msgspec.convert(document, Config)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"--policy {policy}: {error}") from error
 
 
 def numbers_of(texts: Sequence[str], what: str) -> dict[str, int]:
