@@ -69,8 +69,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding",),
-    ("engines.transfers",),
-    ("engines.transformers",),
+    ("engines.transfers", "engines.vllm_layout"),
+    ("engines.transformers", "engines.vllm", "engines.vllm_tier"),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 
