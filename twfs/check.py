@@ -330,7 +330,7 @@ def roster_agrees(subject: Subject, taken: Snapshot) -> Iterator[str]:
 
 
 def sessions_end_somewhere(_: Subject, taken: Snapshot) -> Iterator[str]:
-    """I23: a session ends at a block that stands and is of its tenant; the ends say where."""
+    """I23: a session ends at a block that stands for its prefix hash; the ends say where."""
     yield from flaws(taken)
 
 

@@ -31,8 +31,8 @@ def flaw_of(taken: Snapshot, key: SessionKey, session: Session) -> str:
     row = _rows(taken, [_standing(taken, key.model, session.head)])[0]
     if row < 0:
         return f"ends at {session.head.hex()}, which is not there"
-    if int(taken.rows["tenant"][row]) != key.tenant:
-        return f"ends at a block of tenant {taken.rows['tenant'][row]}"
+    if not key.named and int(taken.rows["tenant"][row]) != key.tenant:
+        return f"without id ends at a block of tenant {taken.rows['tenant'][row]}"
     return ""
 
 

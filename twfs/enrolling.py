@@ -114,7 +114,7 @@ def enter_classes(view: WriteView, classes: Iterable[RosterClass]) -> None:
         before = find(view, key)
         head = row.head if before is None else before.head
         block = ends.standing(head)
-        if block is not None and block.tenant == row.tenant:
+        if block is not None and (row.session or block.tenant == row.tenant):
             used_ms = 0 if before is None else before.used_ms
             enter(view, key, Session(head, row.retention, kept=True, used_ms=used_ms))
 

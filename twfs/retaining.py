@@ -154,6 +154,10 @@ def assign(core: Core, keys: Sequence[SessionKey], rank: int) -> None:
     with core.lock:
         with core.metadata.read() as view:
             ends = [_slot_of(core, view, key) for key in keys]
+            keys = [
+                key if key.named else replace(key, tenant=int(core.slots.tenant[slot]))
+                for key, slot in zip(keys, ends, strict=True)
+            ]
             fresh = unpinned(core, view, ends) if rank == PINNED else set()
         if rank == PINNED:
             promised = bytes_in(core, fresh)
@@ -353,8 +357,9 @@ def class_of_put(  # noqa: PLR0917 - what a put says of its session
         ranks = [
             found.retention
             for parent in parents
-            if (found := find(view, SessionKey.without_id(model, tenant, parent))) is not None
-            and view.is_head(model, parent)
+            if view.is_head(model, parent)
+            for key in ending_at(view, model, parent)
+            if not key.named and (found := find(view, key)) is not None
         ]
     return RETENTIONS[min(max([retention.rank, *ranks]), PINNED)]
 

@@ -161,6 +161,7 @@ class Request:
     retention: int  # of a session that is new
     reach: Sequence[PrefixHash]  # blocks of the chain, in order: it ends at the last that is there
     now_ms: int = 0
+    share: int = 0  # the tenant's share group, whose blocks its chains may end at
     # Only one that moves is looked at, so that touching costs nothing where nothing is new.
     only_named: bool = False
 
@@ -225,7 +226,7 @@ class Ends:
         block = self.standing(session.head)
         assert block is not None, session
         if not key.named:
-            key = self._rename(key, session.head)
+            key = self._rename(key, session.head, block.tenant)
             there = find(self.view, key)
             if there is not None:
                 session = replace(
@@ -242,9 +243,9 @@ class Ends:
         if session.retention != block.retention and (moved or not session.kept):
             self.unkept.append(key)
 
-    def _rename(self, key: SessionKey, head: PrefixHash) -> SessionKey:
-        """The key of a session without id that ends at *head* now."""
-        fresh = SessionKey.without_id(self.model, key.tenant, head)
+    def _rename(self, key: SessionKey, head: PrefixHash, tenant: int) -> SessionKey:
+        """The key of a session without id that ends at *head*, a block of *tenant*, now."""
+        fresh = SessionKey.without_id(self.model, tenant, head)
         if fresh != key:
             drop(self.view, key)
         return fresh
@@ -283,10 +284,8 @@ class Ends:
         if head is None:
             return
         if not asked.session:
-            if not asked.only_named and (
-                asked.retention != STANDARD
-                or find(self.view, SessionKey.without_id(self.model, asked.tenant, head))
-            ):
+            known = any(not key.named for key in ending_at(self.view, self.model, head))
+            if not asked.only_named and (asked.retention != STANDARD or known):
                 key = SessionKey.without_id(self.model, asked.tenant, head)
                 self.place(key, Session(head, asked.retention, used_ms=asked.now_ms))
             return
@@ -311,11 +310,11 @@ class Ends:
             self.place(fresh, Session(left, EPHEMERAL, used_ms=before.used_ms))
 
     def _last_there(self, asked: Request) -> PrefixHash | None:
-        """The last of the request's blocks that stands, and is of its tenant."""
+        """The last of the request's blocks that stands, if it is its tenant's or their group's."""
         for head in reversed(asked.reach):
             block = self.standing(head)
             if block is not None:
-                return head if block.tenant == asked.tenant else None
+                return head if block.tenant in {asked.tenant, asked.share} else None
         return None
 
     # As chains shrink.

@@ -41,8 +41,8 @@ CLASSES: Final = len(Retention)
 NOBODY: Final = Retention.STANDARD.rank  # the most that a block is worth which no session is over
 ARRAYS: Final = (
     "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
-    "retention", "given", "anchored", "over", "tenant", "payer", "stop", "back_ms", "detached",
-    "hole",
+    "retention", "given", "anchored", "over", "tenant", "payer", "other", "lent", "stop",
+    "back_ms", "detached", "hole",
 )  # fmt: skip
 
 
@@ -82,6 +82,8 @@ class Slots:
         self.over: IntArray = np.zeros((0, CLASSES), np.int32)  # such ends at or below, by class
         self.tenant: IntArray = np.zeros(0, np.uint16)
         self.payer: IntArray = np.zeros(0, np.uint16)  # the tenant that is charged
+        self.other: IntArray = np.zeros(0, np.uint16)  # of a share group: who used it, not paying
+        self.lent: IntArray = np.zeros(0, np.bool_)  # that one used it later than who is charged
         self.stop: IntArray = np.zeros(0, np.uint8)  # how the last request ended: Stop.code, or 0
         self.back_ms: IntArray = np.zeros(0, np.uint64)  # when its session is expected, or 0
         self.detached: IntArray = np.zeros(0, np.bool_)
@@ -153,6 +155,8 @@ class Slots:
         self.retention[slot] = highest(self.over[slot : slot + 1], self.given[slot : slot + 1])[0]
         self.tenant[slot] = tenant
         self.payer[slot] = tenant if payer is None else payer
+        self.other[slot] = 0
+        self.lent[slot] = False
         self.stop[slot] = 0
         self.back_ms[slot] = 0
         self.children[slot] = 0
@@ -191,6 +195,8 @@ class Slots:
         """Let another tenant be charged for the block in *slot*."""
         self._charge(slot, -1)
         self.payer[slot] = payer
+        self.other[slot] = 0
+        self.lent[slot] = False
         self._charge(slot)
 
     def classify(self, slots: Sequence[int] | IntArray, retention: IntArray | int) -> list[int]:
@@ -204,6 +210,18 @@ class Slots:
             self.retention[slot] = rank
             self._charge(slot)
         return changed
+
+    def note_user(self, slots: Sequence[int] | IntArray, tenant: int, group: int) -> None:
+        """Note that *tenant* used the blocks in *slots*: those of its share *group* may go to it.
+
+        Nothing is noted without a group.
+        """
+        if not group:
+            return
+        public = np.asarray(slots)[self.tenant[slots] == group]
+        mine = self.payer[public] == tenant
+        self.other[public[~mine]] = tenant
+        self.lent[public] = ~mine
 
     def charge_all(self) -> None:
         """Charge for all blocks there are; once, after load."""

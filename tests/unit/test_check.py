@@ -594,7 +594,7 @@ def test_i23_a_session_that_ends_nowhere(broken: Broken, what: str) -> None:
         elif what == "class":
             view.put_raw("sessions", SESSION.pack(), replace(session, retention=4).pack())
         elif what == "tenant":
-            other = replace(SESSION, tenant=9)
+            other = SessionKey.without_id(SESSION.model, 9, session.head)
             enter(view, other, replace(session, retention=Retention.STANDARD.rank))
         elif what == "end missing":
             view.delete_raw("ends", end)
