@@ -20,6 +20,7 @@ from twfs.charges import Charges
 from twfs.errors import CorruptMetadata, NoSpaceForImage
 from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
 from twfs.units import ALIGN, ModelId, Slot
+from twfs.uses import SessionUses
 
 IntArray = npt.NDArray[Any]
 
@@ -36,7 +37,7 @@ KEY_BYTES: Final = BLOCK_KEY.size
 STAMP_BYTES: Final = 8
 ARRAYS: Final = (
     "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
-    "retention", "tenant", "payer", "stop", "detached", "hole",
+    "retention", "tenant", "payer", "stop", "back_ms", "session", "detached", "hole",
 )  # fmt: skip
 
 
@@ -64,6 +65,9 @@ class Slots:
         self.tenant: IntArray = np.zeros(0, np.uint16)
         self.payer: IntArray = np.zeros(0, np.uint16)  # the tenant that is charged
         self.stop: IntArray = np.zeros(0, np.uint8)  # how the last request ended: Stop.code, or 0
+        self.back_ms: IntArray = np.zeros(0, np.uint64)  # when its session is expected, or 0
+        self.session: IntArray = np.zeros(0, np.uint32)  # that used it last: a number of `uses`
+        self.uses = SessionUses()
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
         self._grow(GROWTH_MIN)
@@ -131,6 +135,8 @@ class Slots:
         self.tenant[slot] = tenant
         self.payer[slot] = tenant if payer is None else payer
         self.stop[slot] = 0
+        self.back_ms[slot] = 0
+        self.session[slot] = 0
         self.children[slot] = 0
         self.links[slot] = 0
         self.detached[slot] = detached
@@ -376,7 +382,7 @@ class Slots:
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
         arrays = (self.stamp, *(getattr(self, name) for name in ARRAYS))
         return figures | {
-            "slots_bytes": sum(array.nbytes for array in arrays),
+            "slots_bytes": sum(array.nbytes for array in arrays) + self.uses.nbytes,
             "failed_persists": self._failed_persists,
         }
 
