@@ -18,8 +18,8 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("charges", "clocks", "counters", "operating", "tenants", "uses"),
-    ("copying", "secret"),
+    ("clocks", "counters", "operating", "tenants", "uses"),
+    ("charges", "copying", "secret"),
     ("hints", "layout", "prefix", "records"),
     ("config", "store"),
     ("checksums", "formatting", "leases", "limbo", "slots", "tables", "wire"),
@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("devicestates",),
     ("core", "sources"),
     ("enrolling", "quotas", "ranking", "using"),
-    ("choosing",),
+    ("choosing", "sharing"),
     ("evicting", "listing", "matching", "opening"),
     ("metering", "reserving", "tenancy", "usage"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
@@ -69,8 +69,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding",),
-    ("engines.transfers",),
-    ("engines.transformers",),
+    ("engines.transfers", "engines.vllm_layout"),
+    ("engines.transformers", "engines.vllm", "engines.vllm_tier"),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 

@@ -15,7 +15,7 @@ from twfs import slots as states
 from twfs.choosing import Newcomer
 from twfs.core import Core
 from twfs.errors import WarehouseFull
-from twfs.evicting import submit_eviction
+from twfs.evicting import submit_eviction, submit_own
 from twfs.records import Extent
 from twfs.store import PutOutcome
 from twfs.units import ByteCount
@@ -95,7 +95,8 @@ def _make_way(
     """Begin to evict; empty if nothing has to go, or nothing may."""
     going: list[Future[Any]] = []
     if over_bytes:
-        going += submit_eviction(core, over_bytes, payer=tenant, newcomer=newcomer)
+        with core.lock:
+            going += submit_own(core, tenant, over_bytes, newcomer)
     if missing_bytes:
         going += submit_eviction(core, missing_bytes, newcomer=newcomer)
     if (over_bytes or missing_bytes) and not going:
