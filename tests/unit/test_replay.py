@@ -47,7 +47,7 @@ def test_recency_in_the_warehouse_is_the_exact_lru_request_by_request(
     stream: Stream, scratch: Path, capacity: int
 ) -> None:
     assert capacity < stream.unique_blocks
-    setup = drive.Setup(capacity, config=lru_config(), hints=False)
+    setup = drive.Setup(capacity, config=lru_config(), hints=drive.Hints.NONE)
     done = drive.replay(stream, setup, scratch, nothing(stream))
     [exact] = bounds.lru(stream, [capacity])
     assert done.findings == []
@@ -95,7 +95,12 @@ def test_what_the_engine_holds_itself_is_not_asked_for_and_touches_count(
     hits = {}
     for touch in (True, False):
         setup = drive.Setup(
-            60, config=lru_config(), hints=False, front_blocks=30, touch=touch, read_part=1.0
+            60,
+            config=lru_config(),
+            hints=drive.Hints.NONE,
+            front_blocks=30,
+            touch=touch,
+            read_part=1.0,
         )
         done = drive.replay(stream, setup, scratch, front)
         assert done.findings == []
