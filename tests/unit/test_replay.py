@@ -11,10 +11,11 @@ from support.cli import assert_refused, document, twfs
 from support.traces import request, write_agents, write_session
 from twfs import check, evicting
 from twfs.config import Config
-from twfs.errors import NoSpaceForImage
+from twfs.errors import DeviceError, NoSpaceForImage
 from twfs.hints import Retention
 from twfs.store import CheckReport, Finding
 from twfs_tools.replay import bounds, drive
+from twfs_tools.replay.naming import Payloads
 from twfs_tools.replay.options import class_map, tenants_made
 from twfs_tools.replay.streams import IntArray, Stream, make_stream
 from twfs_tools.replay.traces import read_traces
@@ -57,8 +58,11 @@ def test_recency_in_the_warehouse_is_the_exact_lru_request_by_request(
     assert (done.refused > 0).any() == (stream.lengths().max() > capacity)
 
 
-def test_all_is_kept_where_all_has_room_and_reads_back(stream: Stream, scratch: Path) -> None:
-    setup = drive.Setup(2 * stream.unique_blocks, read_part=1.0)
+@pytest.mark.parametrize("payload_bytes", [4096, 100_000])
+def test_all_is_kept_where_all_has_room_and_reads_back(
+    stream: Stream, scratch: Path, payload_bytes: int
+) -> None:
+    setup = drive.Setup(2 * stream.unique_blocks, payload_bytes, read_part=1.0)
     done = drive.replay(stream, setup, scratch, nothing(stream))
     assert done.findings == []
     assert (done.hits == bounds.ceiling(stream)).all()
@@ -84,6 +88,23 @@ def test_policies_see_the_time_of_the_trace(stream: Stream, scratch: Path) -> No
             heat = warehouse._core.slots.stamp
             assert int(heat.max()) == drive.BEGINNING_MS + int(stream.at_ms[number])
     assert stream.at_ms[-1] > 600_000
+
+
+def test_a_byte_that_is_read_back_wrong_ends_the_replay(
+    stream: Stream, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payloads = Payloads(100_000 // 4096 * 4096)
+    whole = np.concatenate([np.asarray(piece) for piece in payloads.of(7)])
+    assert payloads.is_of(7, whole)
+    for at in (0, len(whole) - 1):
+        spoilt = whole.copy()
+        spoilt[at] ^= 1
+        assert not payloads.is_of(7, spoilt)
+    assert not payloads.is_of(8, whole)
+    monkeypatch.setattr(Payloads, "is_of", lambda *_: False)
+    with pytest.raises(DeviceError, match="was read back"):
+        drive.replay(stream, drive.Setup(500, read_part=1.0), scratch, nothing(stream))
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.usefixtures("without_low_water")
