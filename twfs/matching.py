@@ -35,6 +35,7 @@ from twfs.store import Explanation
 from twfs.tables import ReadView
 from twfs.tenants import EVERYBODY
 from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash, TokenCount
+from twfs.using import note_touch
 
 TOUCHES_MAX: Final = 65_536  # of sessions, between two commits: a second's worth and more
 BATCH: Final = 512  # gets before looking whether the chain has ended
@@ -339,14 +340,12 @@ def touch_blocks(
         if used:
             slots = np.concatenate(used)
             core.slots.use(slots, core.clock())
-            core.slots.stop[slots] = 0 if hint.stop is None else hint.stop.code
-            back_ms = 0 if hint.return_ms is None else core.clock() + hint.return_ms
-            core.slots.back_ms[slots] = back_ms
+            note_touch(core, model, names.hash_at(0), slots, hint, tenant=tenant)
         if held and (hint.session or hint.retention is not None):
-            note_touch(core, model, tenant, names.hash_at(held - 1), hint)
+            note_session(core, model, tenant, names.hash_at(held - 1), hint)
 
 
-def note_touch(core: Core, model: ModelId, tenant: int, head: PrefixHash, hint: Hint) -> None:
+def note_session(core: Core, model: ModelId, tenant: int, head: PrefixHash, hint: Hint) -> None:
     """Remember what a touch says of its session, for one commit with many others. Hold the lock."""
     named = bool(hint.session)
     key = (

@@ -15,19 +15,20 @@ import numpy as np
 
 from twfs import ledger, reserving, retaining
 from twfs import slots as states
+from twfs.admission import Asked
 from twfs.checksums import host_sums_of
+from twfs.choosing import Newcomer
 from twfs.core import Core
 from twfs.errors import (
     DeviceError,
     InvalidInput,
-    NoSuchTenant,
-    TooLarge,
     WarehouseClosed,
 )
 from twfs.evicting import keep_low_water, keep_quota
 from twfs.hints import NO_HINT, Hint, Retention
 from twfs.payload import aligned_buffer
-from twfs.prefix import Names, check_names
+from twfs.prefix import Names
+from twfs.ranking import rank_of
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
 from twfs.runs import Run, plan_runs
 from twfs.sessions import Request
@@ -39,11 +40,11 @@ from twfs.units import (
     ByteCount,
     DeviceIndex,
     Digest,
-    ModelId,
     PrefixHash,
     TokenCount,
     align_up,
 )
+from twfs.using import note_put
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
 
@@ -54,10 +55,10 @@ class Put:
     def __init__(
         self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
         retention: Retention, tenant: int = EVERYBODY, uid: int | None = None,
-        lengths: Sequence[int] = (), session: str = "",
+        lengths: Sequence[int] = (), hint: Hint = NO_HINT,
     ) -> None:  # fmt: skip
         self._core = core
-        self._session = session  # the engine's id of it
+        self._hint = hint
         self._promised = 0  # bytes that this put may pin
         self._tenant = tenant
         self._share = core.tenants.shares.get(tenant, 0)
@@ -149,15 +150,11 @@ class Put:
         return self._names.keys[index] if self._names.keys else b""
 
     def promise(self, lacking: list[int]) -> list[int]:
-        """Settle the class of the session, and with it that of the blocks. Hold the core's lock.
+        """The leading part of *lacking* that is promised what it asks for. Hold the core's lock.
 
-        Returns the leading part of *lacking* that may be promised what it asks for: all, but where
-        it is to be pinned. PromiseRefused if nothing of it is.
+        That is all, but where it is to be pinned. PromiseRefused if nothing of it is.
         """
-        core, parents = self._core, [self._parent(index) for index in lacking[:1]]
-        self._retention = retaining.class_of_put(
-            core, self._model.id, self._tenant, self._session, self._retention, parents
-        )
+        core = self._core
         if self._retention is not Retention.PINNED:
             return lacking
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
@@ -175,9 +172,29 @@ class Put:
                 break
             reach.append(self._names.hash_at(index))
         return Request(
-            self._tenant, self._session, self._retention.rank, reach, self._core.clock(),
+            self._tenant, self._hint.session, self._retention.rank, reach, self._core.clock(),
             self._share,
         )  # fmt: skip
+
+    def admit(self, lacking: list[int]) -> list[int]:
+        """Those of *lacking* that are let in; the rest is not admitted. Hold the core's lock.
+
+        The class that the session has is settled first: it is that of the blocks.
+        """
+        self._retention = retaining.class_of_put(
+            self._core, self._model.id, self._tenant, self._hint.session, self._retention,
+            [self._parent(index) for index in lacking[:1]],
+        )  # fmt: skip
+        needs = [ALIGN + align_up(self._lengths[index]) for index in lacking]
+        mix = (self._model.id * 1009 + self._group) * 1013 + self._shard
+        admitted = self._core.gate.admit(
+            Asked(self._names, lacking, needs, self._retention, mix * 0x9E3779B1)
+        )
+        for index in admitted.first_touch + admitted.worn:
+            self._outcomes[index] = PutOutcome.NOT_ADMITTED
+        self._core.counters.first_touch_blocks += len(admitted.first_touch)
+        self._core.counters.worn_blocks += len(admitted.worn)
+        return admitted.indices
 
     def reserve(self, lacking: list[int]) -> None:
         """Reserve extents for the longest leading part of *lacking* that fits, making room.
@@ -189,11 +206,23 @@ class Put:
             return
         core = self._core
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
-        extents, over = reserving.reserve(core, needs, tenant=self._tenant, uid=self._uid)
+        newcomer = Newcomer(
+            rank_of(self._retention),
+            core.policy.of_new(
+                self._names.positions[lacking[0]], self._hint.stop, self._hint.return_ms
+            ),
+            self._tenant,
+        )
+        extents, why = reserving.reserve(
+            core, needs, tenant=self._tenant, uid=self._uid, newcomer=newcomer
+        )
         try:
             self.lacking = lacking[: len(extents)]
             for index in lacking[len(extents) :]:
-                self._outcomes[index] = PutOutcome.OVER_QUOTA if over else PutOutcome.NO_ROOM
+                self._outcomes[index] = why
+            if why is PutOutcome.NOT_ADMITTED:
+                with core.lock:
+                    core.counters.worthless_blocks += len(lacking) - len(extents)
             self._number(extents)
         except BaseException:
             with core.lock:
@@ -206,6 +235,7 @@ class Put:
         now = self._core.clock()
         with self._core.lock:
             slots = self._core.slots.allot(len(extents))
+            self._core.gate.spend(sum(each.length for room in extents for each in room))
             self._reserved = {
                 index: Block(
                     generations[number], inos[number], slots[number], self._parent(index),
@@ -331,6 +361,7 @@ class Put:
             with self._core.lock:
                 self._committed = True
                 self._core.enter(done, now)
+                note_put(self._core, self._model.id, self._tenant, done, self._hint)
                 self._settle(candidates, done)
             if then is not None:
                 then(done.also)
@@ -401,6 +432,8 @@ class Put:
     def _forfeit(self, published: set[int], kept_slots: set[int] | None = None) -> None:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
+        unwritten = [self._reserved[i] for i in self._reserved.keys() - self._written.keys()]
+        core.gate.spend(-sum(block.device_bytes for block in unwritten))
         for index, block in self._reserved.items():
             core.count_reserved(self._uid, self._tenant, -block.device_bytes)
             if index not in published:
@@ -435,59 +468,3 @@ class Put:
                 written_bytes=written,
             )  # fmt: skip
         return PutResult(outcomes, ByteCount(written))
-
-
-def begin_put(
-    core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
-    tenant: int = EVERYBODY, uid: int | None = None, lengths: Sequence[int] = (),
-    hint: Hint = NO_HINT,
-) -> Put:  # fmt: skip
-    """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
-
-    The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
-    *lengths* has the payload bytes of each where the layout allows any.
-    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull, QuotaExceeded,
-    PromiseRefused.
-    """
-    if len(names) > PUT_BLOCKS_MAX:
-        raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
-    check_names(names)
-    retaining.change_asked(core, model, tenant, hint)
-    hashes = {names.hash_at(index) for index in range(len(names))}
-    if len(hashes) != len(names):
-        raise InvalidInput(f"{len(names) - len(hashes)} names stand twice in one put")
-    with core.lock:
-        record = core.model(model)
-        layout = record.layout
-        if not 0 <= group < len(layout.groups) or not 0 <= shard < layout.shards:
-            raise InvalidInput(
-                f"group {group}, shard {shard} of model {record.name}: it has "
-                f"{len(layout.groups)} groups and {layout.shards} shards"
-            )
-        if layout.any_length(group) != bool(lengths) or len(lengths) not in {0, len(names)}:
-            raise InvalidInput(f"{len(lengths)} lengths for {len(names)} blocks of {record.name}")
-        if not all(layout.fits(group, length) for length in lengths):
-            raise InvalidInput(
-                f"a block of {record.name} has 1 to {layout.block_bytes(group)} bytes"
-            )
-        if not core.tenants.pays(tenant):
-            raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
-        if names.public and tenant not in core.tenants.shares:
-            raise InvalidInput(
-                f"tenant {core.tenants.name_of(tenant)} is in no share group: none of its blocks "
-                "are public"
-            )
-        put = Put(
-            core, record, names, group=group, shard=shard, retention=hint.retention or retention,
-            tenant=tenant, uid=uid, lengths=lengths, session=hint.session,
-        )  # fmt: skip
-        lacking = put.compare()
-        core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed
-    try:
-        with core.lock:
-            lacking = put.promise(lacking)
-        put.reserve(lacking)
-    except BaseException:
-        put.abandon()
-        raise
-    return put

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twfs.core import Core
+from twfs.hints import Retention
 from twfs.retention import PINNED, expired, over_share
 
 Ranks = npt.NDArray[np.uint8]  # by slot
@@ -15,6 +16,11 @@ EXPIRED: Final = 1  # its time to live is over
 OVER_SHARE: Final = 2  # its class holds more than its share
 EPHEMERAL: Final = 3  # from here on by class
 NEVER: Final = 255  # it may not be evicted: pinned
+
+
+def rank_of(retention: Retention) -> int:
+    """The rank of a block of that class that is reachable, in its time and within its share."""
+    return EPHEMERAL + retention.rank
 
 
 def ranks(core: Core, now_ms: int) -> Ranks:

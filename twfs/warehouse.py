@@ -17,12 +17,12 @@ from uuid import UUID
 import numpy as np
 
 from twfs import (
+    beginning,
     enrolling,
     erasing,
     evicting,
     matching,
     opening,
-    putting,
     retaining,
     tenancy,
     usage,
@@ -410,9 +410,9 @@ class Warehouse(OpenNamespace):
         self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
         owner: int, tenant: int = EVERYBODY, hint: Hint = NO_HINT,
     ) -> Put:  # fmt: skip
-        """Begin a put of *owner*; see putting.begin_put. Blocks when room must be made."""
+        """Begin a put of *owner*; see beginning.begin_put. Blocks when room must be made."""
         with self._using():
-            return putting.begin_put(
+            return beginning.begin_put(
                 self._core, model, names, group=group, shard=shard, retention=retention,
                 tenant=tenant, uid=self._core.bounded_uid(owner), hint=hint,
             )  # fmt: skip

@@ -283,7 +283,7 @@ def test_a_transaction_that_fails_forfeits_the_put(
         model = warehouse.open_model("m", MHA)
         names = chain_of(model, 3)
 
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise DeviceError("the metadata could not be written")
 
         with monkeypatch.context() as patch:
@@ -305,7 +305,7 @@ def test_a_failure_while_reserving_leaks_nothing(
         model, core = warehouse.open_model("m", BIG), warehouse._core
         put(warehouse, model, chain_of(model, 2))
 
-        def failing(*_: object) -> None:
+        def failing(*_: object, **__: object) -> None:
             raise DeviceError("at the worst moment")
 
         with monkeypatch.context() as patch:
