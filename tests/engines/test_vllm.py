@@ -20,6 +20,7 @@ from support.faultrules import Act, Op, Rule
 from support.faultydisks import FaultyDisks, faults_reason, faulty_disks
 from support.vllms import STORED_TOKENS, Vllm, random_model, transfer_config
 from twfs.formatting import DeviceSpec
+from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -143,24 +144,21 @@ def test_a_load_that_fails_is_computed_with_the_right_tokens(
 ) -> None:
     directory = scratch / "w"
     Warehouse.create(directory, [DeviceSpec(disks.loops["a"])])
-    every = Rule(disk="a", op=Op.READ, act=Act.EIO, low=1 << 20)
-    faults: list[tuple[str, Rule, Callable[[Daemon], None]]] = [
-        ("device EIO", every, lambda _: None),
-        ("checksum", Rule(disk="a", op=Op.READ, act=Act.FLIP, low=(1 << 20) + 9000,
-                          high=(1 << 20) + 9001), lambda _: None),
-        ("daemon killed mid-load", Rule(disk="a", op=Op.READ, act=Act.HANG, low=1 << 20),
-         lambda daemon: kill_when(disks, daemon)),
-    ]  # fmt: skip
+    faults: list[tuple[str, Act, Callable[[Daemon], None]]] = [
+        ("device EIO", Act.EIO, lambda _: None),
+        ("checksum", Act.FLIP, lambda _: None),
+        ("daemon killed mid-load", Act.HANG, lambda daemon: kill_when(disks, daemon)),
+    ]
     with running_daemon(directory) as daemon, Vllm(
         engine, model, transfer_config(daemon.socket)
     ) as vllm, ThreadPoolExecutor(1) as helper:  # fmt: skip
         cold = vllm.generate(PROMPT)
         wait_stored(daemon, HELD // STORED_TOKENS)
-        for name, rule, meanwhile in faults:
+        for name, act, meanwhile in faults:
             assert vllm.ask(do="reset"), name
             assert vllm.generate(PROMPT)["cached"] == [HELD], name
             assert vllm.ask(do="reset"), name
-            disks.set_rules(rule)
+            disks.set_rules(rule_of(daemon, act))
             other = helper.submit(meanwhile, daemon)
             failed = vllm.generate(PROMPT)
             other.result()
@@ -174,6 +172,17 @@ def test_a_load_that_fails_is_computed_with_the_right_tokens(
             restore(vllm, daemon)
         assert vllm.ask(do="reset")
         assert vllm.generate(PROMPT)["cached"] == [HELD]
+
+
+def rule_of(daemon: Daemon, act: Act) -> Rule:
+    """Do *act* to reads of the third block of the one session, its first byte of KV flipped."""
+    with daemon.client(arena_bytes=0) as client:
+        (info,) = client.models()
+        chain = max(
+            (client.chain_of(info.id, head.head) for head in client.sessions(info.id)), key=len
+        )
+    low = chain[2].block.extents[0].offset + ALIGN
+    return Rule(disk="a", op=Op.READ, act=act, low=low, high=low + 1)
 
 
 def kill_when(disks: FaultyDisks, daemon: Daemon) -> None:
