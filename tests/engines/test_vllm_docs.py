@@ -63,7 +63,8 @@ def server(command: str, model: Path, folder: Path) -> Iterator[None]:
              "--served-model-name", MODEL, "--port", str(PORT), "--host", "127.0.0.1",
              "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager",
              "--block-size", "64", *options],
-            env=engine_environment(VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1"),
+            env=engine_environment(VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
+                                   VLLM_CPU_OMP_THREADS_BIND="nobind"),
             stdout=log, stderr=log,
         )  # fmt: skip
         try:
