@@ -3,6 +3,7 @@
     export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED=vllm PYTHONPATH=tests
     python -m engines.bench_vllm ttft [--rounds 7]
     python -m engines.bench_vllm agents
+    python -m engines.bench_vllm scheduler [--rounds STEPS]
 
 For a quiet machine, as root (the page cache is dropped before each warm answer). Prints JSON.
 
@@ -10,7 +11,8 @@ For a quiet machine, as root (the page cache is dropped before each warm answer)
 connector, twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, and none. Each round
 answers a prompt of each length that nobody has seen (cold), then one that is held (warm) with the
 engine's own KV reset and its CPU tier flushed by the cold ones. *agents*: sessions of several turns
-at once, whose KV is more than three times the engine's; with and without, turn about.
+at once, whose KV is more than three times the engine's; with and without, turn about. *scheduler*:
+bench_scheduler.py, with a daemon.
 """
 
 import argparse
@@ -247,18 +249,32 @@ def agents(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def scheduler(folder: Path, steps: int) -> list[Any]:
+    """What bench_scheduler.py finds in the engine's environment."""
+    with running_daemon(folder / "w", device_bytes=2 << 30) as daemon:
+        done = subprocess.run(
+            [engine_python("vllm"), Path(__file__).with_name("bench_scheduler.py"), daemon.socket,
+             "--steps", str(steps)],
+            check=True, env=engine_environment(), stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def main() -> None:
-    """Measure one of the two."""
+    """Measure one of them."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["ttft", "agents"])
+    parser.add_argument("what", choices=["ttft", "agents", "scheduler"])
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="twfs-bench-", dir=given.folder))
     try:
-        model = random_model("vllm", folder / "model", 0, LAYERS, HIDDEN)
-        measure, rounds = (ttft, 7) if given.what == "ttft" else (agents, 3)
-        result = measure(model, folder, given.rounds or rounds)
+        if given.what == "scheduler":
+            result: Any = scheduler(folder, given.rounds or 1000)
+        else:
+            model = random_model("vllm", folder / "model", 0, LAYERS, HIDDEN)
+            measure, rounds = (ttft, 7) if given.what == "ttft" else (agents, 3)
+            result = measure(model, folder, given.rounds or rounds)
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
