@@ -376,6 +376,21 @@ def test_a_store_that_finds_no_room_gives_the_engine_its_memory_back(
     assert [done.job for done in engine.workers[0].finished()] == [1000]
 
 
+def test_a_store_that_has_not_begun_gives_the_memory_back_at_once(
+    daemon: Daemon, engine: Engine
+) -> None:
+    engine.store(keys_of("a", 1), payloads_of(1))
+    offer = engine.offer(keys_of("b", 3))
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        for job in range(50, 60):  # more than there are threads
+            engine.workers[0].store(job, offer, payloads_of(3))
+        engine.workers[0].wait(range(50, 60))  # would take a minute, and the test's time with it
+        assert len(engine.workers[0].finished()) == 10
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+
+
 def test_jobs_after_close_have_failed(engine: Engine) -> None:
     engine.workers[0].close()
     engine.workers[0].store(3, engine.offer(keys_of("a", 1)), payloads_of(1))
