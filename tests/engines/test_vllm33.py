@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Final
 
 from engines.test_vllm import *  # noqa: F403
-from engines.test_vllm import HELD, PROMPT, STORED_TOKENS, wait_stored
+from engines.test_vllm import HELD, PROMPT, wait_stored
 from support.daemon import Daemon
-from support.vllms import Vllm, transfer_config
+from support.vllms import STORED_TOKENS, Vllm, transfer_config
 
 ENGINE: Final = "vllm33"
 
