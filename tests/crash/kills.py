@@ -102,8 +102,9 @@ def company(name: str, directory: Path) -> Iterator[None]:
 def nothing_held(client: Client) -> bool:
     """Tell whether *client* is alone with its daemon: no lease, no reservation, no arena else."""
     figures = client.statistics()
-    held = figures["leases"]["leased_bytes"] + client.space().reserved_bytes
-    return figures["server"]["clients"] == 1 and held == 0
+    held: int = figures["leases"]["leased_bytes"] + client.space().reserved_bytes
+    alone: int = figures["server"]["clients"]
+    return alone == 1 and held == 0
 
 
 class Run:

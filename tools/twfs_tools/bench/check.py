@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,6 +47,7 @@ HEADER_BYTES: Final = 4096
 SESSION_BLOCKS: Final = 1920  # in one chain and one put
 PUT_BYTES: Final = 256 << 20  # of one put: its payloads are in memory
 READ_BYTES: Final = 16 << 20  # of one request of dd and fio
+SAMPLE_S: Final = 0.02  # between two looks at a process
 TOOLS: Final[dict[str, tuple[str, ...]]] = {
     "check": ("check",),
     "check --data": ("check", "--data"),
@@ -157,18 +159,38 @@ def _fio(device: Path, size_bytes: int) -> dict[str, Any]:
 
 
 def _timed(command: Sequence[str]) -> tuple[dict[str, Any], bytes]:
-    """Run *command*; its time, CPU time and memory, those of its children included, and output."""
-    began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
+    """Run *command*; its time, CPU time and peak of memory, and what it printed.
+
+    The peak is asked for while it runs: what wait4 says of it begins with the memory of this
+    process, from which the other one was forked.
+    """
+    peak_kib = 0
+    with tempfile.TemporaryFile() as output:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output)
+        while True:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            peak_kib = max(peak_kib, _peak_kib(process.pid))
+            time.sleep(SAMPLE_S)
         took = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        printed = output.read()
     if process.returncode != 0:
         raise DeviceError(f"`{' '.join(command)}` ended with {process.returncode}")
     return {
         "seconds": took,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "memory_MiB": usage.ru_maxrss / 1024,
-    }, output
+        "memory_MiB": peak_kib / 1024,
+    }, printed
+
+
+def _peak_kib(pid: int) -> int:
+    """The most memory that process *pid* has had resident so far; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
