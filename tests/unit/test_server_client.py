@@ -486,9 +486,10 @@ def test_a_join_given_up_takes_no_lease_away_from_another_match(scratch: Path) -
         model = patient.open_model("m", LAYOUT)
         names = names_of(model, 4)
         patient.put(model, names, payloads_of(model, 4))
-        with connect(daemon.socket, arena_bytes=0, match_timeout_s=1.0) as hasty:
+        with daemon.client(arena_bytes=0) as hasty:
             match = hasty.match(model, names)
             assert match.held
+            hasty._match_timeout_s = 0.2
             os.kill(daemon.pid, signal.SIGSTOP)
             with pytest.raises(LeaseEnded, match="in time"):
                 hasty.join(match.token)
