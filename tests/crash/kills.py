@@ -52,14 +52,14 @@ SYSCALLS: Final = (
 )
 # A client changes no disk: what it does to the daemon, and to the memory that both have.
 CLIENT_SYSCALLS: Final = "connect,sendto,sendmsg,recvfrom,recvmsg,ftruncate,preadv"
-FIRST_REPORT_S: Final = 20.0
+FIRST_REPORT_S: Final = 60.0
 # Of each victim: so many reports at most are waited for, and then so many seconds at most, into the
 # midst of what follows.
 MOMENTS: Final = {
     "writer": (10, 0.03), "daemon": (1, 0.3), "client": (10, 0.03), "creator": (2, 0.05),
     "scrubber": (1, 0.1), "drainer": (1, 0.2), "repairer": (1, 0.2), "rebuilder": (1, 0.5),
 }  # fmt: skip
-TRACED_S: Final = 60.0
+TRACED_S: Final = 200.0  # a victim that makes no call for so long hangs, on a busy machine too
 
 
 def child(name: str, directory: Path, seed: int, pipe: Connection) -> None:
@@ -176,12 +176,19 @@ class Run:
             sys.executable, "-m", "support.victims", name, str(self.directory), str(number),
         ]  # fmt: skip
         engine = None
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
             assert process.stdout is not None
             if name == "daemon" and process.stdout.readline():
                 with suppress(TwfsError):
                     engine = Engine(self.directory, number)
-            lines = [line.split() for line in process.communicate(timeout=TRACED_S)[0].splitlines()]
+            try:
+                printed, _ = process.communicate(timeout=TRACED_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # strace alone would leave it running
+                raise
+            lines = [line.split() for line in printed.splitlines()]
         reports += [(kind, int(a), int(b), int(c)) for kind, a, b, c in lines]
         reports += [] if engine is None else engine.end()
         return process.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}

@@ -14,7 +14,7 @@ from support.tracing import needs_strace
 
 PROGRAM = Path(__file__).with_name("kills.py")
 MOMENTS = ("--every-syscall", "60", "--step", "19")  # 1, 20, 39 and 58
-PATIENT_S = 110.0
+PATIENT_S = 280.0
 
 
 @needs_strace
