@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from twfs.messages import (
-    LISTED_MAX,
     AnyReply,
     AskChanges,
     AskSpace,
@@ -21,6 +20,7 @@ from twfs.messages import (
     EvictBytes,
     Explained,
     ExplainNames,
+    ForgetSession,
     HashRows,
     InfoOfBlock,
     KeyRows,
@@ -54,6 +54,7 @@ from twfs.protocol import (
 )
 from twfs.store import CheckReport
 from twfs.units import ByteCount, ModelId, PrefixHash
+from twfs.wire import LISTED_MAX
 
 
 def status_of(message_id: int, statistics: Mapping[str, Any]) -> Status:
@@ -64,7 +65,9 @@ def status_of(message_id: int, statistics: Mapping[str, Any]) -> Status:
 def _open_model(warehouse: Permitted, request: OpenModel) -> AnyReply:
     layout = None if request.layout is None else layout_of(request.layout)
     model = warehouse.open_model(request.name, layout, tenant=request.tenant)
-    return Opened(request.id, model_to_wire(model), model.tenant, model.salt)
+    return Opened(
+        request.id, model_to_wire(model), model.tenant, model.salt, model.public_salt
+    )  # fmt: skip
 
 
 def _new_epoch(warehouse: Permitted, request: NewEpoch) -> AnyReply:
@@ -111,7 +114,8 @@ def _info(warehouse: Permitted, request: InfoOfBlock) -> AnyReply:
 
 
 def _remove(warehouse: Permitted, request: RemoveSession) -> AnyReply:
-    freed = warehouse.remove(ModelId(request.model), PrefixHash(request.head))
+    head = PrefixHash(request.head)
+    freed = warehouse.remove(ModelId(request.model), head, below=request.below)
     return Counted(request.id, freed)
 
 
@@ -119,6 +123,11 @@ def _retain(warehouse: Permitted, request: RetainSession) -> AnyReply:
     head = PrefixHash(request.head)
     warehouse.set_retention(ModelId(request.model), head, request.retention)
     return Done(request.id)
+
+
+def _forget(warehouse: Permitted, request: ForgetSession) -> AnyReply:
+    freed = warehouse.forget_session(ModelId(request.model), request.session, request.tenant)
+    return Counted(request.id, freed)
 
 
 def _evict(warehouse: Permitted, request: EvictBytes) -> AnyReply:
@@ -163,6 +172,7 @@ ANSWERS: Final[Mapping[type[Any], Callable[[Permitted, Any], AnyReply]]] = {
     InfoOfBlock: _info,
     RemoveSession: _remove,
     RetainSession: _retain,
+    ForgetSession: _forget,
     EvictBytes: _evict,
     ExplainNames: _explain,
     AskSpace: _space,

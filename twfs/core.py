@@ -7,7 +7,6 @@ after its commit: until then a published block is a miss, and a removed one is c
 
 import mmap
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,16 +19,21 @@ from uuid import UUID
 import numpy as np
 
 from twfs import ledger, slots
+from twfs.charges import Charges
+from twfs.clocks import Clock, wall_ms
+from twfs.config import Config
 from twfs.counters import Counters
 from twfs.device import Device
 from twfs.devicestates import Standings
-from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed, WarehouseFull
+from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
+from twfs.limbo import Freed, Left
 from twfs.metadata import After, Job, Metadata
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
+from twfs.scoring import LRU, Policy
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
@@ -39,29 +43,6 @@ from twfs.units import ALIGN, Generation, Ino, Millis, ModelId
 T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
-RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
-
-
-def wall_ms() -> Millis:
-    """Wall clock in milliseconds."""
-    return Millis(time.time_ns() // 1_000_000)
-
-
-@dataclass(slots=True)
-class Freed:
-    """Extents of removed blocks, and of these the ones whose headers are to be overwritten."""
-
-    extents: list[Extent] = field(default_factory=list)
-    headers: list[Extent] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Left:
-    """A place that a block has left while pins numbered up to *last_pin* may read it."""
-
-    extents: tuple[Extent, ...]
-    last_pin: int
-    holders: int  # of these pins, how many have not ended
 
 
 @dataclass(slots=True)
@@ -79,11 +60,14 @@ class Core:
     roster: Roster  # as it is on the devices
     tenants: Tenants  # of the roster; replaced whole, never changed: readers take no lock
     lock: threading.RLock  # the one that guards the standings too
+    clock: Clock = wall_ms
+    config: Config = field(default_factory=Config)
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
     erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
+    policy: Policy = LRU  # of eviction
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
@@ -92,6 +76,7 @@ class Core:
     reserved_of: Counter[int] = field(default_factory=Counter)  # the same bytes by uid
     puts_of: Counter[int] = field(default_factory=Counter)  # puts under way by tenant
     evicting: int = 0  # background transactions under way
+    trimming: Counter[int] = field(default_factory=Counter)  # the same for quotas, by tenant
     _next_generation: int = 0
     _next_ino: int = 0
     _numbers_end: int = 0
@@ -137,30 +122,17 @@ class Core:
             uid = self.leases.uid_of(owner)
         return None if uid in self.tenants.operators else uid
 
-    def room_of(self, uid: int | None) -> int:
-        """What the puts of *uid* may reserve more; None is bounded by the space alone."""
-        total = self.allocator.total_bytes
-        if uid is None:
-            return total
-        return max(0, total // RESERVED_PARTS - self.reserved_of[uid])
+    @property
+    def charges(self) -> Charges:
+        """Who is charged for how much."""
+        return self.slots.charges
 
-    def count_reserved(self, uid: int | None, byte_count: int) -> None:
-        """Add to what is reserved, on the account of *uid* too. Hold the lock."""
+    def count_reserved(self, uid: int | None, tenant: int, byte_count: int) -> None:
+        """Add to what is reserved, on the accounts of *uid* and *tenant* too. Hold the lock."""
         self.reserved_bytes += byte_count
+        self.charges.reserved[tenant] += byte_count
         if uid is not None:
             self.reserved_of[uid] += byte_count
-
-    def no_room(self, uid: int | None, need: int) -> WarehouseFull:
-        """The error that says why not one block of *need* bytes can be reserved."""
-        if self.room_of(uid) < need:
-            return WarehouseFull(
-                f"uid {uid} has {self.reserved_of[uid or 0]} bytes reserved for puts under way, "
-                f"and one user may have 1/{RESERVED_PARTS} of the space: end some"
-            )
-        return WarehouseFull(
-            f"no room for a block of {need} bytes: {self.allocator.free_bytes} bytes are free "
-            "and nothing may be evicted; release leases or add a device"
-        )
 
     def is_current(self, model_id: ModelId) -> bool:
         """Tell whether *model_id* is the present epoch of a model."""
@@ -178,10 +150,8 @@ class Core:
             first, first_ino = self._next_generation, self._next_ino
             self._next_generation += count
             self._next_ino += count
-        return (
-            [Generation(number) for number in range(first, first + count)],
-            [Ino(number) for number in range(first_ino, first_ino + count)],
-        )
+        generations = [Generation(first + at) for at in range(count)]
+        return generations, [Ino(first_ino + at) for at in range(count)]
 
     def _extend_numbers(self, count: int) -> None:
         """Make a new range durable."""
@@ -295,15 +265,17 @@ class Core:
         block = entered.block
         units = block.device_bytes // ALIGN
         if entered.filled:
-            self.slots.device[block.slot] = block.extents[0].device
-            self.slots.units[block.slot] = units
-            self.slots.hole[block.slot] = False
+            self.slots.fill(
+                block.slot, units=units, device=block.extents[0].device, payer=block.charged,
+                retention=block.retention,
+            )  # fmt: skip
             self.slots.use([block.slot], now_ms)
         else:
             self.slots.set_live(
                 block.slot, entered.key.pack(), entered.parent_slot, position=block.position,
                 units=units, now_ms=now_ms, detached=block.detached,
-                device=block.extents[0].device,
+                device=block.extents[0].device, retention=block.retention, tenant=block.tenant,
+                payer=block.charged,
             )  # fmt: skip
 
     def leave(self, removed: ledger.Removed, *, evicted: bool) -> None:

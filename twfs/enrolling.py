@@ -8,7 +8,7 @@ from dataclasses import replace
 from uuid import UUID
 
 from twfs import ledger
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import CorruptMetadata
 from twfs.layout import Layout
@@ -20,7 +20,7 @@ from twfs.tenants import Tenants, pack_tenants, unpack_tenants
 
 def enter_model(core: Core, name: str, layout: Layout, *, anew: bool) -> ModelRecord:
     """Enter the model *name*, or with *anew* its next epoch; one that is there stays otherwise."""
-    now = wall_ms()
+    now = core.clock()
 
     def change(roster: Roster) -> Roster:
         with core.lock:

@@ -110,6 +110,13 @@ class WarehouseFull(TwfsError):
     exit_code = 14
 
 
+class QuotaExceeded(WarehouseFull):
+    """A tenant is at its quota, and nothing of its own may be evicted to make room for a put."""
+
+    errno = _errno.EDQUOT
+    exit_code = 42
+
+
 class LayoutMismatch(TwfsError):
     """A model was opened with a layout that is not its own."""
 
@@ -259,3 +266,10 @@ class EqualityFailed(TwfsError):
     """The demo's loaded KV, logits or tokens differ from what was saved."""
 
     exit_code = 31
+
+
+class GivenUp(TwfsError):
+    """The caller gave a put up before its bytes were copied: it wants its memory back."""
+
+    errno = _errno.ECANCELED
+    exit_code = 60

@@ -1,4 +1,4 @@
-"""Making room: eviction by recency and depth, removal of sessions, old epochs, lost blocks.
+"""Making room: eviction by rank, score and depth, removal of sessions, old epochs, lost blocks.
 
 Only a block without child and without lease is evicted, so a chain loses its tail and never its
 middle (invariant I18 of FORMAT.md). Victims are chosen in one step under the lock, together with
@@ -7,17 +7,21 @@ the lease check, and are condemned there and then: nobody matches them any more.
 
 import heapq
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from typing import Final
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger
+from twfs import ledger, quotas, sharing
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
+from twfs.layout import Layout
 from twfs.payload import read_payload
+from twfs.ranking import NEVER, STANDARD, Ranks, ranks
 from twfs.records import Block, BlockKey
+from twfs.scoring import Scores
 from twfs.slots import IntArray, Slots
 from twfs.tables import ReadView, WriteView
 from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
@@ -27,8 +31,26 @@ VICTIMS_PER_COMMIT: Final = 2048  # about 30 ms of transaction: readers of the t
 LOW_WATER_PARTS: Final = 64  # 1/64 of the space is kept free ahead of demand
 LOW_WATER_BYTES_MAX: Final = 8 << 30
 
-# Reachable, stamp, -position, slot: the least goes first.
-_Turn = tuple[bool, int, int, int]
+_Turn = tuple[int, float, int, int]  # rank, score, -position, slot: the least goes first
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order blocks go, by slot: the least (rank, score, -position, slot) first."""
+
+    rank: Ranks
+    score: Scores
+
+    @staticmethod
+    def of(core: Core) -> "Order":
+        """The order of now, by ranks and the warehouse's policy. Hold the lock."""
+        now_ms = core.clock()
+        return Order(ranks(core, now_ms), core.policy.scores(core.slots, now_ms))
+
+    @staticmethod
+    def none(slots: Slots) -> "Order":
+        """All may go, and only their depth decides."""
+        return Order(np.zeros(len(slots), np.uint8), np.zeros(len(slots)))
 
 
 def low_water_bytes(core: Core) -> int:
@@ -36,22 +58,53 @@ def low_water_bytes(core: Core) -> int:
     return min(core.allocator.allotted_bytes // LOW_WATER_PARTS, LOW_WATER_BYTES_MAX)
 
 
-def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
+def choose_victims(core: Core, wanted_bytes: int, payer: int | None = None) -> list[int]:
     """Condemn slots worth *wanted_bytes*, in the order they are to go. Hold the lock.
 
-    What no match reaches goes first (detached, below a hole), then the least recently used; among
-    equals the deepest. A parent follows its last child within the same choice, in its turn.
+    What no match reaches first, then blocks of the tenants that hold most for their weight (see
+    quotas.py), or with *payer* only what that tenant is charged for. Of each, least rank first,
+    then least score; among equals the deepest. A parent follows its last child within the same
+    choice, in its turn.
     """
     core.expire()
     leaves, slots = core.slots.leaves(), core.slots
+    order = Order.of(core)
+    if payer is not None:
+        mine = leaves[slots.payer[leaves] == payer]
+        return _choose(core, mine, order, bytes_max=wanted_bytes, payer=payer)
     victims: list[int] = []
     offline = list(core.standings.offline)
     if offline:  # they make no room, and would be missed when their device is back
         there = leaves[~np.isin(slots.device[leaves], offline)]
-        victims = _choose(core, there, bytes_max=wanted_bytes)
+        victims = _choose_fairly(core, there, order, wanted_bytes)
         wanted_bytes -= _room_bytes(core, victims)
         leaves = slots.leaves()
-    return victims + (_choose(core, leaves, bytes_max=wanted_bytes) if wanted_bytes > 0 else [])
+    if wanted_bytes > 0:
+        victims += _choose_fairly(core, leaves, order, wanted_bytes)
+    return victims
+
+
+def _choose_fairly(core: Core, leaves: IntArray, order: Order, wanted_bytes: int) -> list[int]:
+    """Choose of *leaves* so that tenants give way by their weights; see quotas.py."""
+    slots = core.slots
+    useless = leaves[order.rank[leaves] < STANDARD]
+    victims = _choose(core, useless, order, bytes_max=wanted_bytes) if len(useless) else []
+    wanted_bytes -= _room_bytes(core, victims)
+    shares = dict(quotas.givers(core, wanted_bytes)) if wanted_bytes > 0 else {}
+    if shares:
+        apart = dict(quotas.by_payer(slots.payer, leaves[slots.state[leaves] == states.LIVE]))
+        for tenant, share in shares.items():
+            mine = apart.get(tenant)
+            if mine is not None and wanted_bytes > 0:
+                found = _choose(
+                    core, mine, order, bytes_max=min(share, wanted_bytes), payer=tenant
+                )  # fmt: skip
+                victims += found
+                wanted_bytes -= _room_bytes(core, found)
+    if wanted_bytes > 0:  # all are of one tenant, or those above the rest may not go
+        left = leaves[slots.state[leaves] == states.LIVE]
+        victims += _choose(core, left, order, bytes_max=wanted_bytes)
+    return victims
 
 
 def _room_bytes(core: Core, victims: list[int]) -> int:
@@ -62,17 +115,20 @@ def _room_bytes(core: Core, victims: list[int]) -> int:
 
 
 def _choose(
-    core: Core, leaves: IntArray, *, bytes_max: int = 1 << 62, blocks_max: int = 1 << 62
-) -> list[int]:
-    """Condemn *leaves*, and parents that become leaves, in order, until one limit is reached."""
+    core: Core, leaves: IntArray, order: Order, *, bytes_max: int = 1 << 62,
+    blocks_max: int = 1 << 62, payer: int | None = None,
+) -> list[int]:  # fmt: skip
+    """Condemn *leaves*, and parents that become leaves, in *order*, until one limit is reached.
+
+    With *payer* the bytes are of its account, and no parent of another's goes.
+    """
     slots = core.slots
-    unreachable = slots.unreachable()
     rising: list[_Turn] = []  # parents whose last child has been condemned here
     missing: dict[int, int] = {}
-    dry = core.standings.dry if core.allocator.allotted_bytes else frozenset()
+    dry = core.standings.dry if core.allocator.allotted_bytes and payer is None else frozenset()
     victims: list[int] = []
     freed = 0
-    turns = _in_turn(slots, leaves, unreachable)
+    turns = _in_turn(slots, leaves, order)
     leaf = next(turns, None)
     while freed < bytes_max and len(victims) < blocks_max:
         if rising and (leaf is None or rising[0] < leaf):
@@ -89,39 +145,54 @@ def _choose(
         if parent == states.NONE:
             continue
         missing[parent] = missing.get(parent, int(slots.children[parent])) - 1
-        if missing[parent] == 0 and not slots.leases[parent] and slots.state[parent] == states.LIVE:
+        others = payer is not None and slots.payer[parent] != payer
+        if missing[parent] == 0 and not others and _may_go(slots, parent, order):
             turn = (
-                not bool(unreachable[parent]), int(slots.stamp[parent]),
+                int(order.rank[parent]), float(order.score[parent]),
                 -int(slots.position[parent]), parent,
             )  # fmt: skip
             heapq.heappush(rising, turn)
     return victims
 
 
-def _in_turn(slots: Slots, leaves: IntArray, unreachable: IntArray) -> Iterator[_Turn]:
+def _may_go(slots: Slots, slot: int, order: Order) -> bool:
+    """Tell whether a block that has no child any more may be condemned."""
+    return bool(
+        not slots.leases[slot] and slots.state[slot] == states.LIVE and order.rank[slot] != NEVER
+    )
+
+
+def _in_turn(slots: Slots, leaves: IntArray, order: Order) -> Iterator[_Turn]:
     """Yield *leaves* in the order they are to go; sorts few of many where few are wanted."""
-    stamps = slots.stamp[leaves].copy()
-    stamps[unreachable[leaves]] = 0
-    while len(leaves):
-        some = np.ones(len(leaves), np.bool_)
-        if len(leaves) > SORTED_AT_ONCE:
-            some = stamps <= np.partition(stamps, SORTED_AT_ONCE)[SORTED_AT_ONCE]
-        now = leaves[some]
-        reachable, depth = ~unreachable[now], -slots.position[now].astype(np.int64)
-        order = np.lexsort((now, depth, slots.stamp[now], reachable))
-        yield from zip(
-            reachable[order].tolist(), slots.stamp[now][order].tolist(), depth[order].tolist(),
-            now[order].tolist(), strict=True,
-        )  # fmt: skip
-        leaves, stamps = leaves[~some], stamps[~some]
+    ranks_of = order.rank[leaves]
+    for rank in np.unique(ranks_of).tolist():
+        if rank == NEVER:
+            break
+        waiting = leaves[ranks_of == rank]
+        scores, wanted = order.score[waiting], SORTED_AT_ONCE
+        while len(waiting):
+            some = np.ones(len(waiting), np.bool_)
+            if len(waiting) > wanted:
+                some = scores <= np.partition(scores, wanted)[wanted]
+            now, values = waiting[some], scores[some]
+            depth = -slots.position[now].astype(np.int64)
+            turn = np.lexsort((now, depth, values))
+            for score, minus, slot in zip(
+                values[turn].tolist(), depth[turn].tolist(), now[turn].tolist(), strict=True
+            ):
+                yield rank, score, minus, slot
+            waiting, scores, wanted = waiting[~some], scores[~some], 2 * wanted
 
 
 def submit_eviction(
-    core: Core, wanted_bytes: int, *, erase: bool = False
+    core: Core, wanted_bytes: int, *, erase: bool = False, payer: int | None = None
 ) -> "list[Future[ledger.Removed]]":
-    """Choose victims and queue their removal; one future per transaction."""
+    """Choose victims, with *payer* of that tenant's, and queue their removal.
+
+    One future per transaction.
+    """
     with core.lock:
-        keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes)]
+        keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes, payer)]
         # One model's together, or victims of two models by turns would be a transaction each.
         keys.sort(key=lambda key: key.model)
         return submit_condemned(core, keys, evicted=True, erase=erase)
@@ -182,12 +253,48 @@ def _one_done(core: Core) -> None:
         core.evicting -= 1
 
 
+def keep_quota(core: Core, tenant: int) -> None:
+    """Begin to evict of *tenant* in the background if its quota is nearly used up, or was cut."""
+
+    def done(_: object) -> None:
+        with core.lock:
+            core.trimming[tenant] -= 1
+
+    with core.lock:
+        above = quotas.above_low_water_bytes(core, tenant)
+        if above and not core.trimming[tenant]:
+            futures = submit_own(core, tenant, above)
+            core.trimming[tenant] += len(futures)
+            for future in futures:
+                future.add_done_callback(done)
+
+
+def submit_own(core: Core, tenant: int, wanted_bytes: int) -> "list[Future[Any]]":
+    """Begin to make room within the quota of *tenant*; what to wait for. Hold the lock.
+
+    Charges pass to those who used a public block later, then its own blocks are evicted; what of
+    these may not go may at last be charged to whoever used it at all.
+    """
+    going, passing = sharing.let_go(core, tenant, wanted_bytes)
+    if passing < wanted_bytes:
+        going += submit_eviction(core, wanted_bytes - passing, payer=tenant)
+    return going or sharing.let_go(core, tenant, wanted_bytes, lent=False)[0]
+
+
+def keep_quotas(core: Core) -> None:
+    """keep_quota of all tenants; and public blocks that nobody pays for find who does."""
+    sharing.claim(core)
+    for tenant in core.tenants:
+        keep_quota(core, tenant.id)
+
+
 def remove_session(
-    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False
+    core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False, below: bool = False
 ) -> ByteCount:
     """Unpublish a session from the tail up, every block that no other head uses.
 
-    What hangs below them (incomplete, so under no head) goes too. Leased blocks wait in limbo.
+    What hangs below them (incomplete, so under no head) goes too. With *below* it is the block
+    *head*, which need be none, and what goes on from it. Leased blocks wait in limbo.
     NoSuchBlock, or NotEmpty when *head* is not a head; NoSuchModel, StaleEpoch.
     """
     layout = core.record(model).layout
@@ -197,13 +304,17 @@ def remove_session(
             block = view.block(standing)
             if block is None or core.slots.state[block.slot] != states.LIVE:
                 raise NoSuchBlock(f"no session {head.hex()}")
-            if not view.is_head(model, head):
+            if not below and not view.is_head(model, head):
                 raise NotEmpty(f"{head.hex()} is no session's head: longer sessions go on from it")
-            own = [
-                core.slots.key_of(slot).prefix_hash
-                for slot in core.slots.ancestors(block.slot)
-                if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
-            ]
+            own = (
+                [head]
+                if below
+                else [
+                    core.slots.key_of(slot).prefix_hash
+                    for slot in core.slots.ancestors(block.slot)
+                    if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
+                ]
+            )
             keys = [
                 key
                 for group in range(len(layout.groups))
@@ -211,7 +322,30 @@ def remove_session(
                 for key in _condemn(core, view, own, BlockKey(model, head, group, shard))
             ]
         futures = submit_condemned(core, keys, evicted=False, erase=erase)
-    return freed_bytes(futures)
+        passing = _let_go_over(core, layout, standing, block)
+    freed = freed_bytes(futures)
+    wait(passing)
+    return freed
+
+
+def _let_go_over(
+    core: Core, layout: Layout, standing: BlockKey, block: Block
+) -> "list[Future[Any]]":
+    """Pass on public blocks over a session that is being removed. Hold the lock."""
+    payer = block.charged
+    slots = core.slots
+    public = [slot for slot in slots.ancestors(block.slot) if slots.tenant[slot] != payer]
+    if not public:
+        return []
+    with core.metadata.read() as view:
+        found = [
+            view.block(BlockKey(standing.model, slots.key_of(slot).prefix_hash, group, shard))
+            for slot in public
+            for group in range(len(layout.groups))
+            for shard in range(layout.shards)
+        ]
+    among = np.array([each.slot for each in found if each is not None], np.int64)
+    return sharing.let_go(core, payer, quotas.UNBOUNDED, among=among)[0]
 
 
 def _condemn(core: Core, view: ReadView, own: list[PrefixHash], key: BlockKey) -> list[BlockKey]:
@@ -243,7 +377,7 @@ def sweep_epochs(core: Core) -> ByteCount:
                 core.expire()
                 leaves = core.slots.leaves()
                 mine = leaves[core.slots.models()[leaves] == record.id]
-                victims = _choose(core, mine, blocks_max=VICTIMS_PER_COMMIT)
+                victims = _choose(core, mine, Order.none(core.slots), blocks_max=VICTIMS_PER_COMMIT)
                 keys = [core.slots.key_of(slot) for slot in victims]
                 futures = submit_condemned(core, keys, evicted=True)
             if not futures:
@@ -313,8 +447,7 @@ def forget(core: Core, lost: Sequence[tuple[BlockKey, int]]) -> int:
         with core.lock:
             for before in spoilt:
                 core.counters.holes += 1
-                core.slots.units[before.slot] = 0
-                core.slots.hole[before.slot] = True
+                core.slots.spoil(before.slot)
             core.changes += 1
 
     return len(core.metadata.submit(job, after).result())

@@ -17,6 +17,8 @@ from uuid import UUID
 import numpy as np
 
 from twfs import enrolling, ledger, modes
+from twfs.clocks import Clock, wall_ms
+from twfs.config import Config
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standing, Standings
@@ -191,7 +193,8 @@ def open_devices(
 
 def open_core(
     directory: Path, *, lease_ms: int, durability: Durability = Durability.STRICT,
-    wary: bool = False, degraded: bool = True,
+    wary: bool = False, degraded: bool = True, clock: Clock = wall_ms,
+    config: Config | None = None,
 ) -> Core:  # fmt: skip
     """Open everything; see Warehouse.open for what may be raised."""
     if wary:
@@ -202,7 +205,7 @@ def open_core(
         warehouse = metadata.warehouse()
         standings = open_devices(directory, metadata, undo, degraded=degraded)
         devices = [each.device for each in standings.values() if each.device is not None]
-        slots = Slots(directory / HEAT_FILE)
+        slots = Slots(directory / HEAT_FILE, clock)
         undo.callback(slots.close)
         with metadata.read() as view:
             units = sum(each.record.data_area[1] // ALIGN for each in standings.values())
@@ -227,6 +230,7 @@ def open_core(
         core = Core(
             directory, warehouse, metadata, Standings(lock, allocator, standings.values()),
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
+            clock, config or Config(),
         )  # fmt: skip
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
@@ -294,3 +298,4 @@ def load_slots(view: ReadView, slots: Slots, units: int) -> None:
         block = view.block(BlockKey.unpack(packed))
         assert block is not None
         slots.units[block.slot] = block.device_bytes // ALIGN
+    slots.charge_all()

@@ -9,6 +9,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -51,7 +52,8 @@ class Names:
 
     *hashes*: n x 16 bytes; *digests*: n x 32; *parents*: n x 16, all zero bytes where the parent
     is not known; *positions*: end position of each in tokens, 0 where not known; *keys*: the
-    engine's own keys, or empty for names made of token ids.
+    engine's own keys, or empty for names made of token ids; *public*: how many leading ones are of
+    the tenant's share group.
     """
 
     hashes: bytes
@@ -59,6 +61,7 @@ class Names:
     parents: bytes
     positions: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
+    public: int = 0
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -79,7 +82,19 @@ class Names:
             self.parents[16 * start : 16 * stop],
             self.positions[start:stop],
             self.keys[start:stop],
+            max(0, min(self.public, stop) - start),
         )
+
+
+def joined(parts: Sequence[Names]) -> Names:
+    """The names of *parts*, one behind the other."""
+    return Names(
+        b"".join(part.hashes for part in parts),
+        b"".join(part.digests for part in parts),
+        b"".join(part.parents for part in parts),
+        tuple(chain.from_iterable(part.positions for part in parts)),
+        tuple(chain.from_iterable(part.keys for part in parts)),
+    )
 
 
 def check_names(names: Names) -> None:
@@ -90,6 +105,8 @@ def check_names(names: Names) -> None:
         raise InvalidInput(f"{count} positions, but hashes, digests, parents, keys of {lengths}")
     if any(len(key) > KEY_BYTES_MAX for key in names.keys):
         raise InvalidInput(f"an own key has more than {KEY_BYTES_MAX} bytes")
+    if not 0 <= names.public <= count:
+        raise InvalidInput(f"{names.public} of {count} names are said to be public")
     if count and not 0 <= min(names.positions) <= max(names.positions) <= POSITION_MAX:
         raise InvalidInput(f"end positions are 0 to {POSITION_MAX} tokens")
 
@@ -98,13 +115,20 @@ class Chain:
     """The names of one growing session; hashing is incremental, so a turn costs only its tokens.
 
     Only whole blocks have names: up to block_tokens - 1 trailing tokens wait for the next extend.
-    Not thread-safe.
+    The first *public_blocks* are a share group's, whose salt is in the root: *private*, the
+    tenant's own salt, enters with the block behind them. Not thread-safe.
     """
 
-    __slots__ = ("_digests", "_hashes", "_tail", "block_tokens", "root")
+    __slots__ = (
+        "_digests", "_hashes", "_private", "_public", "_tail", "block_tokens", "root",
+    )  # fmt: skip
 
-    def __init__(self, root: Root, block_tokens: int) -> None:
+    def __init__(
+        self, root: Root, block_tokens: int, *, public_blocks: int = 0, private: bytes = b""
+    ) -> None:
         self.root = root
+        self._public = public_blocks
+        self._private = private
         self.block_tokens = block_tokens
         self._hashes: list[bytes] = []
         self._digests: list[bytes] = []
@@ -140,6 +164,8 @@ class Chain:
             piece = data[index * step : (index + 1) * step]
             if extra:
                 piece += extra[index]
+            if self._public and len(self._hashes) == self._public:
+                piece += self._private
             prefix_hash = PrefixHash(name(prefix_hash + piece))
             digest = Digest(prove(digest + piece).digest())
             self._hashes.append(prefix_hash)
@@ -156,6 +182,7 @@ class Chain:
             b"".join(self._digests),
             (self.root.prefix_hash + hashes)[: 16 * count],
             tuple(range(self.block_tokens, (count + 1) * self.block_tokens, self.block_tokens)),
+            public=min(count, self._public),
         )
 
 
@@ -182,12 +209,12 @@ class OwnKey:
     end_position: int = 0
 
 
-def names_of_keys(root: Root, keys: Sequence[OwnKey]) -> Names:
+def names_of_keys(root: Root, keys: Sequence[OwnKey], *, public: bool = False) -> Names:
     """Return the names for engine keys: xxh3 over (root, key); the root holds model and salt.
 
     The keys themselves are stored beside the names and compared on match. The group is no part of
-    the name: it stands beside it in every block's full name. InvalidInput on an empty or over-long
-    key.
+    the name: it stands beside it in every block's full name. *public* tells that *root* is a share
+    group's. InvalidInput on an empty or over-long key.
     """
     hashes, digests, parents = [], [], []
     for own in keys:
@@ -209,4 +236,30 @@ def names_of_keys(root: Root, keys: Sequence[OwnKey]) -> Names:
         b"".join(parents),
         tuple(own.end_position for own in keys),
         tuple(own.key for own in keys),
+        len(keys) if public else 0,
+    )
+
+
+def names_of_run(
+    root: Root, keys: Sequence[bytes], parent: bytes | None, end_positions: Sequence[int]
+) -> Names:
+    """As names_of_keys, of keys each of which is the parent of the next; *parent* is the first's.
+
+    Half the work of names_of_keys. InvalidInput as there.
+    """
+    for key in (*keys, *(() if parent is None else (parent,))):
+        if not 1 <= len(key) <= KEY_BYTES_MAX:
+            raise InvalidInput(
+                f"a key of {len(key)} bytes: an engine's key has 1 to {KEY_BYTES_MAX}"
+            )
+    name, prove = xxhash.xxh3_128_digest, hashlib.sha256
+    before, proof = root.prefix_hash, root.digest
+    hashes = b"".join([name(before + key) for key in keys])
+    above = bytes(HASH_BYTES) if parent is None else name(before + parent)
+    return Names(
+        hashes,
+        b"".join([prove(proof + key).digest() for key in keys]),
+        (above + hashes)[: HASH_BYTES * len(keys)],
+        tuple(end_positions),
+        tuple(keys),
     )

@@ -7,37 +7,35 @@ put is driven by one thread at a time, but its windows may be written by several
 """
 
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger
+from twfs import ledger, reserving
 from twfs import slots as states
 from twfs.checksums import host_sums_of
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.errors import (
     DeviceError,
     InvalidInput,
     NoSuchTenant,
     TooLarge,
     WarehouseClosed,
-    WarehouseFull,
 )
-from twfs.evicting import keep_low_water, submit_eviction
+from twfs.evicting import keep_low_water, keep_quota
+from twfs.hints import NO_HINT, Hint
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
+from twfs.runs import Run, plan_runs
 from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
-from twfs.tables import ModelRecord
+from twfs.tables import ModelRecord, WriteView
 from twfs.tenants import EVERYBODY
 from twfs.units import (
     ALIGN,
-    IO_BYTES_MAX,
     ByteCount,
-    ByteOffset,
     DeviceIndex,
     Digest,
     ModelId,
@@ -47,19 +45,6 @@ from twfs.units import (
 )
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
-IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
-ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
-
-
-@dataclass(slots=True)
-class _Run:
-    """Neighbours on one device that go in one write."""
-
-    device: DeviceIndex
-    offset: ByteOffset
-    end: int
-    buffers: list[memoryview]
-    indices: list[int]
 
 
 class Put:
@@ -68,16 +53,19 @@ class Put:
     def __init__(
         self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
         retention: Retention, tenant: int = EVERYBODY, uid: int | None = None,
+        lengths: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._core = core
         self._tenant = tenant
+        self._share = core.tenants.shares.get(tenant, 0)
         self._uid = uid  # whose bound on reservations counts; None: there is none
         self._model = model
         self._names = names
         self._group = group
         self._shard = shard
         self._retention = retention
-        self._payload_bytes = model.layout.block_bytes(group)
+        # Payload bytes by index: all alike, but where the layout allows any length.
+        self._lengths = lengths or (model.layout.block_bytes(group),) * len(names)
         self._layers = model.layout.summed_layers(group)
         self._pinned = np.zeros(0, np.int64)
         self._pin = 0
@@ -112,7 +100,7 @@ class Put:
                 block = view.block(self._key(index))
                 if block is not None and slots.state[block.slot] == states.LIVE:
                     found.add(int(block.slot))
-                    mine = (self._digest(index), self._own_key(index), self._tenant)
+                    mine = (self._digest(index), self._own_key(index), self._tenant_at(index))
                     if (block.digest, block.key, block.tenant) != mine:
                         self._outcomes[index] = PutOutcome.COLLISION
                         refused.add(self._names.hash_at(index))
@@ -123,13 +111,18 @@ class Put:
                         self._outcomes[index] = PutOutcome.PRESENT
                         continue
                 lacking.append(index)
+            above: dict[PrefixHash, int] = {}
             named = {self._names.hash_at(index) for index in range(len(self._names))}
             for parent_hash in {self._parent(index) for index in lacking} - named:
                 parent = view.block(BlockKey(self._model.id, parent_hash, self._group, self._shard))
                 if parent is not None and slots.state[parent.slot] == states.LIVE:
                     found.add(int(parent.slot))
-                    if parent.tenant != self._tenant:  # a chain is of one tenant
-                        refused.add(parent_hash)
+                    above[parent_hash] = parent.tenant
+        for index in lacking:  # a chain is of one tenant, but for its public beginning
+            parent_hash = self._parent(index)
+            of = above.get(parent_hash, self._tenant_at(index))
+            if not self._core.tenants.follows(of, self._tenant_at(index)):
+                refused.add(parent_hash)
         for index in lacking if refused else ():
             if self._parent(index) in refused:
                 self._outcomes[index] = PutOutcome.COLLISION
@@ -138,6 +131,10 @@ class Put:
         self._pinned = np.array(sorted(found), np.int64)
         self._pin = self._core.pin(self._pinned)
         return lacking
+
+    def _tenant_at(self, index: int) -> int:
+        """Whose block *index* is: the tenant's, or its share group's."""
+        return self._share if index < self._names.public else self._tenant
 
     def _digest(self, index: int) -> Digest:
         return Digest(self._names.digests[32 * index : 32 * index + 32])
@@ -151,53 +148,37 @@ class Put:
     def reserve(self, lacking: list[int]) -> None:
         """Reserve extents for the longest leading part of *lacking* that fits, making room.
 
-        WarehouseFull if there is something lacking and none of it fits.
+        Evicts of the put's own tenant what its quota has no room for. WarehouseFull or
+        QuotaExceeded if there is something lacking and none of it fits.
         """
+        if not lacking:
+            return
         core = self._core
-        if lacking and not core.allocator.allotted_bytes:
-            raise WarehouseFull(
-                "no device takes blocks: all are read-only, draining or offline; see `twfs device "
-                "list`, and bring one back or add one"
-            )
-        need = ByteCount(ALIGN + align_up(self._payload_bytes))
-        extents: list[tuple[Extent, ...]] = []
+        needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
+        extents, over = reserving.reserve(core, needs, tenant=self._tenant, uid=self._uid)
         try:
-            for _ in range(ROOM_TRIES):
-                with core.lock:
-                    wanted = min(len(lacking) - len(extents), core.room_of(self._uid) // need)
-                    got = core.allocator.reserve([need] * wanted)
-                    core.count_reserved(self._uid, need * len(got))
-                    extents += got
-                    missing = need * (wanted - len(got))
-                    futures = submit_eviction(core, missing) if missing else []
-                if not missing or not futures:
-                    break
-                wait(futures)
             self.lacking = lacking[: len(extents)]
             for index in lacking[len(extents) :]:
-                self._outcomes[index] = PutOutcome.NO_ROOM
-            if lacking and not extents:
-                raise core.no_room(self._uid, need)
+                self._outcomes[index] = PutOutcome.OVER_QUOTA if over else PutOutcome.NO_ROOM
             self._number(extents)
         except BaseException:
             with core.lock:
-                core.count_reserved(self._uid, -need * len(extents))
-                for each in extents:
-                    core.allocator.release(each)
+                reserving.release(core, extents, tenant=self._tenant, uid=self._uid)
             raise
 
     def _number(self, extents: list[tuple[Extent, ...]]) -> None:
         """Give every reserved block its generation, inode and slot: all of them, or none."""
         generations, inos = self._core.take_numbers(len(extents))
-        now = wall_ms()
+        now = self._core.clock()
         with self._core.lock:
             slots = self._core.slots.allot(len(extents))
             self._reserved = {
                 index: Block(
                     generations[number], inos[number], slots[number], self._parent(index),
                     self._digest(index), TokenCount(self._names.positions[index]),
-                    self._payload_bytes, Checksums(bytes(16), 0, 0), extents[number], now,
-                    self._own_key(index), self._tenant, self._retention.rank,
+                    ByteCount(self._lengths[index]), Checksums(bytes(16), 0, 0), extents[number],
+                    now, self._own_key(index), self._tenant_at(index), self._retention.rank,
+                    payer=self._tenant if index < self._names.public else 0,
                 )
                 for number, index in enumerate(self.lacking)
             }  # fmt: skip
@@ -211,7 +192,7 @@ class Put:
             end = block.arena_offset + align_up(block.payload_bytes)
             if (
                 block.index not in self._reserved
-                or block.payload_bytes != self._payload_bytes
+                or block.payload_bytes != self._lengths[block.index]
                 or block.arena_offset % ALIGN
                 or not 0 <= block.arena_offset < end <= len(arena)
             ):
@@ -223,10 +204,10 @@ class Put:
             if self._sealed:  # its extents may be somebody else's by now
                 raise InvalidInput("blocks for a put that has been published or abandoned")
             self._writing += 1
-        runs: dict[Future[None], _Run] = {}
+        runs: dict[Future[None], Run] = {}
         try:
             headers = aligned_buffer(ALIGN * max(1, len(blocks)))
-            for run in self._plan(arena, headers, blocks):
+            for run in plan_runs(self._reserved, arena, headers, blocks):
                 future = self._core.standings.write(
                     run.device, self._write_run, arena, headers, blocks, run
                 )
@@ -257,46 +238,8 @@ class Put:
             self._sealed = True
             self._changed.wait_for(lambda: not self._writing)
 
-    def _plan(
-        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock]
-    ) -> list[_Run]:
-        """Cut the blocks at their extents, and join what are neighbours on a device."""
-        parts: list[tuple[Extent, list[memoryview], int]] = []
-        for number, block in enumerate(blocks):
-            padded = align_up(block.payload_bytes)
-            start = block.arena_offset
-            arena[start + block.payload_bytes : start + padded] = bytes(
-                padded - block.payload_bytes
-            )
-            header = headers[number * ALIGN : (number + 1) * ALIGN]
-            at = start - ALIGN  # where the header would lie, were it in the arena
-            for extent in self._reserved[block.index].extents:
-                stop = at + extent.length
-                buffers = [arena[max(at, start) : stop]]
-                if at < start:
-                    buffers.insert(0, header)
-                parts.append((extent, buffers, number))
-                at = stop
-        runs: list[_Run] = []
-        for extent, buffers, number in sorted(
-            parts, key=lambda part: (part[0].device, part[0].offset)
-        ):
-            run = runs[-1] if runs else None
-            if (
-                run is None
-                or (run.device, run.end) != (extent.device, extent.offset)
-                or run.end - run.offset + extent.length > IO_BYTES_MAX
-                or len(run.buffers) + 2 > IOVECS_MAX
-            ):
-                run = _Run(extent.device, extent.offset, extent.offset, [], [])
-                runs.append(run)
-            run.buffers += buffers
-            run.indices.append(number)
-            run.end += extent.length
-        return runs
-
     def _write_run(
-        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock], run: _Run
+        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock], run: Run
     ) -> None:
         """Check the blocks that begin in *run*, make their headers, write it all."""
         whole: dict[int, Block] = {}
@@ -334,31 +277,40 @@ class Put:
             layer_sums,
         ).pack(self._core.secret)  # fmt: skip
 
-    def publish(self) -> PutResult:
-        """Flush, publish what was written, forfeit the rest; blocks until it is durable."""
+    def publish(
+        self, also: Callable[[WriteView, ledger.Published], Any] | None = None,
+        then: Callable[[Any], None] | None = None,
+    ) -> PutResult:  # fmt: skip
+        """Flush, publish what was written, forfeit the rest; blocks until it is durable.
+
+        *also* goes on in the same transaction: what it raises undoes the publish and is raised.
+        *then* gets its result right after the commit, in the writer thread.
+        """
         assert not self._sealed, "published twice"
         self._seal()
         self._flush()
         candidates = self._candidates()
-        now = wall_ms()
+        now = self._core.clock()
 
         def after(done: ledger.Published) -> None:
             with self._core.lock:
                 self._committed = True
                 self._core.enter(done, now)
                 self._settle(candidates, done)
+            if then is not None:
+                then(done.also)
+
+        def job(view: WriteView) -> ledger.Published:
+            blocks = [(self._key(index), block) for index, block in candidates]
+            done = ledger.publish(
+                view, self._model, blocks, self._core.standings.offline, self._core.tenants.follows
+            )
+            done.also = None if also is None else also(view, done)
+            return done
 
         self._submitted = True
         try:
-            future: Future[ledger.Published] = self._core.metadata.submit(
-                lambda view: ledger.publish(
-                    view,
-                    self._model,
-                    [(self._key(index), block) for index, block in candidates],
-                    self._core.standings.offline,
-                ),
-                after,
-            )
+            future: Future[ledger.Published] = self._core.metadata.submit(job, after)
         except WarehouseClosed:
             self._submitted = False
             raise
@@ -369,6 +321,7 @@ class Put:
             self._outcomes[index] = outcome
         result = self._result()
         keep_low_water(self._core)
+        keep_quota(self._core, self._tenant)
         return result
 
     def _flush(self) -> None:
@@ -413,7 +366,7 @@ class Put:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
         for index, block in self._reserved.items():
-            core.count_reserved(self._uid, -block.device_bytes)
+            core.count_reserved(self._uid, self._tenant, -block.device_bytes)
             if index not in published:
                 core.release_after(block.extents, self._stuck.get(index, []))
             if index not in published or block.slot not in (kept_slots or ()):
@@ -444,6 +397,7 @@ class Put:
             counters.collisions += count[PutOutcome.COLLISION]
             counters.failed_blocks += count[PutOutcome.FAILED]
             counters.no_room_blocks += count[PutOutcome.NO_ROOM]
+            counters.over_quota_blocks += count[PutOutcome.OVER_QUOTA]
             counters.written_bytes += written
         return PutResult(outcomes, ByteCount(written))
 
@@ -453,18 +407,20 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
     return Block(
         block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
         block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
-        block.retention,
+        block.retention, payer=block.payer,
     )  # fmt: skip
 
 
 def begin_put(
     core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
-    tenant: int = EVERYBODY, uid: int | None = None,
+    tenant: int = EVERYBODY, uid: int | None = None, lengths: Sequence[int] = (),
+    hint: Hint = NO_HINT,
 ) -> Put:  # fmt: skip
     """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
 
     The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
-    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull.
+    *lengths* has the payload bytes of each where the layout allows any.
+    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull, QuotaExceeded.
     """
     if len(names) > PUT_BLOCKS_MAX:
         raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
@@ -480,11 +436,22 @@ def begin_put(
                 f"group {group}, shard {shard} of model {record.name}: it has "
                 f"{len(layout.groups)} groups and {layout.shards} shards"
             )
-        if not core.tenants.there(tenant):
+        if layout.any_length(group) != bool(lengths) or len(lengths) not in {0, len(names)}:
+            raise InvalidInput(f"{len(lengths)} lengths for {len(names)} blocks of {record.name}")
+        if not all(layout.fits(group, length) for length in lengths):
+            raise InvalidInput(
+                f"a block of {record.name} has 1 to {layout.block_bytes(group)} bytes"
+            )
+        if not core.tenants.pays(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
+        if names.public and tenant not in core.tenants.shares:
+            raise InvalidInput(
+                f"tenant {core.tenants.name_of(tenant)} is in no share group: none of its blocks "
+                "are public"
+            )
         put = Put(
-            core, record, names, group=group, shard=shard, retention=retention, tenant=tenant,
-            uid=uid,
+            core, record, names, group=group, shard=shard, retention=hint.retention or retention,
+            tenant=tenant, uid=uid, lengths=lengths,
         )  # fmt: skip
         lacking = put.compare()
         core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed

@@ -12,7 +12,6 @@ import msgspec
 
 from twfs.errors import NoDaemon, ProtocolError
 from twfs.messages import (
-    LISTED_MAX,
     AnyReply,
     AskChanges,
     AskSpace,
@@ -67,6 +66,7 @@ from twfs.store import (
 )
 from twfs.tenants import EVERYBODY, Tenant, Tenants
 from twfs.units import HASH_BYTES, ByteCount, ModelId, PrefixHash
+from twfs.wire import LISTED_MAX
 
 ASK_SECONDS_MAX: Final = 30.0  # for an answer from memory and metadata, behind a busy daemon's work
 
@@ -150,9 +150,9 @@ class RemoteNamespace:
             )
         return memoryview(payload).toreadonly()
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """See Namespace.remove."""
-        return ByteCount(self._count(RemoveSession(0, model, head), None))
+        return ByteCount(self._count(RemoveSession(0, model, head, below), None))
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from twfs import evicting
 from twfs import slots as states
-from twfs.core import Core, wall_ms
+from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, InvalidInput, TwfsError
 from twfs.operating import NoArguments, Verb, Verbs
 from twfs.pacing import Foreground, Pacer, Stopped, lower_io_priority
@@ -287,7 +287,7 @@ class Scrubber:
     def _begin_pass(self) -> None:
         """Set the state to the beginning of a new pass. Hold the lock."""
         self._state = State(
-            number=self._state.number + 1, unfinished=True, began_ms=wall_ms(),
+            number=self._state.number + 1, unfinished=True, began_ms=self._core.clock(),
             last=self._state.last,
         )  # fmt: skip
         self._findings.clear()
@@ -468,7 +468,7 @@ class Scrubber:
             state.running = state.unfinished = self._going = False
             state.position = ""
             state.last = PassEnd(
-                state.number, state.began_ms, wall_ms(), state.blocks, state.read_bytes,
+                state.number, state.began_ms, self._core.clock(), state.blocks, state.read_bytes,
                 state.bad_blocks, state.skipped_blocks, state.failing_devices,
             )  # fmt: skip
 

@@ -13,6 +13,10 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from twfs.copying import Copying
+from twfs.errors import InvalidInput
+from twfs.hints import NO_HINT, Hint
+from twfs.hints import Retention as Retention  # noqa: PLC0414 - of the interface
 from twfs.layout import Layout
 from twfs.prefix import Chain, Names, Root, root_of
 from twfs.records import Block, BlockKey
@@ -23,20 +27,6 @@ from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
 Buffer = Any
 # One block's payload or destination: one buffer, or several pieces in payload order.
 Pieces = Buffer | Sequence[Buffer]
-
-
-class Retention(StrEnum):
-    """Retention classes, in the order of their numbers in records: 0 to 3."""
-
-    EPHEMERAL = "ephemeral"
-    STANDARD = "standard"
-    DURABLE = "durable"
-    PINNED = "pinned"
-
-    @property
-    def rank(self) -> int:
-        """The number in records and headers."""
-        return list(Retention).index(self)
 
 
 class Durability(StrEnum):
@@ -59,14 +49,33 @@ class Model:
     layout: Layout
     tenant: int = EVERYBODY  # for whom it was opened: all requests with this model are theirs
     salt: bytes = field(default=b"", repr=False)  # that tenant's, a secret of 32 bytes
+    public_salt: bytes = field(default=b"", repr=False)  # its share group's; empty: it is in none
 
-    def root(self, salt: bytes = b"") -> Root:
-        """Where chains begin; *salt* separates more than tenants do, and is never stored."""
-        return root_of(self.layout.fingerprint, self.epoch, self.salt + salt)
+    def root(self, salt: bytes = b"", *, public: bool = False) -> Root:
+        """Where chains begin; *salt* separates more than tenants do, and is never stored.
 
-    def chain(self, salt: bytes = b"") -> Chain:
-        """Return an empty chain, to be extended with token ids; *salt* as in root."""
-        return Chain(self.root(salt), self.layout.block_tokens)
+        With *public* where those of the tenant's share group begin; InvalidInput if it is in none.
+        """
+        if public and not self.public_salt:
+            raise InvalidInput(
+                f"model {self.name} was opened for a tenant without a share group: an operator "
+                "names one with `twfs tenant set --share`"
+            )
+        own = self.public_salt if public else self.salt
+        return root_of(self.layout.fingerprint, self.epoch, own + salt)
+
+    def chain(self, salt: bytes = b"", *, public_tokens: int = 0) -> Chain:
+        """Return an empty chain, to be extended with token ids; *salt* as in root.
+
+        Whole blocks of the first *public_tokens* (a system prompt, tools: nobody's secret) are
+        shared with the tenants of the share group, and nothing behind them. InvalidInput if there
+        is no group.
+        """
+        blocks = public_tokens // self.layout.block_tokens
+        return Chain(
+            self.root(salt, public=blocks > 0), self.layout.block_tokens,
+            public_blocks=blocks, private=self.salt,
+        )  # fmt: skip
 
 
 class PutOutcome(StrEnum):
@@ -77,6 +86,7 @@ class PutOutcome(StrEnum):
     COLLISION = "collision"  # there with another digest: refused, never mixed
     NO_ROOM = "no room"
     FAILED = "failed"  # its bytes did not reach the device, or not whole
+    OVER_QUOTA = "over quota"  # no room in its tenant's quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,17 +316,32 @@ class Store(Protocol):
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
         """Count the blocks that match would return, without lease and without counting a use."""
 
-    def touch(self, model: Model, names: Names) -> None:
-        """Count a use of these blocks, however they were served."""
+    def touch(self, model: Model, names: Names, hint: Hint = NO_HINT) -> None:
+        """Count a use of these blocks, however they were served; one-way, nothing is waited for.
+
+        With the whole chain of a request, *hint* moves its session to the last block that is held.
+        """
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+        hint: Hint = NO_HINT, copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """Store one payload per name; returns once what it reports is durable.
 
-        Only what the store lacks is copied. InvalidInput on a payload that has not the layout's
-        block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits.
+        *retention* is the class of a session that is new; *hint* names the session, and a class
+        in it changes that of a session which is known.
+
+        Only what the store lacks is copied; *copying* tells when that is done, long before the
+        return, and can end it. InvalidInput on a payload that has not the layout's
+        block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits,
+        QuotaExceeded, which is one, if that is because of its tenant's quota.
+        """
+
+    def forget(self, model: Model, session: str) -> ByteCount:
+        """Delete a session by its id, with every block that no other session uses; bytes of these.
+
+        0 if there is no such session. InvalidInput if no id looks so; NoDaemon, StaleEpoch.
         """
 
     def close(self) -> None:
@@ -354,10 +379,11 @@ class Namespace(Protocol):
         BlockGone if this life of the block is over; BadPayload or DeviceError if it is lost.
         """
 
-    def remove(self, model: ModelId, head: PrefixHash) -> ByteCount:
+    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """Unpublish a session from the tail up, every block that no other head uses.
 
-        NoSuchBlock, or NotEmpty when *head* is not a head.
+        With *below* instead the block *head* itself, which need be none, and all that goes on from
+        it. NoSuchBlock, or NotEmpty when *head* is not a head.
         """
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:

@@ -5,16 +5,17 @@ neither the loss of the metadata nor that of a device takes them. The rule is in
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 
-from twfs import enrolling
+from twfs import enrolling, evicting, sharing
 from twfs.core import Core
 from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel, NotEmpty, TooLarge
-from twfs.layout import Layout, check_model_name
+from twfs.layout import Layout, check_own_name
 from twfs.operating import NoArguments, Verb, Verbs
 from twfs.records import TENANT, TENANT_OFFSET
 from twfs.roster import Roster
@@ -28,10 +29,13 @@ from twfs.tenants import (
     UIDS_MAX,
     Tenant,
     Tenants,
+    check_quota,
     check_tenant_name,
     check_uids,
+    check_weight,
 )
 
+OPEN_TO_ALL: Final = Tenant(EVERYBODY, EVERYBODY_NAME, 0, (), anyone=True)  # before any change
 _Name = Annotated[str, msgspec.Meta(max_length=63)]
 _Uids = Annotated[tuple[int, ...], msgspec.Meta(max_length=UIDS_MAX)]
 
@@ -42,15 +46,24 @@ class AddTenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: _Name
     owner: int
     uids: _Uids
+    quota_bytes: int | None = None
+    weight: int = 1
+    share: _Name | None = None
 
 
 class SetTenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `tenant-set` takes; what is None stays. *anyone* opens everybody's tenant to all."""
+    """What `tenant-set` takes; what is None stays. *anyone* opens everybody's tenant to all.
+
+    *quota_bytes* 0 takes the quota away, and *share* "" the tenant out of its share group.
+    """
 
     name: _Name
     owner: int | None = None
     uids: _Uids | None = None
     anyone: bool = False
+    quota_bytes: int | None = None
+    weight: int | None = None
+    share: _Name | None = None
 
 
 class NameTenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,7 +77,9 @@ def open_model(core: Core, name: str, layout: Layout | None, tenant: str | None)
 
     InvalidInput, LayoutMismatch, NoSuchModel, NoSuchTenant.
     """
-    check_model_name(name)
+    check_own_name(name)
+    if layout is not None and any(layout.any_length(each) for each in range(len(layout.groups))):
+        raise InvalidInput("blocks of any length are for the mounted files only")
     number = core.tenants.number_of(tenant)
     with core.lock:
         known = core.current.get(name)
@@ -83,8 +98,11 @@ def open_model(core: Core, name: str, layout: Layout | None, tenant: str | None)
 
 def model_for(core: Core, record: ModelRecord, tenant: int) -> Model:
     """The model of *record* as opened for *tenant*, with its salt."""
-    salt = salt_of(core.secret, tenant)
-    return Model(record.id, record.name, record.epoch, record.layout, tenant, salt)
+    salt, group = salt_of(core.secret, tenant), core.tenants.shares.get(tenant, 0)
+    return Model(
+        record.id, record.name, record.epoch, record.layout, tenant, salt,
+        salt_of(core.secret, group),
+    )  # fmt: skip
 
 
 def list_tenants(core: Core) -> list[Tenant]:
@@ -97,51 +115,131 @@ def add(core: Core, given: AddTenant) -> Tenant:
     check_tenant_name(given.name)
     (owner,) = check_uids((given.owner,))
     uids = check_uids(given.uids)
+    check_quota(given.quota_bytes)
+    check_weight(given.weight)
     added: list[Tenant] = []
 
     def change(roster: Roster) -> Roster:
         if given.name in {EVERYBODY_NAME, *(each.name for each in roster.tenants)}:
             raise InvalidInput(f"there is a tenant {given.name!r}: `twfs tenant set` changes it")
-        if roster.tenant_end > TENANT_MAX:
-            raise TooLarge(f"{TENANT_MAX} tenants have been made: make a second warehouse")
-        added.append(Tenant(roster.tenant_end, given.name, owner, uids))
-        return replace(
-            roster, tenants=roster.with_tenant(added[0]), tenant_end=roster.tenant_end + 1
+        roster, share = _with_share(roster, given.share)
+        added.append(
+            Tenant(
+                roster.tenant_end, given.name, owner, uids, given.quota_bytes, given.weight, share
+            )
         )
+        return _entered(roster, added[0])
 
     enrolling.enter_tenants(core, change)
     return added[0]
 
 
+def _entered(roster: Roster, tenant: Tenant) -> Roster:
+    """The roster with a new tenant or share group; TooLarge if there are no numbers left."""
+    if roster.tenant_end > TENANT_MAX:
+        raise TooLarge(f"{TENANT_MAX} tenants have been made: make a second warehouse")
+    return replace(roster, tenants=roster.with_tenant(tenant), tenant_end=roster.tenant_end + 1)
+
+
+def _with_share(roster: Roster, name: str | None) -> tuple[Roster, int]:
+    """The roster with the share group *name*, made if it is new, and its number; 0 for none.
+
+    InvalidInput if it cannot name one, or names a tenant.
+    """
+    if not name:
+        return roster, 0
+    check_tenant_name(name)
+    known = next((each for each in roster.tenants if each.name == name), None)
+    if name == EVERYBODY_NAME or (known is not None and not known.group):
+        raise InvalidInput(f"{name!r} is a tenant, and no share group: take another name for it")
+    if known is not None:
+        return roster, known.id
+    return _entered(roster, Tenant(roster.tenant_end, name, 0, (), group=True)), roster.tenant_end
+
+
 def change_tenant(core: Core, given: SetTenant) -> Tenant:
-    """Give a tenant another owner or other uids; leases that are held go on. NoSuchTenant."""
+    """Change what is given of a tenant; leases that are held go on. InvalidInput, NoSuchTenant.
+
+    Blocks above a quota that shrank are evicted in the background. Who leaves a share group lets go
+    of the group's blocks that it is charged for; waits for that.
+    """
     number = core.tenants.number_of(given.name)
     if given.anyone and (number != EVERYBODY or given.uids is not None):
         raise InvalidInput(f"only {EVERYBODY_NAME!r} can be open to anyone, and then has no uids")
-    owner = None if given.owner is None else check_uids((given.owner,))[0]
-    uids = None if given.uids is None else check_uids(given.uids)
+    if given.share and number == EVERYBODY:
+        raise InvalidInput(f"{EVERYBODY_NAME!r} has no salt, so all share with it already")
+    if given.owner is not None:
+        check_uids((given.owner,))
+    if given.uids is not None:
+        check_uids(given.uids)
+    check_quota(given.quota_bytes or None)
+    if given.weight is not None:
+        check_weight(given.weight)
+    _, share = _with_share(core.roster, given.share)  # all that may be wrong with it
     changed: list[Tenant] = []
 
     def change(roster: Roster) -> Roster:
-        if given.anyone:
-            changed.append(Tenant(EVERYBODY, EVERYBODY_NAME, 0, ()))
+        before = Tenants(roster.tenants).get(number) or OPEN_TO_ALL
+        roster, share = _with_share(roster, given.share)
+        changed.append(_changed(before, given, share))
+        if changed[0] == OPEN_TO_ALL:
             left = tuple(each for each in roster.tenants if each.id != EVERYBODY)
             return replace(roster, tenants=left)
-        before = Tenants(roster.tenants).get(number)
-        if before is None and uids is None:
-            raise InvalidInput(f"{given.name!r} is open to anyone: name the uids to restrict it to")
-        before = before or Tenant(EVERYBODY, EVERYBODY_NAME, 0, ())
-        changed.append(
-            replace(
-                before,
-                owner=before.owner if owner is None else owner,
-                uids=before.uids if uids is None else uids,
-            )
-        )
         return replace(roster, tenants=roster.with_tenant(changed[0]))
 
-    enrolling.enter_tenants(core, change)
+    with _leaving(core, number, stays=given.share is None or _group_of(core, number) == share):
+        enrolling.enter_tenants(core, change)
+    evicting.keep_quota(core, number)
     return changed[0]
+
+
+def _group_of(core: Core, number: int) -> int:
+    """The share group of the tenant *number*; 0 for none."""
+    return core.tenants.shares.get(number, 0)
+
+
+@contextmanager
+def _leaving(core: Core, number: int, *, stays: bool) -> Iterator[None]:
+    """Let a tenant be charged for no block of the group that it leaves in this context.
+
+    NotEmpty while it has puts under way: they may be of public blocks.
+    """
+    before = core.tenants
+    if stays or not _group_of(core, number):
+        yield
+        return
+    with core.lock:  # from here on no put of public blocks begins
+        if core.puts_of[number]:
+            raise NotEmpty(
+                f"tenant {before.name_of(number)!r} has puts under way: try again when they ended"
+            )
+        out = (replace(each, share=0) if each.id == number else each for each in before)
+        core.tenants = Tenants(out, before.operators)
+    try:
+        sharing.leave(core, number)
+        yield
+    except BaseException:
+        with core.lock:
+            core.tenants = before
+        raise
+
+
+def _changed(before: Tenant, given: SetTenant, share: int) -> Tenant:
+    """What becomes of *before*; InvalidInput."""
+    anyone = given.anyone or (before.anyone and given.uids is None)
+    if anyone and given.owner is not None:
+        raise InvalidInput(f"{given.name!r} is open to anyone: name the uids to restrict it to")
+    uids = before.uids if given.uids is None else check_uids(given.uids)
+    quota = before.quota_bytes if given.quota_bytes is None else given.quota_bytes or None
+    return replace(
+        before,
+        owner=0 if anyone else before.owner if given.owner is None else given.owner,
+        uids=() if anyone else uids,
+        quota_bytes=quota,
+        weight=before.weight if given.weight is None else given.weight,
+        share=before.share if given.share is None else share,
+        anyone=anyone,
+    )
 
 
 def remove(core: Core, given: NameTenant) -> Tenant:
@@ -162,6 +260,7 @@ def remove(core: Core, given: NameTenant) -> Tenant:
                 f"tenant {given.name!r} has {blocks} blocks: remove its sessions first, or let "
                 "them be evicted"
             )
+        sharing.leave(core, number)
         enrolling.enter_tenants(
             core,
             lambda roster: replace(

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from support.warehouses import (
@@ -24,12 +26,36 @@ from support.warehouses import (
     waiting_for_commit,
 )
 from twfs import evicting, ledger
+from twfs import slots as states
+from twfs.core import Core
 from twfs.errors import DeviceError, NoSuchBlock, NotEmpty
 from twfs.metadata import BACKLOG_MAX
+from twfs.ranking import NEVER, ranks
+from twfs.slots import Slots
 from twfs.store import PutOutcome
-from twfs.units import ByteCount, PrefixHash
+from twfs.units import ByteCount, Millis, PrefixHash
 
 BLOCK = 8192  # bytes on the device of one block of the small layouts
+
+
+def test_uses_and_publishes_are_stamped_by_the_clock_that_is_given(scratch: Path) -> None:
+    days = iter(range(1, 100))
+    with open_warehouse(scratch, clock=lambda: Millis(next(days) * 86_400_000)) as warehouse:
+        model, stamp = warehouse.open_model("m", MHA), warehouse._core.slots.stamp
+        older, newer = chain_of(model, 2), chain_of(model, 2, seed=1)
+        seen = []
+        for names in (older, newer):
+            put(warehouse, model, names)
+            _, block = block_at(warehouse, model, names, 0)
+            seen += [int(block.published_ms), int(stamp[block.slot])]
+        warehouse.touch(model, older)
+        _, block = block_at(warehouse, model, older, 0)
+        seen.append(int(stamp[block.slot]))
+        days_seen = [ms / 86_400_000 for ms in seen]
+        assert days_seen == sorted(set(days_seen)), "each moment asks the clock"
+        assert all(day in range(1, 100) for day in days_seen), "and no other clock"
+        warehouse.evict(ByteCount(2 * BLOCK))
+        assert [warehouse.lookup(model, names) for names in (older, newer)] == [2, 0]
 
 
 def test_a_chain_loses_its_tail_and_never_its_middle(scratch: Path) -> None:
@@ -59,6 +85,83 @@ def test_the_least_recently_used_session_goes_first(scratch: Path) -> None:
         assert warehouse.evict(ByteCount(1 << 30)) == 5 * BLOCK
         assert warehouse.evict(ByteCount(1 << 30)) == 0
         assert warehouse.space().free_bytes == warehouse.space().total_bytes
+
+
+class Given:
+    """A policy whose scores are given, by slot."""
+
+    name = "given"
+
+    def __init__(self, scores: "npt.NDArray[np.float64]") -> None:
+        self._scores = scores
+
+    def scores(self, slots: Slots, now_ms: int) -> "npt.NDArray[np.float64]":  # noqa: ARG002
+        return self._scores[: len(slots)]
+
+
+def slow_order(core: Core, scores: "npt.NDArray[np.float64]") -> list[int]:
+    """All blocks in the order in which they are to go, by looking at every one each time."""
+    slots, now = core.slots, 0
+    rank = ranks(core, now)
+    left = {int(slot) for slot in np.flatnonzero(slots.state[: len(slots)] == states.LIVE)}
+    order: list[int] = []
+    while True:
+        parents = {int(slots.parent[slot]) for slot in left}
+        free = [
+            (int(rank[slot]), float(scores[slot]), -int(slots.position[slot]), slot)
+            for slot in left
+            if slot not in parents and not slots.leases[slot] and rank[slot] != NEVER
+        ]
+        if not free:
+            return order
+        order.append(min(free)[3])
+        left.discard(order[-1])
+
+
+@pytest.mark.parametrize("sorted_at_once", [1, 7, evicting.SORTED_AT_ONCE])
+def test_the_order_is_that_of_a_slow_reference(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, sorted_at_once: int
+) -> None:
+    monkeypatch.setattr(evicting, "SORTED_AT_ONCE", sorted_at_once)
+    random = np.random.default_rng(sorted_at_once)
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        chains = [chain_of(model, 6, seed, fork=int(random.integers(1, 6))) for seed in range(12)]
+        for names in chains:
+            put(warehouse, model, names)
+        put(warehouse, model, chain_of(model, 5, 99).slice(3, 5))  # detached
+        block = block_at(warehouse, model, chains[3], 5)[1]
+        core.slots.leases[block.slot] += 1
+        scores = random.integers(0, 9, len(core.slots)).astype(np.float64)
+        core.policy = Given(scores)
+        wanted = slow_order(core, scores)
+        assert len(wanted) > 30
+        with core.lock:
+            for count in (1, 3, 11, 1000):
+                found = evicting.choose_victims(core, count * BLOCK)
+                for slot in found:  # as if all removals had failed
+                    core.slots.state[slot] = states.LIVE
+                assert found == wanted[:count]
+        core.slots.leases[block.slot] -= 1
+
+
+def test_what_may_never_go_stays_and_all_above_it(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, 6)
+        put(warehouse, model, names)
+        kept = block_at(warehouse, model, names, 3)[1].slot
+
+        def but_one(core: Core, now_ms: int) -> "npt.NDArray[np.uint8]":
+            found = ranks(core, now_ms)
+            found[kept] = NEVER
+            return found
+
+        monkeypatch.setattr(evicting, "ranks", but_one)
+        assert warehouse.evict(ByteCount(1 << 30)) == 2 * BLOCK
+        assert read_all(warehouse, model, names) == 4
 
 
 def test_detached_blocks_and_those_below_a_hole_go_first(scratch: Path) -> None:
@@ -177,6 +280,26 @@ def test_removing_leaves_other_sessions_alone_even_when_they_are_incomplete(scra
         assert [i.key.group for i in warehouse.chain_of(model.id, branch.hash_at(5))] == [
             0, 1, 2, 0, 1, 2, 0, 1, 2, 1, 1, 1,
         ]  # fmt: skip
+
+
+def test_removing_a_block_takes_all_that_goes_on_from_it_and_nothing_else(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", HYBRID)
+        trunk, branch = chain_of(model, 6), chain_of(model, 7, 1, fork=4)
+        aside = chain_of(model, 5, 2, fork=2)
+        for names in (trunk, branch, aside):
+            put_whole(warehouse, model, names)
+        with warehouse.match(model, trunk) as match:
+            assert match.blocks == 6
+            freed = warehouse.remove(model.id, trunk.hash_at(3), below=True)
+        assert freed > 0
+        assert sorted(warehouse.heads(model.id)) == sorted([trunk.hash_at(2), aside.hash_at(4)])
+        assert read_all(warehouse, model, aside) == 5
+        assert [warehouse.lookup(model, names) for names in (trunk, branch)] == [3, 3]
+        with pytest.raises(NoSuchBlock):
+            warehouse.remove(model.id, trunk.hash_at(3), below=True)
+        warehouse.remove(model.id, trunk.hash_at(0), below=True)
+        assert (warehouse.heads(model.id), warehouse.detached(model.id)) == ([], [])
 
 
 def test_the_low_water_mark_is_kept_free_in_the_background(scratch: Path) -> None:

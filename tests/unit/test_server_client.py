@@ -329,7 +329,9 @@ def test_tools_change_over_the_socket_what_they_are_told_to(client: Client, mode
     explanation = client.explain(model.id, names_of(model, 2, 77))
     assert (explanation.hit_blocks, explanation.asked_blocks) == (0, 2)
     assert client.check(data=True).findings == ()
-    assert client.remove(model.id, head) > 0
+    assert client.remove(model.id, names.hash_at(2), below=True) > 0
+    assert client.lookup(model, names) == 2
+    assert client.remove(model.id, names.hash_at(1)) > 0
     assert client.changes() > before
     assert client.match(model, names).blocks == 0
     assert client.evict(ByteCount(4096)) >= 0

