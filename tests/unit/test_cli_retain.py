@@ -33,7 +33,9 @@ def test_sessions_are_pinned_by_head_and_by_id(scratch: Path, heads: list[str]) 
     assert [found[head] for head in heads] == [
         Retention.PINNED, Retention.STANDARD, Retention.PINNED,
     ]  # fmt: skip
-    assert run(["retain", str(scratch), "--class", "ephemeral", "agent/7", "--model", "org--m"]) == 0
+    assert (
+        run(["retain", str(scratch), "--class", "ephemeral", "agent/7", "--model", "org--m"]) == 0
+    )
     assert classes(scratch)[heads[2]] is Retention.EPHEMERAL
 
 
