@@ -31,6 +31,7 @@ from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
 from twfs.limbo import Freed, Left
 from twfs.metadata import After, Job, Metadata
+from twfs.meter import Meter
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
 from twfs.scoring import LRU, Policy
@@ -68,6 +69,7 @@ class Core:
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
     erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
     policy: Policy = LRU  # of eviction
+    meter: Meter = field(default_factory=lambda: Meter(0))
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move

@@ -38,6 +38,8 @@ from twfs.formatting import DeviceSpec, format_device
 from twfs.leases import Leases
 from twfs.metadata import FIRST_INO, Metadata
 from twfs.metafile import scout
+from twfs.meter import META as METER
+from twfs.meter import Meter
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.roster import Roster, write_roster
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
@@ -232,6 +234,8 @@ def open_core(
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
             clock, config or Config(),
         )  # fmt: skip
+        with metadata.read() as view:
+            core.meter = Meter.load(view.meta(METER), clock())
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
         core.models = {record.id: record for record in records}

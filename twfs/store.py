@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from twfs.copying import Copying
 from twfs.errors import InvalidInput
@@ -23,10 +23,22 @@ from twfs.records import Block, BlockKey
 from twfs.tenants import EVERYBODY, EVERYBODY_NAME, Tenants
 from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
 
+PREFILL_TOKENS_MAX: Final = 100_000_000  # of one report; a long prompt has a million
+PREFILL_SECONDS_MAX: Final = 86_400
+
 # A torch tensor (CPU, pinned, CUDA), numpy array, or anything with the buffer protocol; contiguous.
 Buffer = Any
 # One block's payload or destination: one buffer, or several pieces in payload order.
 Pieces = Buffer | Sequence[Buffer]
+
+
+def check_prefill(tokens: int, seconds: float) -> None:
+    """Raise InvalidInput unless so many tokens in so many seconds can be a measured prefill."""
+    if not 1 <= tokens <= PREFILL_TOKENS_MAX or not 0 < seconds <= PREFILL_SECONDS_MAX:
+        raise InvalidInput(
+            f"prefill of {tokens} tokens in {seconds} s: 1 to {PREFILL_TOKENS_MAX} tokens in more "
+            f"than 0 and at most {PREFILL_SECONDS_MAX} s can be counted"
+        )
 
 
 class Durability(StrEnum):
@@ -320,6 +332,12 @@ class Store(Protocol):
         """Count a use of these blocks, however they were served; one-way, nothing is waited for.
 
         With the whole chain of a request, *hint* moves its session to the last block that is held.
+        """
+
+    def count_prefill(self, model: Model, tokens: int, seconds: float) -> None:
+        """Say that prefill of so many tokens of *model* took so long: its measured rate; one-way.
+
+        It is what the store's hits are worth where no rate is given. InvalidInput beyond reason.
         """
 
     def put(

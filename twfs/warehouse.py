@@ -16,7 +16,7 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import enrolling, erasing, evicting, matching, opening, putting, tenancy, usage
+from twfs import enrolling, erasing, evicting, matching, metering, opening, putting, tenancy, usage
 from twfs.arena import Arena
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config, settings_of
@@ -46,6 +46,7 @@ from twfs.store import (
     ReadOutcome,
     Retention,
     Served,
+    check_prefill,
 )
 from twfs.tables import DeviceRecord
 from twfs.tenants import EVERYBODY
@@ -194,6 +195,8 @@ class Warehouse(OpenNamespace):
             evicting.keep_quotas(self._core)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
+                with suppress(TwfsError):
+                    metering.persist(self._core)
             if over:
                 with suppress(TwfsError):  # the disk is full, say; the next turn tries again
                     evicting.sweep_epochs(self._core)
@@ -211,6 +214,8 @@ class Warehouse(OpenNamespace):
         self._members.close()
         self._puts.shutdown()
         self._sources.close()
+        with suppress(TwfsError):
+            metering.persist(self._core).result()
         opening.close_core(self._core)
         if self._arena is not None:
             self._arena.close()
@@ -262,6 +267,15 @@ class Warehouse(OpenNamespace):
     def touch(self, model: Model, names: Names, hint: Hint = NO_HINT) -> None:
         """See Store.touch."""
         self.touch_blocks(model.id, names, model.tenant, hint)
+
+    def count_prefill(self, model: Model, tokens: int, seconds: float) -> None:
+        """See Store.count_prefill."""
+        check_prefill(tokens, seconds)
+        self.count_prefill_of(model.id, tokens, seconds)
+
+    def count_prefill_of(self, model: ModelId, tokens: int, seconds: float) -> None:
+        """As count_prefill, by the model's number."""
+        metering.count_prefill(self._core, model, tokens, seconds)
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
@@ -357,6 +371,7 @@ class Warehouse(OpenNamespace):
         """End *owner*'s part of a lease, and count what it read under it."""
         with self._core.lock:
             self._core.count_served(served)
+            metering.count_reads(self._core, token, served)
             ended = self._core.leases.release(token, owner)
             self._core.end_leases([] if ended is None else [ended])
 
