@@ -437,8 +437,8 @@ class Operated(Reply, frozen=True):
 
 AnyRequest = (
     Hello | OpenModel | NewEpoch | MatchNames | JoinLease | LookupNames | TouchNames | CountPrefill
-    | RenewLease | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut | ListModels
-    | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
+    | RenewLease | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut
+    | ListModels | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
     | RemoveSession | RetainSession | EvictBytes | ExplainNames | AskSpace | CheckAll | AskStatus
     | AskChanges | AskDevices | Operate | ForgetSession
 )  # fmt: skip
