@@ -54,6 +54,7 @@ from twfs.messages import (
     Request,
     TouchNames,
 )
+from twfs.meter import check_prefill
 from twfs.prefix import Names
 from twfs.protocol import (
     error_of,
@@ -75,7 +76,6 @@ from twfs.store import (
     ReadOutcome,
     Retention,
     Served,
-    check_prefill,
 )
 from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, ModelId
@@ -365,6 +365,8 @@ class Client(RemoteNamespace):
             raise InvalidInput(f"shard {shard} of {model.layout.shards}")
         outcomes: list[PutOutcome] = []
         written = 0
+        if copying is not None and len(names) > BLOCKS_MAX:
+            copying.begin()  # the last part ends it; the ones before read, too
         for first in range(0, len(names), BLOCKS_MAX):
             part = names.slice(first, first + BLOCKS_MAX)
             last = first + BLOCKS_MAX >= len(names)

@@ -7,11 +7,10 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from twfs.meter import PREFILL_SECONDS_MAX, PREFILL_TOKENS_MAX
 from twfs.operating import ARGUMENTS_BYTES_MAX
 from twfs.secret import SALT_BYTES
 from twfs.store import (
-    PREFILL_SECONDS_MAX,
-    PREFILL_TOKENS_MAX,
     CheckReport,
     Explanation,
     ReaderName,
@@ -242,6 +241,15 @@ class RetainSession(Request, frozen=True):
     retention: Retention
 
 
+class RetainNamed(Request, frozen=True):
+    """Namespace.retain."""
+
+    model: U32
+    session: SessionName
+    retention: Retention
+    tenant: U16 = EVERYBODY
+
+
 class EvictBytes(Request, frozen=True):
     """Namespace.evict."""
 
@@ -440,7 +448,7 @@ AnyRequest = (
     | RenewLease | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut
     | ListModels | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
     | RemoveSession | RetainSession | EvictBytes | ExplainNames | AskSpace | CheckAll | AskStatus
-    | AskChanges | AskDevices | Operate | ForgetSession
+    | AskChanges | AskDevices | Operate | ForgetSession | RetainNamed
 )  # fmt: skip
 AnyReply = (
     Welcome | DeviceTable | Failed | Done | Opened | Counted | LocatedBlocks | PutBegun | PutDone

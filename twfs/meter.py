@@ -8,7 +8,20 @@ from typing import Final
 
 import msgspec
 
+from twfs.errors import InvalidInput
+
 META: Final = "meter"  # in the meta table
+PREFILL_TOKENS_MAX: Final = 100_000_000  # of one report; a long prompt has a million
+PREFILL_SECONDS_MAX: Final = 86_400
+
+
+def check_prefill(tokens: int, seconds: float) -> None:
+    """Raise InvalidInput unless so many tokens in so many seconds can be a measured prefill."""
+    if not 1 <= tokens <= PREFILL_TOKENS_MAX or not 0 < seconds <= PREFILL_SECONDS_MAX:
+        raise InvalidInput(
+            f"prefill of {tokens} tokens in {seconds} s: 1 to {PREFILL_TOKENS_MAX} tokens in more "
+            f"than 0 and at most {PREFILL_SECONDS_MAX} s can be counted"
+        )
 
 
 class Sums(msgspec.Struct, array_like=True):

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Protocol, Self
 
 from twfs.copying import Copying
 from twfs.errors import InvalidInput
@@ -23,22 +23,10 @@ from twfs.records import Block, BlockKey
 from twfs.tenants import EVERYBODY, EVERYBODY_NAME, Tenants
 from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
 
-PREFILL_TOKENS_MAX: Final = 100_000_000  # of one report; a long prompt has a million
-PREFILL_SECONDS_MAX: Final = 86_400
-
 # A torch tensor (CPU, pinned, CUDA), numpy array, or anything with the buffer protocol; contiguous.
 Buffer = Any
 # One block's payload or destination: one buffer, or several pieces in payload order.
 Pieces = Buffer | Sequence[Buffer]
-
-
-def check_prefill(tokens: int, seconds: float) -> None:
-    """Raise InvalidInput unless so many tokens in so many seconds can be a measured prefill."""
-    if not 1 <= tokens <= PREFILL_TOKENS_MAX or not 0 < seconds <= PREFILL_SECONDS_MAX:
-        raise InvalidInput(
-            f"prefill of {tokens} tokens in {seconds} s: 1 to {PREFILL_TOKENS_MAX} tokens in more "
-            f"than 0 and at most {PREFILL_SECONDS_MAX} s can be counted"
-        )
 
 
 class Durability(StrEnum):
@@ -199,6 +187,7 @@ class SessionInfo:
     published_ms: Millis
     retention: Retention
     tenant: str = EVERYBODY_NAME
+    ids: tuple[str, ...] = ()  # of the sessions with an engine's id that end here
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +395,16 @@ class Namespace(Protocol):
         """
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
-        """Give a session's blocks at least this class, and blocks used by it alone exactly this."""
+        """Give the sessions that end at *head* this class: those with an id, else the one without.
+
+        A block has the highest class of the sessions over it. NoSuchBlock; PromiseRefused if more
+        would be pinned than may be; TooLarge if too many sessions have a class of their own.
+        """
+
+    def retain(
+        self, model: ModelId, session: str, retention: Retention, *, tenant: int = EVERYBODY
+    ) -> None:
+        """Give the session with an engine's id this class; errors as set_retention."""
 
     def evict(self, wanted_bytes: ByteCount) -> ByteCount:
         """Evict in order until about this much is free that was not; returns what it freed."""

@@ -1,9 +1,9 @@
-"""Three tenants at twice their quotas beside a fourth: nobody over its limit, nobody the worse for it.
+"""Three tenants at twice their quotas beside a fourth: none over its limit, none the worse for it.
 
 `python tests/bench/quotas.py TRACES [--hours 1] [--seeds 3] [--floods 3] [--json FILE]` deals the
 sessions of TRACES to four tenants by turns and replays their requests, of so many hours, through a
-real warehouse: all together, and each tenant's alone on a device of just its share, which is half of
-the blocks that it uses. Together three have that as their quota, the fourth has none; the device
+real warehouse: all together, and each tenant's alone on a device of just its share, which is half
+of the blocks that it uses. Together three have that as their quota, the fourth has none; the device
 holds the sum. Then the same without any quota, with weights alone, where the three bring more:
 `--floods` times their sessions. What each is charged is watched at every reservation.
 """

@@ -32,6 +32,8 @@ from support.warehouses import (
     put,
     put_whole,
     read_all,
+    records_of,
+    tokens_of,
 )
 from twfs import check, repair
 from twfs.checksums import checksums_of
@@ -50,8 +52,9 @@ from twfs.records import (
     Superblock,
 )
 from twfs.roster import write_roster
+from twfs.sessions import Covered, Session, SessionKey, enter, every
 from twfs.snapshot import take_snapshot
-from twfs.store import Model
+from twfs.store import Model, Retention
 from twfs.subject import Live, offline
 from twfs.tables import MODEL_KEY, PLACE_KEY, WriteView
 from twfs.units import (
@@ -565,3 +568,113 @@ def test_findings_are_bounded(broken: Broken, monkeypatch: pytest.MonkeyPatch) -
 def test_digest_of_a_record_is_compared_with_its_header(broken: Broken) -> None:
     broken.rewrite(1, header=False, digest=Digest(bytes(32)))
     assert found(broken, lost=[1]) == {5, 12}
+
+
+SESSION = SessionKey.of(ModelId(1), 0, "agent-7")
+
+
+def with_session(broken: Broken) -> Session:
+    """Let a session end at the last block of the chain; what is known of it."""
+    last = broken.names.hash_at(3)
+    session = Session(last, Retention.DURABLE.rank)
+    broken.change(lambda view: enter(view, SESSION, session))
+    broken.warehouse._core.cover(Covered(marks=[(int(broken.at(3)[1].slot), 3)]))
+    return session
+
+
+@pytest.mark.parametrize("what", ["nowhere", "class", "tenant", "end missing", "end of nobody"])
+def test_i23_a_session_that_ends_nowhere(broken: Broken, what: str) -> None:
+    session = with_session(broken)
+    end = SESSION.end_at(session.head)
+
+    def spoil(view: WriteView) -> None:
+        if what == "nowhere":
+            gone = PrefixHash(bytes(16))
+            view.delete_raw("ends", end)
+            view.put_raw("sessions", SESSION.pack(), replace(session, head=gone).pack())
+            view.put_raw("ends", SESSION.end_at(gone), b"")
+        elif what == "class":
+            view.put_raw("sessions", SESSION.pack(), replace(session, retention=4).pack())
+        elif what == "tenant":
+            other = SessionKey.without_id(SESSION.model, 9, session.head)
+            enter(view, other, replace(session, retention=Retention.STANDARD.rank))
+        elif what == "end missing":
+            view.delete_raw("ends", end)
+        else:
+            view.put_raw("ends", replace(SESSION, id=b"nobody").end_at(session.head), b"")
+
+    broken.change(spoil)
+    if what in {"nowhere", "class"}:  # and the arrays in memory follow the record that was
+        rank = {"nowhere": Retention.STANDARD.rank, "class": Retention.PINNED.rank}[what]
+        broken.warehouse._core.cover(Covered(marks=[(int(broken.at(3)[1].slot), rank + 1)]))
+    assert found(broken) == {23}
+
+
+def test_i24_a_class_in_memory_that_no_session_says(broken: Broken) -> None:
+    """It is in no table: what is opened next has the class that the sessions say."""
+    with_session(broken)
+    with broken.warehouse as warehouse:
+        assert warehouse.check().findings == ()
+        warehouse._core.slots.retention[broken.at(1)[1].slot] = Retention.EPHEMERAL.rank
+        assert {each.invariant for each in warehouse.check().findings} == {24}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+def with_members(broken: Broken) -> tuple[int, int]:
+    """Let acme be in a share group, for which it pays, and other in none; the two's numbers."""
+    made = [
+        broken.warehouse.operate("tenant-add", name=name, owner=0, uids=[], share=share)["id"]
+        for name, share in (("acme", "public"), ("other", None))
+    ]
+    acme = broken.warehouse.open_model("m", tenant="acme")
+    names = acme.chain(public_tokens=64).extend(tokens_of(4)).names()
+    put(broken.warehouse, acme, names)
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("what", ["an outsider", "nobody there", "of a plain block"])
+def test_i25_a_payer_that_is_no_member(broken: Broken, what: str) -> None:
+    acme, other = with_members(broken)
+    payer = {"an outsider": other, "nobody there": 999, "of a plain block": acme}[what]
+    public = [key for key, block in records_of(broken.warehouse._core).items() if block.payer]
+    key = broken.at(1)[0] if what == "of a plain block" else public[2]
+    with broken.warehouse as warehouse:
+        assert len(public) == 4
+        with warehouse._core.metadata.read() as view:
+            block = view.block(key)
+        assert block is not None
+        broken.change(lambda view: view.put_block(key, replace(block, payer=payer)))
+        warehouse._core.slots.charge_to(block.slot, payer)  # or memory would be another than tables
+        assert {each.invariant for each in warehouse.check().findings} == {25}
+    with offline(warehouse.directory) as subject:
+        assert {each.invariant for each in check.run(subject).findings} == {25}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+@pytest.mark.parametrize("what", ["a sum", "a cell", "a block", "a reservation"])
+def test_i26_a_charge_that_no_block_says(broken: Broken, what: str) -> None:
+    """It is in no table: what is opened next has the charges that the blocks say."""
+    acme, other = with_members(broken)
+    with broken.warehouse as warehouse:
+        core = warehouse._core
+        assert warehouse.check().findings == ()
+        if what == "a sum":
+            core.charges.held[acme] -= 4096
+        elif what == "a cell":
+            next(iter(core.charges.cells.values())).held_bytes += 8192
+        elif what == "a block":
+            core.slots.charge_to(broken.at(2)[1].slot, other)
+        else:
+            core.reserved_bytes += 8192
+        assert {each.invariant for each in warehouse.check().findings} == {26}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+def test_a_repair_keeps_the_sessions_whose_blocks_it_keeps(broken: Broken) -> None:
+    session = with_session(broken)
+    with broken.warehouse as warehouse:
+        broken.change(lambda view: view.delete_raw("heads", next(view.raw("heads"))[0]))
+        assert 9 in {each.invariant for each in warehouse.check().findings}
+    assert_mended(warehouse.directory, broken.names, set())
+    with offline(warehouse.directory) as subject, subject.metadata.read() as view:
+        assert dict(every(view)) == {SESSION: replace(session, kept=True)}
