@@ -240,7 +240,7 @@ class TenantsMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-TenantsMachine.TestCase.settings = settings(max_examples=12, stateful_step_count=25)
+TenantsMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=25)
 TestTenants = TenantsMachine.TestCase
 
 
