@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from twfs.accounting import charges_are_true, payers_are_members
 from twfs.covering import flaws, wrong_in_memory
 from twfs.proving import prove_headers, prove_payloads
 from twfs.records import Superblock
@@ -365,6 +366,8 @@ INVARIANTS: Final[dict[int, Callable[[Subject, Snapshot], Iterator[str]]]] = {
     22: roster_agrees,
     23: sessions_end_somewhere,
     24: classes_are_highest,
+    25: payers_are_members,
+    26: charges_are_true,
 }
 DATA_INVARIANT: Final = 12  # reads every payload: only when asked to
 

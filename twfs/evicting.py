@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger, quotas, sharing
+from twfs import ledger, metering, quotas, sharing
 from twfs import slots as states
 from twfs.choosing import Newcomer, choose_blocks, choose_expired, victims
 from twfs.core import Core
@@ -292,6 +292,7 @@ def _forget_if_empty(core: Core, model: ModelId) -> None:
 
     if core.metadata.submit(job).result():
         with core.lock:
+            metering.fold(core)  # by the model's name, while it is known
             core.models.pop(model, None)
 
 

@@ -22,6 +22,7 @@ from twfs import (
     erasing,
     evicting,
     matching,
+    metering,
     opening,
     retaining,
     tenancy,
@@ -41,6 +42,7 @@ from twfs.leases import Located
 from twfs.localput import LocalPort
 from twfs.match import Match
 from twfs.members import Members
+from twfs.meter import check_prefill
 from twfs.namespace import OpenNamespace
 from twfs.operating import Verbs
 from twfs.prefix import Names
@@ -209,6 +211,8 @@ class Warehouse(OpenNamespace):
             evicting.keep_quotas(self._core)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
+                with suppress(TwfsError):
+                    metering.persist(self._core)
             with suppress(TwfsError):
                 retaining.flush(self._core)
                 evicting.sweep_expired(self._core)
@@ -237,6 +241,8 @@ class Warehouse(OpenNamespace):
         self._members.close()
         self._puts.shutdown()
         self._sources.close()
+        with suppress(TwfsError):
+            metering.persist(self._core).result()
         opening.close_core(self._core)
         if self._arena is not None:
             self._arena.close()
@@ -288,6 +294,15 @@ class Warehouse(OpenNamespace):
     def touch(self, model: Model, names: Names, hint: Hint = NO_HINT) -> None:
         """See Store.touch."""
         self.touch_blocks(model.id, names, model.tenant, hint)
+
+    def count_prefill(self, model: Model, tokens: int, seconds: float) -> None:
+        """See Store.count_prefill."""
+        check_prefill(tokens, seconds)
+        self.count_prefill_of(model.id, tokens, seconds)
+
+    def count_prefill_of(self, model: ModelId, tokens: int, seconds: float) -> None:
+        """As count_prefill, by the model's number."""
+        metering.count_prefill(self._core, model, tokens, seconds)
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
@@ -383,6 +398,7 @@ class Warehouse(OpenNamespace):
         """End *owner*'s part of a lease, and count what it read under it."""
         with self._core.lock:
             self._core.count_served(served)
+            metering.count_reads(self._core, token, served)
             ended = self._core.leases.release(token, owner)
             self._core.end_leases([] if ended is None else [ended])
 

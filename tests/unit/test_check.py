@@ -32,6 +32,8 @@ from support.warehouses import (
     put,
     put_whole,
     read_all,
+    records_of,
+    tokens_of,
 )
 from twfs import check, repair
 from twfs.checksums import checksums_of
@@ -615,6 +617,56 @@ def test_i24_a_class_in_memory_that_no_session_says(broken: Broken) -> None:
         assert warehouse.check().findings == ()
         warehouse._core.slots.retention[broken.at(1)[1].slot] = Retention.EPHEMERAL.rank
         assert {each.invariant for each in warehouse.check().findings} == {24}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+def with_members(broken: Broken) -> tuple[int, int]:
+    """Let acme be in a share group, for which it pays, and other in none; the two's numbers."""
+    made = [
+        broken.warehouse.operate("tenant-add", name=name, owner=0, uids=[], share=share)["id"]
+        for name, share in (("acme", "public"), ("other", None))
+    ]
+    acme = broken.warehouse.open_model("m", tenant="acme")
+    names = acme.chain(public_tokens=64).extend(tokens_of(4)).names()
+    put(broken.warehouse, acme, names)
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("what", ["an outsider", "nobody there", "of a plain block"])
+def test_i25_a_payer_that_is_no_member(broken: Broken, what: str) -> None:
+    acme, other = with_members(broken)
+    payer = {"an outsider": other, "nobody there": 999, "of a plain block": acme}[what]
+    public = [key for key, block in records_of(broken.warehouse._core).items() if block.payer]
+    key = broken.at(1)[0] if what == "of a plain block" else public[2]
+    with broken.warehouse as warehouse:
+        assert len(public) == 4
+        with warehouse._core.metadata.read() as view:
+            block = view.block(key)
+        assert block is not None
+        broken.change(lambda view: view.put_block(key, replace(block, payer=payer)))
+        warehouse._core.slots.charge_to(block.slot, payer)  # or memory would be another than tables
+        assert {each.invariant for each in warehouse.check().findings} == {25}
+    with offline(warehouse.directory) as subject:
+        assert {each.invariant for each in check.run(subject).findings} == {25}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+@pytest.mark.parametrize("what", ["a sum", "a cell", "a block", "a reservation"])
+def test_i26_a_charge_that_no_block_says(broken: Broken, what: str) -> None:
+    """It is in no table: what is opened next has the charges that the blocks say."""
+    acme, other = with_members(broken)
+    with broken.warehouse as warehouse:
+        core = warehouse._core
+        assert warehouse.check().findings == ()
+        if what == "a sum":
+            core.charges.held[acme] -= 4096
+        elif what == "a cell":
+            next(iter(core.charges.cells.values())).held_bytes += 8192
+        elif what == "a block":
+            core.slots.charge_to(broken.at(2)[1].slot, other)
+        else:
+            core.reserved_bytes += 8192
+        assert {each.invariant for each in warehouse.check().findings} == {26}
     assert_mended(warehouse.directory, broken.names, set())
 
 
