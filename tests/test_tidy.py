@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("metafile", "scoring"),
     ("arena", "device", "extents", "ledger", "metadata", "protocol", "runs"),
     ("flushing", "payload"),
+    ("wiping",),
     ("modes", "roster", "salvaging"),
     ("readers", "readers.base"),
     ("readers.arenas", "readers.hanging", "readers.landing", "readers.probe"),

@@ -17,6 +17,7 @@ from twfs import ledger
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
+from twfs.filerows import FileRow
 from twfs.payload import read_payload
 from twfs.ranking import NEVER, Ranks, ranks
 from twfs.records import Block, BlockKey
@@ -254,6 +255,16 @@ def remove_session(
     return freed_bytes(futures)
 
 
+def remove_chain(
+    core: Core, model: ModelId, hashes: Sequence[PrefixHash]
+) -> "list[Future[ledger.Removed]]":
+    """Queue the removal of blocks (group 0, shard 0) and of all below them; waits for nothing."""
+    with core.lock:
+        with core.metadata.read() as view:
+            keys = _condemn(core, view, list(hashes), BlockKey(model, PrefixHash(bytes(16))))
+        return submit_condemned(core, keys, evicted=False)
+
+
 def _condemn(core: Core, view: ReadView, own: list[PrefixHash], key: BlockKey) -> list[BlockKey]:
     """Condemn the blocks named *own* of the group and shard of *key*, and all below them.
 
@@ -345,13 +356,14 @@ def forget(core: Core, lost: Sequence[tuple[BlockKey, int]]) -> int:
     Returns of how many: those that have changed meanwhile stay.
     """
 
-    def job(view: WriteView) -> list[Block]:
+    def job(view: WriteView) -> list[tuple[Block, FileRow | None]]:
         spoilt = [ledger.spoil(view, key, generation) for key, generation in lost]
         return [before for before in spoilt if before is not None]
 
-    def after(spoilt: list[Block]) -> None:
+    def after(spoilt: list[tuple[Block, FileRow | None]]) -> None:
         with core.lock:
-            for before in spoilt:
+            core.gone_files += [file for _, file in spoilt if file is not None]
+            for before, _ in spoilt:
                 core.counters.holes += 1
                 core.slots.units[before.slot] = 0
                 core.slots.hole[before.slot] = True

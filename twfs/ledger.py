@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from twfs import filetables
 from twfs.errors import StaleEpoch
-from twfs.layout import GroupKind, Layout
+from twfs.filerows import FileRow, carries_row
+from twfs.layout import FILES_NAME, GroupKind, Layout
 from twfs.records import Block, BlockKey, Extent
 from twfs.store import PutOutcome
 from twfs.tables import ModelRecord, WriteView
@@ -59,6 +61,8 @@ class Removed:
     limbo: set[int] = field(default_factory=set)  # slots whose extents a lease may still read
     erase: list[Extent] = field(default_factory=list)  # begin with headers to be overwritten
     heads: HeadMoves = field(default_factory=HeadMoves)
+    files: list[FileRow] = field(default_factory=list)  # that lack a block now, so they are gone
+    rows: set[int] = field(default_factory=set)  # slots of blocks that carried a file's row
 
 
 def starts_chain(block: Block, layout: Layout) -> bool:
@@ -319,6 +323,11 @@ def remove(
             continue
         standing = chains.standing(key.prefix_hash)
         view.delete_block(key)
+        if model.name == FILES_NAME:
+            row = filetables.lose(view, block.key)
+            done.files += [] if row is None else [row]
+            if carries_row(block.key) and block.extents:
+                done.rows.add(block.slot)
         # Without a block of a window or state group it is still complete, and so still a head.
         if not chains.complete(key.prefix_hash) and view.drop_head(key.model, key.prefix_hash):
             assert standing is not None, key
@@ -386,10 +395,11 @@ def move(view: WriteView, moves: Sequence[Move]) -> list[bool]:
     return done
 
 
-def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:
+def spoil(view: WriteView, key: BlockKey, generation: int) -> tuple[Block, FileRow | None] | None:
     """Make a hole of the block whose bytes were lost; its record before, None if it has changed.
 
-    The extents are not given back: bytes were lost there, so they are retired for good.
+    The extents are not given back: bytes were lost there, so they are retired for good. With it
+    comes the file that is gone because of that.
     """
     block = view.block(key)
     if block is None or block.generation != generation or block.hole:
@@ -397,7 +407,8 @@ def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:
     view.put_block(key, replace(block, hole=True, extents=()))
     for extent in block.extents:
         view.add_limbo(extent, retired=True)
-    return block
+    of_files = bool(block.key) and view.model_id(FILES_NAME) == key.model
+    return block, filetables.lose(view, block.key) if of_files else None
 
 
 def set_retention(

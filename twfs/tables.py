@@ -34,6 +34,8 @@ TABLES: Final = (
     "free",
     "limbo",
     "counters",
+    "files",
+    "paths",
 )
 MODEL_KEY: Final = struct.Struct(">I")
 PLACE_KEY: Final = struct.Struct(">HQ")  # device, offset: ordered by place
@@ -326,6 +328,19 @@ class ReadView:
     def raw(self, table: str) -> Iterator[tuple[bytes, bytes]]:
         """Every (key, value) of a table as it lies there, in key order."""
         yield from self._txn.cursor(db=self._tables[table]).iternext(keys=True, values=True)
+
+    def value(self, table: str, key: bytes) -> bytes | None:
+        """What a table has under a packed key."""
+        return self._get(table, key)
+
+    def under(self, table: str, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of a table whose key begins with *prefix*, in key order."""
+        cursor = self._txn.cursor(db=self._tables[table])
+        if cursor.set_range(prefix):
+            for key, value in cursor.iternext(keys=True, values=True):
+                if not key.startswith(prefix):
+                    return
+                yield key, value
 
     def counts(self) -> dict[str, int]:
         """Records in each table."""
