@@ -47,7 +47,7 @@ class Memory:
         self._lock = threading.Lock()
 
     def take(self, size: int, *, anyway: bool = False) -> memoryview | None:
-        """A buffer of *size* with any bytes in it; None if the bound is reached, unless *anyway*."""
+        """A buffer of *size*, any bytes in it; None if the bound is reached, unless *anyway*."""
         with self._lock:
             if self._left < size and not anyway:
                 return None
@@ -239,9 +239,7 @@ class Draft:
                 f"a file of {self._base_size} bytes is not changed in part: write it anew"
             )
 
-    def _write_piece(
-        self, index: int, within: int, data: memoryview, *, anyway: bool
-    ) -> bool:
+    def _write_piece(self, index: int, within: int, data: memoryview, *, anyway: bool) -> bool:
         piece = self._piece(index, within + len(data), anyway=anyway)
         if piece is None:
             return False
@@ -305,7 +303,9 @@ class Draft:
             self._check_size(size, size)
             self._base_size = min(self._base_size, size)
             last, within = divmod(size, PIECE_BYTES)
-            for index in [each for each in self.pieces if each > last or (each == last and not within)]:
+            for index in [
+                each for each in self.pieces if each > last or (each == last and not within)
+            ]:
                 self._release(self.pieces.pop(index))
             if last in self.pieces:
                 self.pieces[last].used = min(self.pieces[last].used, within)
@@ -343,7 +343,7 @@ class Draft:
 
     @contextmanager
     def payload(self, index: int, size: int, tail: bytes) -> Iterator[memoryview]:
-        """Piece *index* in aligned memory: *size* bytes, zero-filled, then *tail*. Hold the lock."""
+        """Piece *index* in aligned memory: *size* bytes, and then *tail*. Hold the lock."""
         piece = self.pieces.get(index)
         buffer = None if piece is None else piece.buffer
         mine = buffer is None or len(buffer) < size + len(tail)

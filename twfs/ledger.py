@@ -413,14 +413,20 @@ def spoil(view: WriteView, key: BlockKey, generation: int) -> tuple[Block, FileR
 
 def set_retention(
     view: WriteView, keys: Sequence[BlockKey], alone: set[PrefixHash], rank: int
-) -> None:
-    """Give blocks the class *rank*: exactly, where *alone* says so, at least, elsewhere."""
+) -> list[tuple[int, int]]:
+    """Give blocks the class *rank*: exactly, where *alone* says so, at least, elsewhere.
+
+    Returns slot and class of those that changed.
+    """
+    changed = []
     for key in keys:
         block = view.block(key)
         if block is not None:
             wanted = rank if key.prefix_hash in alone else max(rank, block.retention)
             if wanted != block.retention:
                 view.put_block(key, replace(block, retention=wanted))
+                changed.append((int(block.slot), wanted))
+    return changed
 
 
 def next_model(

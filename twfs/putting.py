@@ -26,6 +26,7 @@ from twfs.errors import (
     WarehouseFull,
 )
 from twfs.evicting import keep_low_water, submit_eviction
+from twfs.hints import NO_HINT, Hint
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
@@ -423,6 +424,7 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
 def begin_put(
     core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
     tenant: int = EVERYBODY, uid: int | None = None, lengths: Sequence[int] = (),
+    hint: Hint = NO_HINT,
 ) -> Put:  # fmt: skip
     """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
 
@@ -453,8 +455,8 @@ def begin_put(
         if not core.tenants.there(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
         put = Put(
-            core, record, names, group=group, shard=shard, retention=retention, tenant=tenant,
-            uid=uid, lengths=lengths,
+            core, record, names, group=group, shard=shard, retention=hint.retention or retention,
+            tenant=tenant, uid=uid, lengths=lengths,
         )  # fmt: skip
         lacking = put.compare()
         core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed

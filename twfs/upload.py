@@ -20,9 +20,9 @@ from twfs.checksums import flat_bytes, flat_tensor, lanes_of, loaded_torch, on_d
 from twfs.copying import Copying
 from twfs.errors import GivenUp, InvalidInput, TooLarge
 from twfs.layout import Layout
-from twfs.messages import WINDOW_BLOCKS_MAX
 from twfs.store import ArenaBlock, PutResult
 from twfs.units import ALIGN, ByteCount, align_up
+from twfs.wire import WINDOW_BLOCKS_MAX
 
 if TYPE_CHECKING:
     from twfs.store import Buffer, Pieces, PutPort

@@ -8,21 +8,12 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from twfs.device import Device
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
-from twfs.records import Extent
+from twfs.limbo import Freed
 from twfs.units import ALIGN
-
-
-@dataclass(slots=True)
-class Freed:
-    """Extents of removed blocks, and of these the ones whose headers are to be overwritten."""
-
-    extents: list[Extent] = field(default_factory=list)
-    headers: list[Extent] = field(default_factory=list)
 
 
 class Wiper:

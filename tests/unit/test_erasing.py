@@ -25,10 +25,10 @@ from support.warehouses import (
 from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import DeviceError, InvalidInput, NoSuchBlock, NoSuchModel
+from twfs.limbo import Freed
 from twfs.rebuild import rebuild
 from twfs.units import ALIGN, ByteOffset
 from twfs.warehouse import Warehouse
-from twfs.wiping import Freed
 
 BLOCK = 8192
 

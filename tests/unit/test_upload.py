@@ -18,10 +18,10 @@ from twfs.checksums import checksums_of
 from twfs.copying import Copying
 from twfs.errors import GivenUp, InvalidInput, NoDaemon, TooLarge
 from twfs.layout import Arrangement, Group, Layout
-from twfs.messages import WINDOW_BLOCKS_MAX
 from twfs.store import ArenaBlock, PutOutcome, PutResult
 from twfs.units import ALIGN, ByteCount, align_up
 from twfs.upload import WINDOWS_PER_ARENA, check_payloads, pieces_of, upload
+from twfs.wire import WINDOW_BLOCKS_MAX
 
 
 def layout_of(block_bytes: int) -> Layout:
