@@ -258,10 +258,14 @@ def remove_session(
 def remove_chain(
     core: Core, model: ModelId, hashes: Sequence[PrefixHash]
 ) -> "list[Future[ledger.Removed]]":
-    """Queue the removal of blocks (group 0, shard 0) and of all below them; waits for nothing."""
+    """Queue the removal of blocks (group 0, shard 0), and of all below them; waits for nothing.
+
+    *hashes* are in chain order. Their headers are overwritten where they carry a file's row.
+    """
     with core.lock:
         with core.metadata.read() as view:
-            keys = _condemn(core, view, list(hashes), BlockKey(model, PrefixHash(bytes(16))))
+            own = list(hashes)[::-1]
+            keys = _condemn(core, view, own, BlockKey(model, PrefixHash(bytes(16))))
         return submit_condemned(core, keys, evicted=False)
 
 

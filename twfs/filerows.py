@@ -14,7 +14,7 @@ from typing import Final
 
 from twfs.layout import FILES_NAME, Arrangement, Group, Layout
 from twfs.prefix import OwnKey
-from twfs.units import Ino
+from twfs.units import ALIGN, Ino, align_up
 
 FILE_ROW: Final = struct.Struct("<QQQqqIIIIIHBB")
 FILE_KEY: Final = struct.Struct("<QIIB")
@@ -28,7 +28,7 @@ PAYLOAD_BYTES_MAX: Final = PIECE_BYTES + (64 << 10)
 ATTRIBUTES_BYTES_MAX: Final = 56 << 10  # names and values of one file's, as on ext4: one block
 FILE_BYTES_MAX: Final = 64 << 30  # all of a file is published by one transaction
 FILE_NAME_BYTES_MAX: Final = 255
-NEVER_BANNED: Final = frozenset({b"", b".", b".."})
+NO_NAMES: Final = frozenset({b"", b".", b".."})
 
 FILES_LAYOUT: Final = Layout(
     FILES_NAME,
@@ -109,6 +109,17 @@ def blocks_of(mode: int, size: int) -> int:
 def piece_bytes(row: FileRow, index: int) -> int:
     """Bytes of the file in its block *index*."""
     return max(0, min(PIECE_BYTES, row.size - index * PIECE_BYTES))
+
+
+def device_bytes(row: FileRow) -> int:
+    """What a file or directory takes of the devices: headers, bytes, rows, padding."""
+    attributes = sum(ATTRIBUTE.size + len(name) + len(value) for name, value in row.xattrs.items())
+    tail = align_up(FILE_ROW.size + len(row.name) + attributes + TAIL.size)
+    changed = ALIGN + tail if row.version or row.is_directory else 0
+    if row.is_directory:
+        return changed
+    last = piece_bytes(row, row.blocks - 1)
+    return changed + row.blocks * ALIGN + align_up(row.size - last) + align_up(last + tail - 1)
 
 
 def tail_of(row: FileRow) -> bytes:

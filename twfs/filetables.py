@@ -4,6 +4,7 @@ Functions of a view, and of nothing else. Names lead to inodes, inodes to rows; 
 while all blocks of its file are, so nobody ever sees part of one.
 """
 
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from twfs.errors import (
     NotADirectory,
     NotEmpty,
 )
-from twfs.filerows import ROOT_INO, FileRow, needs
+from twfs.filerows import FILE_ROW, ROOT_INO, FileRow, needs
 from twfs.tables import ReadView, WriteView
 from twfs.units import Ino
 
@@ -74,6 +75,24 @@ def names_in(view: ReadView, parent: int) -> Iterator[tuple[bytes, Ino]]:
     prefix = INO_KEY.pack(parent)
     for key, value in view.under("paths", prefix):
         yield key[len(prefix) :], Ino(int.from_bytes(value, "big"))
+
+
+def all_rows(view: ReadView) -> Iterator[FileRow]:
+    """Every row, by inode; CorruptMetadata if one cannot be read."""
+    for key, value in view.under("files", b""):
+        try:
+            yield FileRow.unpack(value)
+        except ValueError as error:
+            raise CorruptMetadata(f"the row of file {key.hex()} is unreadable: {error}") from error
+
+
+def count_directories(view: ReadView) -> int:
+    """How many directories there are: looks at every row, 3 us each."""
+    return sum(_is_directory(value) for _, value in view.under("files", b""))
+
+
+def _is_directory(value: bytes) -> bool:
+    return stat.S_ISDIR(FILE_ROW.unpack_from(value)[5])
 
 
 def _is_empty(view: ReadView, parent: int) -> bool:

@@ -240,6 +240,12 @@ class Put:
         """Tell whether I/O was not done because its device is offline."""
         return future.cancelled() or isinstance(future.exception(), DeviceError)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of its names were lacking, and all their bytes are written."""
+        with self._changed:
+            return len(self._written) == len(self._names) and not self._failed
+
     def _seal(self) -> None:
         """Take no more bytes, and wait for those on their way."""
         with self._changed:

@@ -24,6 +24,7 @@ from twfs.copying import Copying
 from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import InvalidInput, TwfsError, WarehouseClosed
+from twfs.files import Files
 from twfs.formatting import DeviceSpec
 from twfs.hints import NO_HINT, Hint, check_session
 from twfs.layout import Layout
@@ -73,6 +74,7 @@ class Warehouse(OpenNamespace):
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
         self.scrubber = Scrubber(core)
+        self.files = Files(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
             **tenancy.verbs(core),
@@ -191,6 +193,7 @@ class Warehouse(OpenNamespace):
             with self._core.lock:
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
+            self.files.tend()
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
             if over:
@@ -208,6 +211,7 @@ class Warehouse(OpenNamespace):
         self.scrubber.close()
         self._tender.join()
         self._members.close()
+        self.files.close()
         self._puts.shutdown()
         self._sources.close()
         opening.close_core(self._core)
