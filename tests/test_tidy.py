@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("enrolling", "ranking"),
     ("evicting", "listing", "matching", "opening", "tenancy"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
-    ("scanning",),
+    ("filecheck", "scanning"),
     ("survivors",),
     ("proving", "rebuild"),
     ("check", "scrubbing"),

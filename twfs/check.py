@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from twfs.filecheck import files_agree
 from twfs.proving import prove_headers, prove_payloads
 from twfs.records import Superblock
 from twfs.roster import newest_roster
@@ -351,6 +352,7 @@ INVARIANTS: Final[dict[int, Callable[[Subject, Snapshot], Iterator[str]]]] = {
     15: free_runs_are_merged,
     16: chains_have_no_gap,
     22: roster_agrees,
+    23: files_agree,
 }
 DATA_INVARIANT: Final = 12  # reads every payload: only when asked to
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from twfs import evicting, filetables, listing
 from twfs.core import Core
-from twfs.errors import BadPayload, BlockGone, DeviceError
+from twfs.errors import BadPayload, BlockGone, CorruptMetadata, DeviceError
 from twfs.fileblocks import ROOT_MODE, FileBlocks
 from twfs.filerows import FILE_KEY, ROOT_INO, FileRow, names_of, row_key, row_of
 from twfs.filetables import DEPTH_MAX
@@ -50,7 +50,10 @@ def _blocks_by_ino(view: ReadView, model: ModelId) -> dict[int, list[_Found]]:
     found: dict[int, list[_Found]] = {}
     prefix = MODEL_KEY.pack(model)
     for packed, value in view.under("blocks", prefix):
-        block = Block.unpack(value)
+        try:
+            block = Block.unpack(value)
+        except ValueError as error:
+            raise CorruptMetadata(f"the record of a file's block is unreadable: {error}") from error
         if len(block.key) == FILE_KEY.size:
             ino, index, version, has_row = FILE_KEY.unpack(block.key)
             each = _Found(index, version, bool(has_row), BlockKey.unpack(packed), block)

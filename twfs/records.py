@@ -35,7 +35,7 @@ from twfs.units import (
     is_aligned,
 )
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 SUPERBLOCK_MAGIC: Final = b"TWFSDEV\x01"
 HEADER_MAGIC: Final = b"TWFSBLK\x01"
 ROSTER_MAGIC: Final = b"TWFSROS\x01"
