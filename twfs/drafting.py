@@ -20,7 +20,7 @@ from twfs.errors import (
     NotADirectory,
     TooLarge,
 )
-from twfs.fileblocks import ROOT_MODE, FileBlocks
+from twfs.fileblocks import FileBlocks
 from twfs.filerows import (
     FILE_NAME_BYTES_MAX,
     NO_NAMES,
@@ -52,6 +52,7 @@ class Drafting:
         self._unlinked: dict[Ino, FileRow] = {}  # but open: their blocks go with the last close
         self.gone: deque[FileRow] = deque(maxlen=1 << 20)  # evicted or lost: for who shows them
         self._published = self._lost = 0
+        self.root_owner = (os.geteuid(), os.getegid())  # until it is changed
 
     def close(self) -> None:
         """Drop what is being written, and end all threads."""
@@ -84,7 +85,7 @@ class Drafting:
         if row is None:
             row = self._unlinked.get(Ino(ino))
         if row is None and ino == ROOT_INO:
-            row = FileRow(ROOT_INO, ROOT_INO, b"", ROOT_MODE, os.geteuid(), os.getegid())
+            row = self.blocks.fresh_root(*self.root_owner)
         if row is None:
             raise NoSuchFile(f"no file has the inode {ino}")
         return row
@@ -137,7 +138,7 @@ class Drafting:
         The draft of this name that *writer* has already is returned, unless *exclusive*.
         """
         check_name(name)
-        self.blocks.need_model(uid, gid)
+        self.blocks.need_model(*self.root_owner)
         directory = self._directory(parent)
         ino = self._new_ino()
         with self._lock:

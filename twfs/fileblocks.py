@@ -26,6 +26,7 @@ from twfs.filerows import (
     row_name,
     tail_of,
 )
+from twfs.filetables import RowChanged
 from twfs.layout import FILES_NAME
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, OwnKey, names_of_keys, root_of
@@ -73,12 +74,14 @@ class FileBlocks:
             with self._core.metadata.read() as view:
                 root = filetables.get_row(view, ROOT_INO)
             if root is None:
-                now = self.now_ns()
-                root = FileRow(
-                    ROOT_INO, ROOT_INO, b"", ROOT_MODE, uid, gid, mtime_ns=now, ctime_ns=now
-                )
+                root = self.fresh_root(uid, gid)
                 self._core.metadata.submit(lambda view: filetables.put_row(view, root)).result()
             return model
+
+    def fresh_root(self, uid: int, gid: int) -> FileRow:
+        """The root before anybody has changed it."""
+        now = self.now_ns()
+        return FileRow(ROOT_INO, ROOT_INO, b"", ROOT_MODE, uid, gid, mtime_ns=now, ctime_ns=now)
 
     def now_ns(self) -> int:
         """The time of the warehouse's clock."""
@@ -123,7 +126,10 @@ class FileBlocks:
             uid=None if row.uid in operators else row.uid, lengths=lengths,
         )  # fmt: skip
         if len(put.lacking) != len(keys):
+            there = put.is_present
             put.abandon()
+            if there:  # another has stored this version of the row
+                raise RowChanged
             needed = sum(align_up(length) for length in lengths)
             raise WarehouseFull(f"no room for the {needed} bytes of {row.name!r}: evict some")
         return put
@@ -162,12 +168,14 @@ class FileBlocks:
     def publish(self, put: Put, row: FileRow, also: Also, then: Then) -> None:
         """Publish all blocks of *put* and do *also* in one transaction, or neither.
 
-        DeviceError; what *also* raises.
+        DeviceError; RowChanged if another was first; what *also* raises.
         """
 
         def job(view: WriteView, done: ledger.Published) -> Any:
             wanted = len(put.lacking)
             published = done.outcomes.count(PutOutcome.PUBLISHED)
+            if PutOutcome.PRESENT in done.outcomes:
+                raise RowChanged
             if published != wanted or len(done.outcomes) != wanted:
                 raise DeviceError(f"{row.name!r} did not reach the devices: see `twfs status`")
             return also(view)
@@ -212,20 +220,10 @@ class FileBlocks:
             return 0 if block is None else int(self._core.slots.stamp[block.slot])
 
     def set_retention(self, row: FileRow, retention: Retention) -> None:
-        """Give the blocks of a file a class; waits for a commit."""
-        names, model = self.names(names_of(row)), self._known()
-        keys = [BlockKey(model.id, names.hash_at(index)) for index in range(len(names))]
-        alone = {key.prefix_hash for key in keys}
-
-        def job(view: WriteView) -> list[int]:
-            ledger.set_retention(view, keys, alone, retention.rank)
-            return [int(block.slot) for block in map(view.block, keys) if block is not None]
-
-        def after(slots: list[int]) -> None:
-            with self._core.lock:
-                self._core.slots.retention[slots] = retention.rank
-
-        self._core.metadata.submit(job, after).result()
+        """Give the blocks of a file a class; waits for a commit. NoSuchBlock."""
+        names = self.names(names_of(row))
+        head = names.hash_at(len(names) - 1)
+        listing.set_retention(self._core, self._known().id, head, retention)
 
     # Removing
 

@@ -51,7 +51,7 @@ class Files(Drafting):
     def mkdir(self, parent: int, name: bytes, *, mode: int, uid: int, gid: int) -> FileRow:
         """Make a directory; FileExists, NoSuchFile, WarehouseFull."""
         check_name(name)
-        self.blocks.need_model(uid, gid)
+        self.blocks.need_model(*self.root_owner)
         above = self._directory(parent)
         if self.draft_at(parent, name, None) is not None:
             raise FileExists(f"{name!r} is being written")
@@ -239,7 +239,7 @@ class Files(Drafting):
             if ino in self._unlinked:
                 self._unlinked[Ino(ino)] = after
                 return after
-            self.blocks.need_model(before.uid, before.gid)
+            self.blocks.need_model(*self.root_owner)
             now = self.blocks.now_ns()
             after = replace(after, version=before.version + 1, ctime_ns=now)
             with suppress(RowChanged):

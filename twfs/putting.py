@@ -227,6 +227,11 @@ class Put:
         with self._changed:
             return len(self._written) == len(self._names) and not self._failed
 
+    @property
+    def is_present(self) -> bool:
+        """Whether any of its names was there before."""
+        return PutOutcome.PRESENT in self._outcomes.values()
+
     def _seal(self) -> None:
         """Take no more bytes, and wait for those on their way."""
         with self._changed:

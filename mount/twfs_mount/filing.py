@@ -77,6 +77,7 @@ class FileReading(Operations):
     ) -> None:  # fmt: skip
         super().__init__(namespace, importer, presentation, payload_bytes=payload_bytes)
         self._files = files
+        files.root_owner = (presentation.uid, presentation.gid)
         self._filed: dict[int, OpenFile | OpenNames] = {}
         self._last_handle = FIRST_HANDLE
         self._closing: dict[Place, list[trio.Event]] = {}
