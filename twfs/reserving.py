@@ -43,9 +43,11 @@ def reserve(
             with core.lock:
                 wanted = leading(needs[len(room) :], _room_of(core, uid))
                 going = _take(core, room, wanted, tenant=tenant, uid=uid)
-            if not going:
-                break
             wait(going)
+            # What was evicted may be free only once its headers are overwritten.
+            wiped = len(room) < len(needs) and core.wiper.drain()
+            if not going and not wiped:
+                break
         over = len(room) < len(needs) and _is_over(
             core, needs[len(room)], tenant=tenant, uid=uid, refused=not room
         )

@@ -62,6 +62,13 @@ class Wiper:
                 for freed in waiting:
                     self._allocator.release(freed.extents)
 
+    def drain(self) -> bool:
+        """Wait for headers that are being overwritten, be it in vain; False if there are none."""
+        with self._lock:
+            waiting = [each for each in self._under_way if not each.done()]
+        wait(waiting)
+        return bool(waiting)
+
     def wait(self) -> None:
         """Wait for headers that are being overwritten; the first error of any of them."""
         with self._lock:
