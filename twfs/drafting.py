@@ -16,6 +16,7 @@ from twfs.drafts import Draft, Memory, Room
 from twfs.errors import (
     FileExists,
     InvalidInput,
+    NameTooLong,
     NoSuchFile,
     NotADirectory,
     TooLarge,
@@ -315,6 +316,8 @@ class Drafting:
 
 
 def check_name(name: bytes) -> None:
-    """Raise InvalidInput unless a file may have that *name*."""
-    if name in NO_NAMES or b"/" in name or b"\0" in name or len(name) > FILE_NAME_BYTES_MAX:
-        raise InvalidInput(f"{name[:300]!r} cannot name a file")
+    """Raise NameTooLong or InvalidInput unless a file may have that *name*."""
+    if len(name) > FILE_NAME_BYTES_MAX:
+        raise NameTooLong(f"a name of {len(name)} bytes: it has at most {FILE_NAME_BYTES_MAX}")
+    if name in NO_NAMES or b"/" in name or b"\0" in name:
+        raise InvalidInput(f"{name!r} cannot name a file")

@@ -304,6 +304,13 @@ class NotSupported(TwfsError):
     exit_code = 47
 
 
+class NameTooLong(TwfsError):
+    """The name of a file has more bytes than names may have."""
+
+    errno = _errno.ENAMETOOLONG
+    exit_code = 49
+
+
 class NoAttribute(TwfsError):
     """The file has no extended attribute of that name."""
 

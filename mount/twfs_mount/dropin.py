@@ -105,7 +105,9 @@ class FileOperations(FileReading):
             await super().flush(fh)
         elif isinstance(handle, OpenFile) and handle.draft is not None and handle.writing:
             draft = handle.draft
-            if draft.changes and draft.wanted and not was_killed(draft.writer):
+            # It is asked here, where the process waits for the answer: soon it is nowhere.
+            handle.killed, handle.flushed = was_killed(draft.writer), draft.changes
+            if draft.changes and draft.wanted and not handle.killed:
                 while len(self._closing) >= CLOSING_MAX:
                     await next(iter(self._closing.values()))[0].wait()
                 await self._blocking(self._files.store, draft, limiter=self._limiter())
@@ -124,13 +126,19 @@ class FileOperations(FileReading):
         draft = handle.draft
         if draft is None:
             self._files.closed(handle.ino)
-        elif handle.writing and was_killed(draft.writer):
+        elif handle.writing and self._is_torn(handle, draft):
             log.info("%r is dropped: its writer was killed", draft.name)
             if draft.writers == 1:
                 self._files.disown(draft)
             self._files.close_draft(draft, writing=True)
         elif self._files.close_draft(draft, writing=handle.writing):
             await self._publish(draft)
+
+    @staticmethod
+    def _is_torn(handle: OpenFile, draft: Draft) -> bool:
+        """Tell whether a signal ended its writer before that closed it."""
+        unflushed = handle.flushed != draft.changes
+        return handle.killed or (unflushed and was_killed(draft.writer))
 
     async def _publish(self, draft: Draft) -> None:
         """Publish; whoever asks for its name meanwhile waits. No await before that is noted."""

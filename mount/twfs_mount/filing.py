@@ -19,8 +19,9 @@ import trio
 from pyfuse3 import FUSEError  # noqa: TID251
 
 from twfs.describing import PREFIX
+from twfs.drafting import check_name
 from twfs.drafts import Draft
-from twfs.errors import NotSupported, TwfsError
+from twfs.errors import BlockGone, NoSuchFile, NotSupported, TwfsError
 from twfs.filerows import PIECE_BYTES, ROOT_INO, FileRow, device_bytes, piece_bytes
 from twfs.files import Files
 from twfs.importing import Importer
@@ -56,6 +57,8 @@ class OpenFile:
     draft: Draft | None
     row: FileRow
     writing: bool = False
+    killed: bool = False  # its writer, by a signal, when it was flushed last
+    flushed: int = 0  # changes of the draft until then
     infos: dict[int, BlockInfo] = field(default_factory=dict)  # by piece
 
 
@@ -90,7 +93,10 @@ class FileReading(Operations):
     # Names and attributes
 
     def _row_of(self, inode: int) -> FileRow:
-        return self._files.row(inode & ~FILE_INOS)
+        try:
+            return self._files.row(inode & ~FILE_INOS)
+        except NoSuchFile as error:
+            raise BlockGone(str(error)) from error  # ESTALE: the kernel knew it
 
     def _told_file(self, row: FileRow) -> pyfuse3.EntryAttributes:
         """What the kernel is told of a file, and for how long it may believe it."""
@@ -136,6 +142,7 @@ class FileReading(Operations):
         if not is_file(parent_inode):
             return await super().lookup(parent_inode, name, ctx)
         parent = parent_inode & ~FILE_INOS
+        check_name(name)
         await self._settled(parent, name)
         drafts = self._files.draft_at(parent, name, None)
         writer = 0 if drafts is None else self._writer(ctx)
@@ -258,7 +265,7 @@ class FileReading(Operations):
             if flags & os.O_TRUNC:
                 await self._blocking(draft.truncate, 0)
             return pyfuse3.FileInfo(fh=number, keep_cache=not flags & os.O_TRUNC)
-        row = self._files.row(ino)
+        row = self._row_of(inode)
         if writing or flags & os.O_TRUNC:
             truncate = bool(flags & os.O_TRUNC)
             self._files.rewrite(row, writer=self._writer(ctx), truncate=truncate)
@@ -283,7 +290,7 @@ class FileReading(Operations):
             return await self._blocking(handle.draft.read, off, size)
         row = handle.row
         if handle.draft is not None:  # published since: what it was last
-            row = handle.row = self._files.row(handle.ino)
+            row = handle.row = self._row_of(FILE_INOS | handle.ino)
         end, parts = min(off + size, row.size), []
         while off < end:
             index, within = divmod(off, PIECE_BYTES)
