@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("core", "sources"),
     ("enrolling", "quotas", "ranking"),
     ("evicting", "listing", "matching", "opening"),
-    ("metering", "reserving", "tenancy"),
+    ("metering", "reserving", "tenancy", "usage"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
     ("filecheck", "scanning"),
     ("survivors",),
@@ -73,8 +73,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding",),
-    ("engines.transfers",),
-    ("engines.transformers",),
+    ("engines.transfers", "engines.vllm_layout"),
+    ("engines.transformers", "engines.vllm", "engines.vllm_tier"),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 

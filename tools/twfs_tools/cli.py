@@ -17,12 +17,14 @@ from twfs_tools import bench
 from twfs_tools.check import check
 from twfs_tools.create import create
 from twfs_tools.device import app as device_app
+from twfs_tools.du import du
 from twfs_tools.evict import evict
 from twfs_tools.explain import explain
 from twfs_tools.ls import ls
 from twfs_tools.model import app as model_app
 from twfs_tools.output import JsonFlag, complain
 from twfs_tools.rebuild import rebuild
+from twfs_tools.replay import replay
 from twfs_tools.scrub import scrub
 from twfs_tools.serve import mount, serve, unmount
 from twfs_tools.status import status
@@ -43,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    create, serve, mount, unmount, status, ls, evict, explain, check, scrub, rebuild,
+    create, serve, mount, unmount, status, ls, du, evict, explain, check, scrub, rebuild, replay,
 ):  # fmt: skip
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")
