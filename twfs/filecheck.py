@@ -6,6 +6,7 @@ One snapshot; nothing here looks at a device. Half a second for 100,000 files.
 from collections.abc import Iterator
 from typing import Final
 
+from twfs.errors import CorruptMetadata
 from twfs.filerows import ROOT_INO, FileRow, names_of
 from twfs.filetables import INO_KEY
 from twfs.layout import FILES_NAME
@@ -60,8 +61,11 @@ def complaints(view: ReadView) -> Iterator[str]:
 
 
 def _model(view: ReadView) -> tuple[ModelId, Root] | None:
-    number = view.model_id(FILES_NAME)
-    record = next((each for each in view.models() if each.id == number), None)
+    try:
+        number = view.model_id(FILES_NAME)
+        record = next((each for each in view.models() if each.id == number), None)
+    except CorruptMetadata:  # I2 says so
+        return None
     if record is None:
         return None
     return record.id, root_of(record.layout.fingerprint, record.epoch)
