@@ -18,8 +18,8 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("charges", "clocks", "counters", "operating", "tenants"),
-    ("copying", "secret"),
+    ("clocks", "counters", "operating", "tenants"),
+    ("charges", "copying", "secret"),
     ("hints", "layout", "prefix", "records"),
     ("config", "store"),
     ("checksums", "formatting", "leases", "limbo", "slots", "tables", "wire"),
@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("devicestates",),
     ("core", "sources"),
     ("enrolling", "quotas", "ranking"),
+    ("sharing",),
     ("evicting", "listing", "matching", "opening"),
     ("metering", "reserving", "tenancy", "usage"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),

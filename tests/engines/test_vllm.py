@@ -81,6 +81,11 @@ def test_a_restart_of_engine_and_daemon_finds_the_same_tokens(
         assert warm["cached"] == [HELD]
         assert warm["tokens"] == cold["tokens"]
         assert vllm.generate(turn)["tokens"] == second["tokens"]
+        with daemon.client(arena_bytes=0) as client:  # one head per conversation
+            (info,) = client.models()
+            assert [each.blocks for each in client.sessions(info.id)] == [8]
+            assert client.detached(info.id) == []
+            assert info.name.startswith("tiny-")
         # Other tenants, salts and kinds of nonsense: a miss, and the answer all the same.
         assert vllm.ask(do="reset")
         for odd in ({"twfs": {"tenant": "nobody"}}, {"twfs": 7}, {"twfs": {"class": "gold"}}):
@@ -91,12 +96,6 @@ def test_a_restart_of_engine_and_daemon_finds_the_same_tokens(
         # A reset of the connector's cache too: nothing is found any more, for a weight update.
         assert vllm.ask(do="reset", connector=True)
         assert vllm.generate(PROMPT, out=52) | {"seconds": 0} == cold | {"seconds": 0}
-    with daemon.client(arena_bytes=0) as client:
-        (info,) = client.models()
-        sessions = client.sessions(info.id)
-        assert [each.blocks for each in sessions if each.blocks >= 7]
-        assert client.detached(info.id) == []
-        assert info.name.startswith("tiny-")
 
 
 def ids_of(prompt: dict[str, int]) -> list[int]:
