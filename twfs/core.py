@@ -18,6 +18,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import ledger, slots
+from twfs.admission import Gate
 from twfs.charges import Charges
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config
@@ -33,7 +34,7 @@ from twfs.limbo import Freed, Left
 from twfs.metadata import After, Job, Metadata
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
-from twfs.scoring import LRU, Policy
+from twfs.scoring import Policy, policy_of
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
@@ -67,7 +68,8 @@ class Core:
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
-    policy: Policy = LRU  # of eviction
+    policy: Policy = field(init=False)  # of eviction
+    gate: Gate = field(init=False)  # what is let in
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
@@ -92,6 +94,9 @@ class Core:
             self.counters.erased_blocks += headers
 
         self.wiper = Wiper(self.allocator, self.lock, lambda: (self.devices, self.flushers), count)
+        given = self.config.eviction
+        self.policy = policy_of(given.policy, given.attention_tokens)
+        self.gate = Gate(self.config.admission, self.allocator.total_bytes, self.clock)
 
     @property
     def devices(self) -> dict[int, Device]:

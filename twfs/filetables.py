@@ -148,7 +148,8 @@ def enter(view: WriteView, row: FileRow, now_ns: int, *, over: bool) -> FileRow 
         drop(view, old)
     put_row(view, row)
     put_name(view, row)
-    _note_change(view, directory, now_ns)
+    if old is None:  # a file that was written anew is no change of its directory
+        _note_change(view, directory, now_ns)
     return old
 
 
@@ -210,7 +211,8 @@ def move(view: WriteView, before: FileRow, after: FileRow, now_ns: int, *, over:
     With *over* what has that name gives way: it is in the result. RowChanged, NoSuchFile,
     FileExists, IsADirectory, NotADirectory, NotEmpty; InvalidInput for a directory into itself.
     """
-    _same(view, before)
+    now = _same(view, before)
+    after = replace(after, mtime_ns=now.mtime_ns)  # names may have changed in it meanwhile
     require_directory(view, after.parent)
     old = row_at(view, after.parent, after.name)
     if old is not None:

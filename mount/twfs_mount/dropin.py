@@ -224,6 +224,7 @@ class FileOperations(FileReading):
         if not is_file(inode):
             return await super().setattr(inode, attr, fields, fh, ctx)
         (ino,) = self._check_files(inode)
+        await self._all_settled(ino)  # of a directory: what was closed in it is older than this
         if fields.update_size:
             await self._set_size(ino, attr.st_size, ctx)
         change = functools.partial(
