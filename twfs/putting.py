@@ -32,7 +32,7 @@ from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
 from twfs.ranking import STANDARD
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
-from twfs.runs import Run, plan_runs
+from twfs.runs import Run, check_lengths, plan_runs, with_sums
 from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
 from twfs.tables import ModelRecord, WriteView
 from twfs.tenants import EVERYBODY
@@ -70,6 +70,7 @@ class Put:
         self._shard = shard
         self._retention = retention
         # Payload bytes by index: all alike, but where the layout allows any length.
+        self._of_file = bool(lengths)
         self._lengths = lengths or (model.layout.block_bytes(group),) * len(names)
         self._layers = model.layout.summed_layers(group)
         self._pinned = np.zeros(0, np.int64)
@@ -152,6 +153,8 @@ class Put:
 
     def admit(self, lacking: list[int]) -> list[int]:
         """Those of *lacking* that are let in; the rest is not admitted. Hold the core's lock."""
+        if self._of_file:  # who writes a file has written it, worth it or not
+            return lacking
         needs = [ALIGN + align_up(self._lengths[index]) for index in lacking]
         mix = (self._model.id * 1009 + self._group) * 1013 + self._shard
         admitted = self._core.gate.admit(
@@ -173,13 +176,10 @@ class Put:
             return
         core = self._core
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
-        newcomer = Newcomer(
-            STANDARD,
-            core.policy.of_new(
-                self._names.positions[lacking[0]], self._hint.stop, self._hint.return_ms
-            ),
-            self._tenant,
+        score = core.policy.of_new(
+            self._names.positions[lacking[0]], self._hint.stop, self._hint.return_ms
         )
+        newcomer = None if self._of_file else Newcomer(STANDARD, score, self._tenant)
         extents, why = reserving.reserve(
             core, needs, tenant=self._tenant, uid=self._uid, newcomer=newcomer
         )
@@ -296,7 +296,7 @@ class Put:
                 xxh3, layer_sums = host_sums_of(view, self._layers)
                 if xxh3 != block.xxh3:
                     bad.add(block.index)
-                record = _with_sums(reserved, sums)
+                record = with_sums(reserved, sums)
                 whole[block.index] = record
                 headers[number * ALIGN : (number + 1) * ALIGN] = self._header(
                     block.index, record, layer_sums
@@ -447,15 +447,6 @@ class Put:
         return PutResult(outcomes, ByteCount(written))
 
 
-def _with_sums(block: Block, sums: Checksums) -> Block:
-    """*block* with its checksums; dataclasses.replace costs three times as much."""
-    return Block(
-        block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
-        block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
-        block.retention, payer=block.payer,
-    )  # fmt: skip
-
-
 def begin_put(
     core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
     tenant: int = EVERYBODY, uid: int | None = None, lengths: Sequence[int] = (),
@@ -481,12 +472,7 @@ def begin_put(
                 f"group {group}, shard {shard} of model {record.name}: it has "
                 f"{len(layout.groups)} groups and {layout.shards} shards"
             )
-        if layout.any_length(group) != bool(lengths) or len(lengths) not in {0, len(names)}:
-            raise InvalidInput(f"{len(lengths)} lengths for {len(names)} blocks of {record.name}")
-        if not all(layout.fits(group, length) for length in lengths):
-            raise InvalidInput(
-                f"a block of {record.name} has 1 to {layout.block_bytes(group)} bytes"
-            )
+        check_lengths(layout, group, lengths, len(names))
         if not core.tenants.pays(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
         if names.public and tenant not in core.tenants.shares:

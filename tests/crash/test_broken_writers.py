@@ -106,7 +106,7 @@ def first_half_only(device: Device, buffers: Any, offset: Any) -> None:
     right_write(device, [buffers[0]], offset)
 
 
-right_with_sums, right_write = putting._with_sums, Device.write_from
+rightwith_sums, right_write = putting._with_sums, Device.write_from
 
 
 class Fault(NamedTuple):
