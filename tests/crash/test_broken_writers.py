@@ -121,7 +121,7 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault(putting.Put, "_header", no_header, {5, 12}, ReadOutcome.HIT),  # the payload is right
-    Fault(putting, "_with_sums", other_sums, {12}, ReadOutcome.BAD_CHECKSUM),
+    Fault(putting, "with_sums", other_sums, {12}, ReadOutcome.BAD_CHECKSUM),
     Fault(Device, "write_from", lost_write, {5, 12}, ReadOutcome.BAD_CHECKSUM),
     Fault(Device, "write_from", misdirected_write, {5, 12}, ReadOutcome.BAD_CHECKSUM),
     Fault(Device, "write_from", first_half_only, {12}, ReadOutcome.BAD_CHECKSUM),
@@ -153,7 +153,7 @@ def test_wrong_lane_sums_are_caught(scratch: Path, monkeypatch: pytest.MonkeyPat
     make_warehouse(scratch)
     with Warehouse.open(scratch) as warehouse:
         model = warehouse.open_model("m", MHA)
-        monkeypatch.setattr(putting, "_with_sums", other_lanes)
+        monkeypatch.setattr(putting, "with_sums", other_lanes)
         put(warehouse, model, chain_of(model, 1))
         assert invariants(warehouse) == {12}
 
