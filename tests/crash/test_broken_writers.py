@@ -24,7 +24,7 @@ from support.warehouses import (
     read_all,
     upload_all,
 )
-from twfs import ledger, putting
+from twfs import ledger, putting, runs
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standings
@@ -106,7 +106,7 @@ def first_half_only(device: Device, buffers: Any, offset: Any) -> None:
     right_write(device, [buffers[0]], offset)
 
 
-rightwith_sums, right_write = putting._with_sums, Device.write_from
+right_with_sums, right_write = runs.with_sums, Device.write_from
 
 
 class Fault(NamedTuple):
