@@ -1,4 +1,4 @@
-"""LMCache's own `fs` and `fs_native` L2, unmodified, with O_DIRECT below /files: hits after a restart."""
+"""LMCache's own `fs` and `fs_native` L2, unmodified, with O_DIRECT below /files: restart hits."""
 
 import json
 import subprocess
@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import pytest
 
-from support.engines import engine_environment, engine_python, free_port
+from support.engines import engine_environment, engine_python
+from support.filing import free_port
 from support.mounting import mounted
 from support.vllms import LOG, Vllm, random_model
 
@@ -28,7 +29,7 @@ def served(adapter: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """`lmcache server` with that L2; what vLLM's --kv-transfer-config is given."""
     port, http = free_port(), free_port()
     command = [
-        engine_python("lmcache"), "-m", "lmcache.cli.main", "server", "--host", "localhost",
+        str(engine_python("lmcache")), "-m", "lmcache.cli.main", "server", "--host", "localhost",
         "--port", str(port), "--http-port", str(http), "--l1-size-gb", "0.25",
         "--no-l1-use-lazy", "--eviction-policy", "LRU", "--chunk-size", str(UNIT),
         "--disable-observability", "--supported-transfer-mode", "auto", "--l2-adapter",
@@ -55,15 +56,13 @@ def served(adapter: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def is_healthy(http: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://localhost:{http}/healthcheck", timeout=60) as answer:
-            return bool(answer.status == 200)  # noqa: PLR2004
+            return bool(answer.status == 200)
     except OSError:
         return False
 
 
 @pytest.mark.parametrize("kind", ["fs", "fs_native"])
-def test_lmcache_finds_its_files_after_a_restart(
-    kind: str, scratch: Path, tmp_path: Path
-) -> None:
+def test_lmcache_finds_its_files_after_a_restart(kind: str, scratch: Path, tmp_path: Path) -> None:
     model = random_model("lmcache", tmp_path / "model")
     prompt = {"seed": 1, "tokens": TOKENS}
     directory = tmp_path / "mnt/files/kv"

@@ -1,4 +1,4 @@
-"""Mooncake's store, unmodified, with its SSD offload below /files: all keys after a restart of all."""
+"""Mooncake's store, unmodified, with its SSD offload below /files: all keys after a restart."""
 
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ from typing import Final
 
 import pytest
 
-from support.engines import ENGINES, engine_environment, engine_python, free_port
+from support.engines import ENGINES, engine_environment, engine_python
+from support.filing import free_port
 from support.mounting import mounted
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mark.root,
@@ -22,12 +23,10 @@ def master() -> Iterator[int]:
     """Mooncake's master; its port."""
     port = free_port()
     command = [
-        ENGINES / "mooncake/bin/mooncake_master", "--rpc_port", str(port), "--enable_offload=true",
+        str(ENGINES / "mooncake/bin/mooncake_master"), "--rpc_port", str(port), "--enable_offload=true",
         "--metrics_port", str(free_port()),
     ]  # fmt: skip
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             yield port
         finally:

@@ -1,4 +1,4 @@
-"""vLLM's own `fs` tier, unmodified, with its directory under /files: hits after a restart of all."""
+"""vLLM's own `fs` tier, unmodified, with its directory under /files: hits after a restart."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ BLOCKS: Final = TOKENS // STORED_TOKENS
 
 
 def tier_config(directory: Path) -> dict[str, Any]:
-    """vLLM's tiers as docs/files.md says; the worker of the CPU platform is support.vllmtier's."""
+    """VLLM's tiers as docs/files.md says; the worker of the CPU platform is support.vllmtier's."""
     return {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -34,9 +34,7 @@ def files_in(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.is_file() and path.suffix == ".bin"]
 
 
-def test_the_fs_tier_finds_its_files_after_a_restart(
-    scratch: Path, tmp_path: Path
-) -> None:
+def test_the_fs_tier_finds_its_files_after_a_restart(scratch: Path, tmp_path: Path) -> None:
     model = random_model("vllm", tmp_path / "model")
     prompt = {"seed": 1, "tokens": TOKENS}
     with mounted(scratch, tmp_path / "mnt") as mount:

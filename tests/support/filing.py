@@ -1,5 +1,7 @@
 """Files written and read through the library, as the mount does it."""
 
+import socket
+
 from twfs.filerows import FileRow
 from twfs.files import Files
 from twfs.units import Ino
@@ -35,3 +37,11 @@ def tree_of(files: Files, parent: int = 0, above: bytes = b"") -> dict[bytes, by
         if row.is_directory:
             found |= tree_of(files, ino, path)
     return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port

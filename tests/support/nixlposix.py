@@ -1,4 +1,4 @@
-"""NIXL's POSIX plug-in between memory and files, in NIXL's own environment: COMMAND DIRECTORY PARAMS.
+"""NIXL's POSIX plug-in between memory and files, in its environment: COMMAND DIRECTORY PARAMS.
 
 `write` makes files of bytes that their number gives, `read` compares. Prints how many were right.
 """
@@ -44,7 +44,7 @@ def transfer(agent: Any, operation: str, memory: mmap.mmap, address: int, fds: l
 def main() -> None:
     """See the module's docstring."""
     command, directory, params = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
     agent = nixl_agent("tester", nixl_agent_config(backends=[]))
     agent.create_backend("POSIX", params)
@@ -62,7 +62,7 @@ def main() -> None:
         memory[number * FILE_BYTES : (number + 1) * FILE_BYTES] == content(number)
         for number in range(FILES)
     )
-    print(right)
+    sys.stdout.write(f"{right}\n")
 
 
 if __name__ == "__main__":
