@@ -23,8 +23,8 @@ def master() -> Iterator[int]:
     """Mooncake's master; its port."""
     port = free_port()
     command = [
-        str(ENGINES / "mooncake/bin/mooncake_master"), "--rpc_port", str(port), "--enable_offload=true",
-        "--metrics_port", str(free_port()),
+        str(ENGINES / "mooncake/bin/mooncake_master"), "--enable_offload=true", "--rpc_port",
+        str(port), "--metrics_port", str(free_port()),
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
