@@ -49,6 +49,12 @@ WRAPPER
     chmod +x bin/python
 }
 
+# Mooncake's store without CUDA: its wheel brings the master, and links with these of the system.
+make_mooncake() {
+    "$1" -m venv .
+    pip_in . mooncake-transfer-engine-non-cuda==0.3.13.post1 numpy
+}
+
 # Makes the engine $1 with Python $2 unless it is there as its recipe wants it.
 made() {
     local stamp
