@@ -62,7 +62,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tree",),
     ("__init__",),
     ("engines",),
-    ("engines.transformers",),
+    ("engines.keyed", "engines.transformers"),
+    ("engines.lmcache",),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 
@@ -75,6 +76,7 @@ BANNED = frozenset(
 FOREIGN = frozenset(
     {
         "entry_timeout",  # pyfuse3.EntryAttributes
+        "page_size",  # lmcache.L2AdapterInterface.list_l2_keys
         "item",  # numpy and torch: array.item()
         "items",  # Mapping.items()
         # Of memory, 4 KiB or huge, as the kernel calls them:

@@ -49,6 +49,23 @@ WRAPPER
     chmod +x bin/python
 }
 
+# A venv that sees all of vLLM's besides its own packages.
+over_vllm() {
+    made vllm "$1"
+    "$1" -m venv .
+    local base
+    base=$("$root/vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "$base" >"$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm.pth"
+}
+
+# Without what its CUDA parts want; pytest runs the contract tests in there.
+make_lmcache() {
+    over_vllm "$1"
+    pip_in . --no-deps lmcache==0.5.6 aiofile==3.11.1 caio==0.9.25 aiofiles redis \
+        sortedcontainers nvtx opentelemetry-exporter-prometheus awscrt
+    pip_in . pytest
+}
+
 # Makes the engine $1 with Python $2 unless it is there as its recipe wants it.
 made() {
     local stamp
