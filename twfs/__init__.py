@@ -6,10 +6,11 @@ The public names; everything else may change without notice.
 from twfs.client import Client, connect
 from twfs.errors import TwfsError
 from twfs.formatting import DeviceSpec
+from twfs.hints import Hint, Retention, Stop
 from twfs.layout import Arrangement, Group, GroupKind, Layout
 from twfs.match import Match
 from twfs.prefix import OwnKey, names_of_keys
-from twfs.store import Model, PutResult, ReadReport, Retention, Store
+from twfs.store import Model, PutResult, ReadReport, Store
 from twfs.warehouse import Warehouse
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DeviceSpec",
     "Group",
     "GroupKind",
+    "Hint",
     "Layout",
     "Match",
     "Model",
@@ -25,6 +27,7 @@ __all__ = [
     "PutResult",
     "ReadReport",
     "Retention",
+    "Stop",
     "Store",
     "TwfsError",
     "Warehouse",

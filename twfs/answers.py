@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from twfs.messages import (
-    LISTED_MAX,
     AnyReply,
     AskChanges,
     AskSpace,
@@ -21,6 +20,7 @@ from twfs.messages import (
     EvictBytes,
     Explained,
     ExplainNames,
+    ForgetSession,
     HashRows,
     InfoOfBlock,
     KeyRows,
@@ -54,6 +54,7 @@ from twfs.protocol import (
 )
 from twfs.store import CheckReport
 from twfs.units import ByteCount, ModelId, PrefixHash
+from twfs.wire import LISTED_MAX
 
 
 def status_of(message_id: int, statistics: Mapping[str, Any]) -> Status:
@@ -122,6 +123,11 @@ def _retain(warehouse: Permitted, request: RetainSession) -> AnyReply:
     return Done(request.id)
 
 
+def _forget(warehouse: Permitted, request: ForgetSession) -> AnyReply:
+    freed = warehouse.forget_session(ModelId(request.model), request.session, request.tenant)
+    return Counted(request.id, freed)
+
+
 def _evict(warehouse: Permitted, request: EvictBytes) -> AnyReply:
     return Counted(request.id, warehouse.evict(ByteCount(request.wanted_bytes)))
 
@@ -164,6 +170,7 @@ ANSWERS: Final[Mapping[type[Any], Callable[[Permitted, Any], AnyReply]]] = {
     InfoOfBlock: _info,
     RemoveSession: _remove,
     RetainSession: _retain,
+    ForgetSession: _forget,
     EvictBytes: _evict,
     ExplainNames: _explain,
     AskSpace: _space,

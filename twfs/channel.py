@@ -20,18 +20,9 @@ from typing import Final
 from msgspec.structs import replace
 
 from twfs.errors import NoDaemon, NotAllowed, ProtocolError, TwfsError
-from twfs.messages import (
-    FRAME_BYTES_MAX,
-    PROTOCOL_VERSION,
-    AnyReply,
-    DeviceTable,
-    Failed,
-    Hello,
-    Piece,
-    Request,
-    Welcome,
-)
+from twfs.messages import AnyReply, DeviceTable, Failed, Hello, Piece, Request, Welcome
 from twfs.protocol import FrameBuffer, decode_reply, encode, error_of
+from twfs.wire import FRAME_BYTES_MAX, PROTOCOL_VERSION
 
 DESCRIPTORS_MAX: Final = 253  # the kernel's SCM_MAX_FD
 PASSED_SPACE: Final = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)

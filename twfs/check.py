@@ -200,12 +200,18 @@ def out_of_layout(taken: Snapshot) -> IntArray:
 
 
 def layout_bytes(taken: Snapshot) -> IntArray:
-    """The payload's length that the layout says; -1 where it says none."""
+    """The payload's length that the layout says; -1 where it says none.
+
+    Where the layout allows any, the one that there is, as long as the layout's bounds hold.
+    """
     meant = np.full(len(taken), -1, np.int64)
+    has = bounded(taken.rows["payload_bytes"])
     for record in taken.models.values():
         for group in range(len(record.layout.groups)):
             mine = (taken.model == record.id) & (taken.group == group)
-            meant[mine] = record.layout.block_bytes(group)
+            most = record.layout.block_bytes(group)
+            any_length = record.layout.any_length(group)
+            meant[mine] = np.clip(has[mine], 1, most) if any_length else most
     return meant
 
 

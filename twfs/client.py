@@ -5,12 +5,11 @@ exception in an engine's loop. Blocking and thread-safe; connect after fork, nev
 """
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -18,6 +17,7 @@ from uuid import UUID
 
 import numpy as np
 
+from twfs.copying import Copying
 from twfs.errors import (
     InvalidInput,
     LayoutMismatch,
@@ -30,15 +30,17 @@ from twfs.errors import (
     TwfsError,
     WarehouseFull,
 )
+from twfs.hints import NO_HINT, Hint, check_session
+from twfs.holding import Held, boottime_s
 from twfs.layout import Layout
 from twfs.leases import Located
 from twfs.link import Connector, Link, RemotePut
 from twfs.match import Match
 from twfs.messages import (
-    BLOCKS_MAX,
     AnyReply,
     Counted,
     Failed,
+    ForgetSession,
     JoinLease,
     LocatedBlocks,
     LookupNames,
@@ -47,13 +49,19 @@ from twfs.messages import (
     Opened,
     OpenModel,
     ReleaseLease,
-    RenewLease,
-    ReportBlock,
     Request,
     TouchNames,
 )
 from twfs.prefix import Names
-from twfs.protocol import error_of, layout_to_json, model_of, model_to_wire, names_to_wire, rows_of
+from twfs.protocol import (
+    error_of,
+    hint_to_wire,
+    layout_to_json,
+    model_of,
+    model_to_wire,
+    names_to_wire,
+    rows_of,
+)
 from twfs.readers.select import Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.remote import RemoteNamespace
@@ -61,6 +69,7 @@ from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retent
 from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, ModelId
 from twfs.upload import check_payloads, upload
+from twfs.wire import BLOCKS_MAX
 
 ARENA_BYTES: Final = 128 << 20  # eight windows of 16 MiB: some fill while others are written
 HELLO_SECONDS_MAX: Final = 5.0  # for the first connection, which no engine's loop waits for
@@ -94,15 +103,6 @@ def connect(
     return client
 
 
-@dataclass(slots=True)
-class _Lease:
-    """A token that this client holds: over which connection, until when, by how many matches."""
-
-    link: int
-    deadline_s: float  # CLOCK_BOOTTIME
-    matches: int = 1
-
-
 class Client(RemoteNamespace):
     """A Store, a Namespace and a LeaseHolder over the socket; make it with connect."""
 
@@ -116,9 +116,9 @@ class Client(RemoteNamespace):
         )  # fmt: skip
         self._match_timeout_s = match_timeout_s
         self._lock = threading.Lock()
-        self._leases: dict[bytes, _Lease] = {}
         self._models: dict[ModelId, tuple[dict[int, Model], UUID]] = {}  # by number and tenant
         self._counts: Counter[str] = Counter()
+        self._held = Held(self._connector, match_timeout_s, self._counts)
         self._misses: Counter[str] = Counter()
         self._writers: ThreadPoolExecutor | None = None
 
@@ -204,7 +204,7 @@ class Client(RemoteNamespace):
         timeout_s = self._match_timeout_s + BLOCK_SECONDS * len(asked)
         try:
             link = self._link_for(model)
-            before_s = _boottime_s()
+            before_s = boottime_s()
             reply = link.channel.call(MatchNames(0, model.id, wire, start, model.tenant), timeout_s)
             if isinstance(reply, LocatedBlocks):
                 return self._match_of(
@@ -227,14 +227,8 @@ class Client(RemoteNamespace):
         except ProtocolError as error:
             link.channel.end(error)
             raise
-        deadline_s = before_s + reply.term_ms / 1000
+        self._held.enter(link, reply, before_s + reply.term_ms / 1000)
         with self._lock:
-            lease = self._leases.get(reply.token)
-            if lease is None:
-                self._leases[reply.token] = _Lease(link.number, deadline_s)
-            else:
-                lease.deadline_s = deadline_s
-                lease.matches += 1
             self._counts["matches"] += 1
             self._counts["matched_blocks"] += reply.blocks - reply.start
         return Match(
@@ -261,7 +255,7 @@ class Client(RemoteNamespace):
         """See Store.join; the names of the match are its hashes alone."""
         try:
             link = self._connector.link()
-            before_s = _boottime_s()
+            before_s = boottime_s()
             reply = link.channel.call(JoinLease(0, token), self._match_timeout_s)
         except NoDaemon as error:
             raise LeaseEnded(f"the lease is over: {error}") from error
@@ -320,13 +314,16 @@ class Client(RemoteNamespace):
             self._misses[cause or "refused"] += 1
         return start
 
-    def touch(self, model: Model, names: Names) -> None:
+    def touch(self, model: Model, names: Names, hint: Hint = NO_HINT) -> None:
         """See Store.touch; lost when nobody takes it in time."""
+        told = hint_to_wire(hint)
         for first in range(0, len(names), BLOCKS_MAX):
             part = names_to_wire(names.slice(first, first + BLOCKS_MAX))
             try:
                 link = self._link_for(model)
-                request = TouchNames(0, model.id, part, model.tenant)
+                # The session is where the last part ends: it alone says more than a use.
+                last = first + BLOCKS_MAX >= len(names)
+                request = TouchNames(0, model.id, part, model.tenant, told if last else None)
                 sent = link.channel.tell(request, self._match_timeout_s)
             except (NoDaemon, StaleEpoch):
                 sent = False
@@ -336,6 +333,8 @@ class Client(RemoteNamespace):
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+        hint: Hint = NO_HINT,
+        copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """See Store.put; a dead or failing daemon gives the outcome FAILED.
 
@@ -350,10 +349,11 @@ class Client(RemoteNamespace):
         written = 0
         for first in range(0, len(names), BLOCKS_MAX):
             part = names.slice(first, first + BLOCKS_MAX)
+            last = first + BLOCKS_MAX >= len(names)
             try:
                 result = self._put_part(
-                    model, part, payloads[first : first + BLOCKS_MAX],
-                    group=group, shard=shard, retention=retention,
+                    model, part, payloads[first : first + BLOCKS_MAX], group=group, shard=shard,
+                    retention=retention, hint=hint, copying=copying if last else None,
                 )  # fmt: skip
             except RAISED_BY_PUT:
                 if not outcomes:
@@ -369,7 +369,7 @@ class Client(RemoteNamespace):
 
     def _put_part(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
-        group: int, shard: int, retention: Retention,
+        group: int, shard: int, retention: Retention, hint: Hint, copying: Copying | None,
     ) -> PutResult:  # fmt: skip
         """One put over the connection as it is now."""
         link = self._link_for(model)
@@ -379,9 +379,9 @@ class Client(RemoteNamespace):
         try:
             port = RemotePut(
                 link, self._executor(), model.id, names,
-                group=group, shard=shard, retention=retention, tenant=model.tenant,
+                group=group, shard=shard, retention=retention, tenant=model.tenant, hint=hint,
             )  # fmt: skip
-            return upload(port, link.arena, model.layout, group, payloads)
+            return upload(port, link.arena, model.layout, group, payloads, copying=copying)
         finally:
             self._connector.arenas.leave(link)
 
@@ -392,64 +392,33 @@ class Client(RemoteNamespace):
                 self._writers = ThreadPoolExecutor(WRITERS_MAX, "twfs-write")
             return self._writers
 
+    def forget(self, model: Model, session: str) -> ByteCount:
+        """See Store.forget; NoDaemon when nobody answers."""
+        check_session(session)
+        self._link_for(model)
+        return ByteCount(self._count(ForgetSession(0, model.id, session, model.tenant), None))
+
     # LeaseHolder
 
     def held(self, token: bytes) -> bool:
         """See LeaseHolder.held; asks the kernel, not the daemon."""
-        lease, link = self._leases.get(token), self._connector.now
-        return (
-            lease is not None
-            and link is not None
-            and link.number == lease.link
-            and not self._connector.forked
-            and link.channel.alive()
-            and _boottime_s() < lease.deadline_s
-        )
+        return self._held.held(token)
 
     def release(self, token: bytes, served: Sequence[Served] = ()) -> None:
         """See LeaseHolder.release."""
-        link = self._connector.now
-        with self._lock:
-            lease = self._leases.get(token)
-            if lease is None:
-                return
-            lease.matches -= 1
-            if not lease.matches:
-                del self._leases[token]
-        if link is not None and link.number == lease.link and not self._connector.forked:
-            link.channel.tell(
-                ReleaseLease(0, token, tuple(map(astuple, served))), self._match_timeout_s
-            )
+        self._held.release(token, served)
 
     def renew(self, token: bytes) -> bool:
         """See LeaseHolder.renew."""
-        lease, link = self._leases.get(token), self._connector.now
-        if lease is None or link is None or link.number != lease.link:
-            return False
-        before_s = _boottime_s()
-        with suppress(NoDaemon):
-            reply = link.channel.call(RenewLease(0, token), self._match_timeout_s)
-            if isinstance(reply, Counted) and reply.count is not None:
-                lease.deadline_s = before_s + reply.count / 1000
-                return True
-        return False
+        return self._held.renew(token)
 
     def report(self, key: BlockKey, generation: int, outcome: ReadOutcome) -> None:
         """See LeaseHolder.report."""
-        link = self._connector.now
-        if link is not None:
-            link.stale = link.stale or outcome is ReadOutcome.DEVICE_ERROR
-            link.channel.tell(
-                ReportBlock(0, key.pack(), generation, outcome), self._match_timeout_s
-            )
+        self._held.report(key, generation, outcome)
 
     def _take_late(self, reply: AnyReply) -> None:
-        """Release the lease of a match that had been given up."""
-        link = self._connector.now
-        if isinstance(reply, LocatedBlocks) and link is not None:
-            with self._lock:
-                self._counts["late_leases"] += 1
-            link.channel.tell(ReleaseLease(0, reply.token), self._match_timeout_s)
+        """A reply that nobody waits for any more; the connector is made before who holds leases."""
+        self._held.take_late(reply)
 
     def statistics(self) -> dict[str, Any]:
         """The daemon's statistics, if it answers, and under `client` this client's own."""
@@ -459,7 +428,7 @@ class Client(RemoteNamespace):
         own = self._connector.statistics()
         with self._lock:
             own |= self._counts
-            own |= {"misses": dict(self._misses), "leases": len(self._leases)}
+            own |= {"misses": dict(self._misses), "leases": len(self._held)}
         return {**statistics, "client": own}
 
 
@@ -483,8 +452,3 @@ def _devices_of(reply: LocatedBlocks) -> list[int]:
         np.frombuffer(reply.extents, EXTENT_DTYPE, whole)["device"]
     ).tolist()
     return numbers
-
-
-def _boottime_s() -> float:
-    """Seconds since boot, suspended time included."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

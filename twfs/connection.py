@@ -21,10 +21,6 @@ from twfs.errors import LeaseEnded, ProtocolError, TooLarge, TwfsError
 from twfs.greeting import Handed, hand_out, hello_of, make_arena
 from twfs.leases import Located
 from twfs.messages import (
-    HELLO_BYTES_MAX,
-    PIECE_BYTES,
-    PROTOCOL_VERSION,
-    REQUEST_BYTES_MAX,
     AbandonPut,
     AnyReply,
     AnyRequest,
@@ -58,6 +54,7 @@ from twfs.protocol import (
     decode_request,
     encode,
     failure_of,
+    hint_of,
     key_of,
     located_to_wire,
     names_of,
@@ -67,6 +64,7 @@ from twfs.protocol import (
 from twfs.shared import OpenPut, Shared, names_asked, peer_of
 from twfs.store import ArenaBlock, Served
 from twfs.units import ModelId
+from twfs.wire import HELLO_BYTES_MAX, PIECE_BYTES, PROTOCOL_VERSION, REQUEST_BYTES_MAX
 
 log = logging.getLogger(__name__)
 
@@ -329,7 +327,8 @@ class Connection:
 
     def _touch(self, request: TouchNames) -> None:
         names, model = names_of(request.names), ModelId(request.model)
-        self._shared.warehouse.touch_blocks(model, names, request.tenant)
+        hint = hint_of(request.hint)
+        self._shared.warehouse.touch_blocks(model, names, request.tenant, hint)
 
     def _renew(self, request: RenewLease) -> AnyReply:
         term_ms = self._shared.warehouse.renew_lease(request.token, self._owned())
@@ -412,7 +411,7 @@ class Connection:
         begin = lambda: self._shared.warehouse.begin_put(  # noqa: E731
             ModelId(request.model), names_of(request.names), group=request.group,
             shard=request.shard, retention=request.retention, owner=self._owned(),
-            tenant=request.tenant,
+            tenant=request.tenant, hint=hint_of(request.hint),
         )  # fmt: skip
         put = await trio.to_thread.run_sync(begin, limiter=self._account.commits)
         number, self._next_put = self._next_put, self._next_put + 1

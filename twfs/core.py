@@ -20,6 +20,7 @@ import numpy as np
 
 from twfs import ledger, slots
 from twfs.clocks import Clock, wall_ms
+from twfs.config import Config
 from twfs.counters import Counters
 from twfs.device import Device
 from twfs.devicestates import Standings
@@ -27,6 +28,7 @@ from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed, W
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
+from twfs.limbo import Freed, Left
 from twfs.metadata import After, Job, Metadata
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
@@ -41,23 +43,6 @@ T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
 RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
-
-
-@dataclass(slots=True)
-class Freed:
-    """Extents of removed blocks, and of these the ones whose headers are to be overwritten."""
-
-    extents: list[Extent] = field(default_factory=list)
-    headers: list[Extent] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Left:
-    """A place that a block has left while pins numbered up to *last_pin* may read it."""
-
-    extents: tuple[Extent, ...]
-    last_pin: int
-    holders: int  # of these pins, how many have not ended
 
 
 @dataclass(slots=True)
@@ -76,6 +61,7 @@ class Core:
     tenants: Tenants  # of the roster; replaced whole, never changed: readers take no lock
     lock: threading.RLock  # the one that guards the standings too
     clock: Clock = wall_ms
+    config: Config = field(default_factory=Config)
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
@@ -299,7 +285,7 @@ class Core:
             self.slots.set_live(
                 block.slot, entered.key.pack(), entered.parent_slot, position=block.position,
                 units=units, now_ms=now_ms, detached=block.detached,
-                device=block.extents[0].device,
+                device=block.extents[0].device, retention=block.retention, tenant=block.tenant,
             )  # fmt: skip
 
     def leave(self, removed: ledger.Removed, *, evicted: bool) -> None:

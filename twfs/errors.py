@@ -259,3 +259,10 @@ class EqualityFailed(TwfsError):
     """The demo's loaded KV, logits or tokens differ from what was saved."""
 
     exit_code = 31
+
+
+class GivenUp(TwfsError):
+    """The caller gave a put up before its bytes were copied: it wants its memory back."""
+
+    errno = _errno.ECANCELED
+    exit_code = 60

@@ -12,9 +12,10 @@ import trio
 
 from twfs.arena import Arena
 from twfs.errors import ProtocolError, TooLarge, TwfsError
-from twfs.messages import PROTOCOL_VERSION, AnyRequest, Hello, WireDevice
+from twfs.messages import AnyRequest, Hello
 from twfs.shared import Shared
 from twfs.units import align_up
+from twfs.wire import PROTOCOL_VERSION, WireDevice
 
 if TYPE_CHECKING:
     from twfs.warehouse import Warehouse

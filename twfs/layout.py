@@ -21,6 +21,7 @@ NAME_PATTERN: Final = re.compile(rf"^[A-Za-z0-9_=][A-Za-z0-9._=-]{{0,{NAME_BYTES
 SHARDS_MAX: Final = 1024
 GROUPS_MAX: Final = 64
 LAYERS_MAX: Final = 256  # of one group: the block header has room for that many layer checksums
+FILES_NAME: Final = "files"  # the model of the mounted files' blocks: no user opens it
 DTYPE_BITS: Final[Mapping[str, int]] = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
     "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8,
@@ -65,6 +66,13 @@ def check_model_name(name: str) -> str:
     return name
 
 
+def check_own_name(name: str) -> str:
+    """Return *name* if a user may open a model of that name, else raise InvalidInput."""
+    if name == FILES_NAME:
+        raise InvalidInput(f"{name!r} cannot name a model: it is the tree of files in the mount")
+    return check_model_name(name)
+
+
 class GroupKind(StrEnum):
     """Which blocks of a group a match needs."""
 
@@ -85,6 +93,7 @@ class Arrangement(StrEnum):
     LAYER_LATENT = "layer,token,dim"  # MLA: one latent per token, no K/V pair
     LAYER_OPAQUE = "layer,bytes"  # `layer_bytes` per layer, meaning known to the engine
     OPAQUE = "bytes"  # the engine's own order; no partial reads
+    ANY_LENGTH = "bytes,any"  # of the mounted files: up to `layer_bytes`, as many as there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,7 @@ class Layout:
         needs_bytes = group.kind is GroupKind.STATE or group.arrangement in {
             Arrangement.LAYER_OPAQUE,
             Arrangement.OPAQUE,
+            Arrangement.ANY_LENGTH,
         }
         if needs_bytes and group.layer_bytes is None:
             raise InvalidInput(f"group {index} needs layer_bytes: its size has no formula")
@@ -180,8 +190,18 @@ class Layout:
         return ByteCount(math.ceil(values * DTYPE_BITS[of.dtype] / 8))
 
     def block_bytes(self, group: int = 0) -> ByteCount:
-        """Payload bytes of one block and shard of *group*: all its layers."""
+        """Payload bytes of one block and shard of *group*, all its layers: at most, if any fit."""
         return ByteCount(self.groups[group].layers * self.layer_bytes(group))
+
+    def any_length(self, group: int) -> bool:
+        """Tell whether blocks of *group* have from 1 to block_bytes, and not exactly so many."""
+        return self.groups[group].arrangement is Arrangement.ANY_LENGTH
+
+    def fits(self, group: int, payload_bytes: int) -> bool:
+        """Tell whether a block of *group* may have *payload_bytes*."""
+        if self.any_length(group):
+            return 1 <= payload_bytes <= self.block_bytes(group)
+        return payload_bytes == self.block_bytes(group)
 
     def summed_layers(self, group: int) -> int:
         """Layers that have a checksum of their own, 0 where a layer is not one run of bytes."""

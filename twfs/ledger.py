@@ -7,7 +7,7 @@ nothing but the view.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from twfs.errors import StaleEpoch
 from twfs.layout import GroupKind, Layout
@@ -47,6 +47,7 @@ class Published:
     attached: list[int] = field(default_factory=list)
     heads: HeadMoves = field(default_factory=HeadMoves)
     replaced: list[tuple[int, tuple[Extent, ...]]] = field(default_factory=list)  # slot, old place
+    also: Any = None  # the result of what else the transaction did
 
 
 @dataclass(slots=True)
@@ -401,14 +402,20 @@ def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:
 
 def set_retention(
     view: WriteView, keys: Sequence[BlockKey], alone: set[PrefixHash], rank: int
-) -> None:
-    """Give blocks the class *rank*: exactly, where *alone* says so, at least, elsewhere."""
+) -> list[tuple[int, int]]:
+    """Give blocks the class *rank*: exactly, where *alone* says so, at least, elsewhere.
+
+    Returns slot and class of those that changed.
+    """
+    changed = []
     for key in keys:
         block = view.block(key)
         if block is not None:
             wanted = rank if key.prefix_hash in alone else max(rank, block.retention)
             if wanted != block.retention:
                 view.put_block(key, replace(block, retention=wanted))
+                changed.append((int(block.slot), wanted))
+    return changed
 
 
 def next_model(

@@ -18,6 +18,7 @@ from uuid import UUID
 from twfs.arena import Arena
 from twfs.channel import Channel, greet
 from twfs.errors import InvalidInput, NoDaemon, ProtocolError, TwfsError
+from twfs.hints import NO_HINT, Hint
 from twfs.messages import (
     AbandonPut,
     AnyReply,
@@ -30,15 +31,22 @@ from twfs.messages import (
     PutDone,
     Request,
     Welcome,
-    WireDevice,
     WriteBlocks,
 )
 from twfs.prefix import Names
-from twfs.protocol import arena_block_to_wire, error_of, names_to_wire, result_of, unpack_numbers
+from twfs.protocol import (
+    arena_block_to_wire,
+    error_of,
+    hint_to_wire,
+    names_to_wire,
+    result_of,
+    unpack_numbers,
+)
 from twfs.readers.select import DeviceSource, Readers
 from twfs.store import ArenaBlock, PutResult, Retention
 from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, DeviceIndex, ModelId
+from twfs.wire import WireDevice
 
 PUT_SECONDS_MAX: Final = 60.0  # for one step of a put: a window written, a commit durable
 ATTEMPT_SECONDS: Final = 0.1  # a dead daemon is asked for this often at most
@@ -351,12 +359,15 @@ class RemotePut:
     def __init__(
         self, link: Link, executor: ThreadPoolExecutor, model: ModelId, names: Names, *,
         group: int, shard: int, retention: Retention, tenant: int = EVERYBODY,
+        hint: Hint = NO_HINT,
     ) -> None:  # fmt: skip
         self._link = link
         self._executor = executor
         self._count = len(names)
         wire = names_to_wire(names)
-        reply = link.ask(BeginPut(0, model, wire, group, shard, retention, tenant))
+        reply = link.ask(
+            BeginPut(0, model, wire, group, shard, retention, tenant, hint_to_wire(hint))
+        )
         if not isinstance(reply, PutBegun):
             raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
         self._put = reply.put

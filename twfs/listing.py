@@ -218,12 +218,16 @@ def set_retention(core: Core, model: ModelId, head: PrefixHash, retention: Reten
         alone = {core.slots.key_of(s).prefix_hash for s in slots if core.slots.links[s] <= 1}
     keys = [info.key for info in chain_of(core, model, head)]
 
-    def job(write: WriteView) -> None:
-        ledger.set_retention(write, keys, alone, retention.rank)
+    def job(write: WriteView) -> list[tuple[int, int]]:
+        return ledger.set_retention(write, keys, alone, retention.rank)
 
-    core.metadata.submit(job).result()
-    with core.lock:
-        core.changes += 1
+    def after(changed: list[tuple[int, int]]) -> None:
+        with core.lock:
+            for slot, rank in changed:
+                core.slots.retention[slot] = rank
+            core.changes += 1
+
+    core.metadata.submit(job, after).result()
 
 
 def read_block(core: Core, info: BlockInfo) -> memoryview:

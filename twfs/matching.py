@@ -13,6 +13,7 @@ import numpy.typing as npt
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import InvalidInput, LeaseEnded
+from twfs.hints import NO_HINT, Hint
 from twfs.layout import GroupKind, Layout
 from twfs.leases import Leases, Located
 from twfs.prefix import Names
@@ -315,15 +316,19 @@ def lookup_blocks(
         return gather(core, model, names, start, tenant)[0] if core.is_current(model) else start
 
 
-def touch_blocks(core: Core, model: ModelId, names: Names, tenant: int = EVERYBODY) -> None:
-    """Count a use of those of *names* that are there."""
+def touch_blocks(
+    core: Core, model: ModelId, names: Names, tenant: int = EVERYBODY, hint: Hint = NO_HINT
+) -> None:
+    """Count a use of those of *names* that are there, and note how the request ended."""
     with core.lock:
         if not core.is_current(model):
             return
         _, needed = gather(core, model, names, 0, tenant)
         used = [run.records["slot"] for run in needed if len(run.records)]
         if used:
-            core.slots.use(np.concatenate(used), core.clock())
+            slots = np.concatenate(used)
+            core.slots.use(slots, core.clock())
+            core.slots.stop[slots] = 0 if hint.stop is None else hint.stop.code
 
 
 def join_located(core: Core, token: bytes, owner: int) -> Located:

@@ -18,6 +18,7 @@ import numpy as np
 
 from twfs import enrolling, ledger, modes
 from twfs.clocks import Clock, wall_ms
+from twfs.config import Config
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standing, Standings
@@ -193,6 +194,7 @@ def open_devices(
 def open_core(
     directory: Path, *, lease_ms: int, durability: Durability = Durability.STRICT,
     wary: bool = False, degraded: bool = True, clock: Clock = wall_ms,
+    config: Config | None = None,
 ) -> Core:  # fmt: skip
     """Open everything; see Warehouse.open for what may be raised."""
     if wary:
@@ -228,7 +230,7 @@ def open_core(
         core = Core(
             directory, warehouse, metadata, Standings(lock, allocator, standings.values()),
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
-            clock,
+            clock, config or Config(),
         )  # fmt: skip
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)

@@ -14,6 +14,7 @@ from twfs.messages import (
     CheckAll,
     EvictBytes,
     ExplainNames,
+    ForgetSession,
     LookupNames,
     MatchNames,
     Operate,
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 
 # What concerns everybody's blocks, and not only the asker's.
 OPERATORS_ONLY: Final = (CheckAll, EvictBytes, Operate)
-NAMING_A_TENANT: Final = (MatchNames, LookupNames, TouchNames, BeginPut, ExplainNames)
+NAMING_A_TENANT: Final = (
+    MatchNames, LookupNames, TouchNames, BeginPut, ExplainNames, ForgetSession,
+)  # fmt: skip
 REPORTS_PER_SECOND: Final = 16.0  # each makes the daemon read a block
 REPORTS_AT_ONCE: Final = 256.0  # a device that dies under a match of many blocks
 
@@ -182,6 +185,10 @@ class Permitted:
         """See Namespace.set_retention; NoSuchBlock for another tenant's. Blocks."""
         self.chain_of(model, head)
         self._warehouse.set_retention(model, head, retention)
+
+    def forget_session(self, model: ModelId, session: str, tenant: int) -> ByteCount:
+        """See Store.forget; `permit` has seen to it that this user may act for *tenant*. Blocks."""
+        return self._warehouse.forget_session(model, session, tenant)
 
     def explain(self, model: ModelId, names: Names, *, tenant: int = EVERYBODY) -> Explanation:
         """See Namespace.explain; NotAllowed unless this user may act for *tenant*."""

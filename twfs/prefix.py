@@ -71,6 +71,13 @@ class Names:
         """The first *count* names."""
         return self.slice(0, count)
 
+    def plus(self, other: "Names") -> "Names":
+        """These names, then those of *other*."""
+        return Names(
+            self.hashes + other.hashes, self.digests + other.digests, self.parents + other.parents,
+            self.positions + other.positions, self.keys + other.keys,
+        )  # fmt: skip
+
     def slice(self, start: int, stop: int) -> "Names":
         """The names from *start* up to *stop*."""
         return Names(
@@ -209,4 +216,29 @@ def names_of_keys(root: Root, keys: Sequence[OwnKey]) -> Names:
         b"".join(parents),
         tuple(own.end_position for own in keys),
         tuple(own.key for own in keys),
+    )
+
+
+def names_of_run(
+    root: Root, keys: Sequence[bytes], parent: bytes | None, end_positions: Sequence[int]
+) -> Names:
+    """As names_of_keys, of keys each of which is the parent of the next; *parent* is the first's.
+
+    Half the work of names_of_keys. InvalidInput as there.
+    """
+    for key in (*keys, *(() if parent is None else (parent,))):
+        if not 1 <= len(key) <= KEY_BYTES_MAX:
+            raise InvalidInput(
+                f"a key of {len(key)} bytes: an engine's key has 1 to {KEY_BYTES_MAX}"
+            )
+    name, prove = xxhash.xxh3_128_digest, hashlib.sha256
+    before, proof = root.prefix_hash, root.digest
+    hashes = b"".join([name(before + key) for key in keys])
+    above = bytes(HASH_BYTES) if parent is None else name(before + parent)
+    return Names(
+        hashes,
+        b"".join([prove(proof + key).digest() for key in keys]),
+        (above + hashes)[: HASH_BYTES * len(keys)],
+        tuple(end_positions),
+        tuple(keys),
     )

@@ -15,26 +15,10 @@ import numpy.typing as npt
 
 from twfs import errors
 from twfs.errors import InvalidInput, ProtocolError, TooLarge, TwfsError
+from twfs.hints import NO_HINT, Hint
 from twfs.layout import Layout
 from twfs.leases import Located
-from twfs.messages import (
-    BLOCKS_MAX,
-    FRAME_BYTES_MAX,
-    LENGTH_BYTES,
-    REQUEST_BYTES_MAX,
-    AnyReply,
-    AnyRequest,
-    Failed,
-    LocatedBlocks,
-    PutDone,
-    Reply,
-    Request,
-    WireArenaBlock,
-    WireBlockInfo,
-    WireModel,
-    WireModelInfo,
-    WireNames,
-)
+from twfs.messages import AnyReply, AnyRequest, Failed, LocatedBlocks, PutDone, Reply, Request
 from twfs.prefix import Names
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, Block, BlockKey
 from twfs.store import (
@@ -52,6 +36,18 @@ from twfs.units import (
     Millis,
     ModelId,
     is_aligned,
+)
+from twfs.wire import (
+    BLOCKS_MAX,
+    FRAME_BYTES_MAX,
+    LENGTH_BYTES,
+    REQUEST_BYTES_MAX,
+    WireArenaBlock,
+    WireBlockInfo,
+    WireHint,
+    WireModel,
+    WireModelInfo,
+    WireNames,
 )
 
 ROWS_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024  # what else is in a LocatedBlocks takes less
@@ -153,6 +149,20 @@ def names_of(wire: WireNames) -> Names:
     return Names(
         wire.hashes, wire.digests, wire.parents, tuple(unpack_numbers(wire.positions)), wire.keys
     )
+
+
+def hint_to_wire(hint: Hint) -> WireHint | None:
+    """Return *hint* as it travels; None if it says nothing."""
+    if hint == NO_HINT:
+        return None
+    return WireHint(hint.session, hint.retention, hint.stop, hint.return_ms)
+
+
+def hint_of(wire: WireHint | None) -> Hint:
+    """Return the Hint of *wire*, which was checked when it was decoded."""
+    if wire is None:
+        return NO_HINT
+    return Hint(wire.session, wire.retention, wire.stop, wire.return_ms)
 
 
 def pack_numbers(numbers: Sequence[int]) -> bytes:

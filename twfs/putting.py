@@ -7,10 +7,9 @@ put is driven by one thread at a time, but its windows may be written by several
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,17 +26,17 @@ from twfs.errors import (
     WarehouseFull,
 )
 from twfs.evicting import keep_low_water, submit_eviction
+from twfs.hints import NO_HINT, Hint
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
+from twfs.runs import Run, plan_runs
 from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
-from twfs.tables import ModelRecord
+from twfs.tables import ModelRecord, WriteView
 from twfs.tenants import EVERYBODY
 from twfs.units import (
     ALIGN,
-    IO_BYTES_MAX,
     ByteCount,
-    ByteOffset,
     DeviceIndex,
     Digest,
     ModelId,
@@ -47,19 +46,7 @@ from twfs.units import (
 )
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
-IOVECS_MAX: Final = 1000  # below the kernel's IOV_MAX of 1024
 ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
-
-
-@dataclass(slots=True)
-class _Run:
-    """Neighbours on one device that go in one write."""
-
-    device: DeviceIndex
-    offset: ByteOffset
-    end: int
-    buffers: list[memoryview]
-    indices: list[int]
 
 
 class Put:
@@ -68,6 +55,7 @@ class Put:
     def __init__(
         self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
         retention: Retention, tenant: int = EVERYBODY, uid: int | None = None,
+        lengths: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._core = core
         self._tenant = tenant
@@ -77,7 +65,8 @@ class Put:
         self._group = group
         self._shard = shard
         self._retention = retention
-        self._payload_bytes = model.layout.block_bytes(group)
+        # Payload bytes by index: all alike, but where the layout allows any length.
+        self._lengths = lengths or (model.layout.block_bytes(group),) * len(names)
         self._layers = model.layout.summed_layers(group)
         self._pinned = np.zeros(0, np.int64)
         self._pin = 0
@@ -159,16 +148,16 @@ class Put:
                 "no device takes blocks: all are read-only, draining or offline; see `twfs device "
                 "list`, and bring one back or add one"
             )
-        need = ByteCount(ALIGN + align_up(self._payload_bytes))
+        needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
         extents: list[tuple[Extent, ...]] = []
         try:
             for _ in range(ROOM_TRIES):
                 with core.lock:
-                    wanted = min(len(lacking) - len(extents), core.room_of(self._uid) // need)
-                    got = core.allocator.reserve([need] * wanted)
-                    core.count_reserved(self._uid, need * len(got))
+                    wanted = _leading(needs[len(extents) :], core.room_of(self._uid))
+                    got = core.allocator.reserve(wanted)
+                    core.count_reserved(self._uid, sum(wanted[: len(got)]))
                     extents += got
-                    missing = need * (wanted - len(got))
+                    missing = sum(wanted[len(got) :])
                     futures = submit_eviction(core, missing) if missing else []
                 if not missing or not futures:
                     break
@@ -177,11 +166,11 @@ class Put:
             for index in lacking[len(extents) :]:
                 self._outcomes[index] = PutOutcome.NO_ROOM
             if lacking and not extents:
-                raise core.no_room(self._uid, need)
+                raise core.no_room(self._uid, needs[0])
             self._number(extents)
         except BaseException:
             with core.lock:
-                core.count_reserved(self._uid, -need * len(extents))
+                core.count_reserved(self._uid, -sum(needs[: len(extents)]))
                 for each in extents:
                     core.allocator.release(each)
             raise
@@ -196,8 +185,8 @@ class Put:
                 index: Block(
                     generations[number], inos[number], slots[number], self._parent(index),
                     self._digest(index), TokenCount(self._names.positions[index]),
-                    self._payload_bytes, Checksums(bytes(16), 0, 0), extents[number], now,
-                    self._own_key(index), self._tenant, self._retention.rank,
+                    ByteCount(self._lengths[index]), Checksums(bytes(16), 0, 0), extents[number],
+                    now, self._own_key(index), self._tenant, self._retention.rank,
                 )
                 for number, index in enumerate(self.lacking)
             }  # fmt: skip
@@ -211,7 +200,7 @@ class Put:
             end = block.arena_offset + align_up(block.payload_bytes)
             if (
                 block.index not in self._reserved
-                or block.payload_bytes != self._payload_bytes
+                or block.payload_bytes != self._lengths[block.index]
                 or block.arena_offset % ALIGN
                 or not 0 <= block.arena_offset < end <= len(arena)
             ):
@@ -223,10 +212,10 @@ class Put:
             if self._sealed:  # its extents may be somebody else's by now
                 raise InvalidInput("blocks for a put that has been published or abandoned")
             self._writing += 1
-        runs: dict[Future[None], _Run] = {}
+        runs: dict[Future[None], Run] = {}
         try:
             headers = aligned_buffer(ALIGN * max(1, len(blocks)))
-            for run in self._plan(arena, headers, blocks):
+            for run in plan_runs(self._reserved, arena, headers, blocks):
                 future = self._core.standings.write(
                     run.device, self._write_run, arena, headers, blocks, run
                 )
@@ -257,46 +246,8 @@ class Put:
             self._sealed = True
             self._changed.wait_for(lambda: not self._writing)
 
-    def _plan(
-        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock]
-    ) -> list[_Run]:
-        """Cut the blocks at their extents, and join what are neighbours on a device."""
-        parts: list[tuple[Extent, list[memoryview], int]] = []
-        for number, block in enumerate(blocks):
-            padded = align_up(block.payload_bytes)
-            start = block.arena_offset
-            arena[start + block.payload_bytes : start + padded] = bytes(
-                padded - block.payload_bytes
-            )
-            header = headers[number * ALIGN : (number + 1) * ALIGN]
-            at = start - ALIGN  # where the header would lie, were it in the arena
-            for extent in self._reserved[block.index].extents:
-                stop = at + extent.length
-                buffers = [arena[max(at, start) : stop]]
-                if at < start:
-                    buffers.insert(0, header)
-                parts.append((extent, buffers, number))
-                at = stop
-        runs: list[_Run] = []
-        for extent, buffers, number in sorted(
-            parts, key=lambda part: (part[0].device, part[0].offset)
-        ):
-            run = runs[-1] if runs else None
-            if (
-                run is None
-                or (run.device, run.end) != (extent.device, extent.offset)
-                or run.end - run.offset + extent.length > IO_BYTES_MAX
-                or len(run.buffers) + 2 > IOVECS_MAX
-            ):
-                run = _Run(extent.device, extent.offset, extent.offset, [], [])
-                runs.append(run)
-            run.buffers += buffers
-            run.indices.append(number)
-            run.end += extent.length
-        return runs
-
     def _write_run(
-        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock], run: _Run
+        self, arena: memoryview, headers: memoryview, blocks: Sequence[ArenaBlock], run: Run
     ) -> None:
         """Check the blocks that begin in *run*, make their headers, write it all."""
         whole: dict[int, Block] = {}
@@ -334,8 +285,15 @@ class Put:
             layer_sums,
         ).pack(self._core.secret)  # fmt: skip
 
-    def publish(self) -> PutResult:
-        """Flush, publish what was written, forfeit the rest; blocks until it is durable."""
+    def publish(
+        self, also: Callable[[WriteView, ledger.Published], Any] | None = None,
+        then: Callable[[Any], None] | None = None,
+    ) -> PutResult:  # fmt: skip
+        """Flush, publish what was written, forfeit the rest; blocks until it is durable.
+
+        *also* goes on in the same transaction: what it raises undoes the publish and is raised.
+        *then* gets its result right after the commit, in the writer thread.
+        """
         assert not self._sealed, "published twice"
         self._seal()
         self._flush()
@@ -347,18 +305,18 @@ class Put:
                 self._committed = True
                 self._core.enter(done, now)
                 self._settle(candidates, done)
+            if then is not None:
+                then(done.also)
+
+        def job(view: WriteView) -> ledger.Published:
+            blocks = [(self._key(index), block) for index, block in candidates]
+            done = ledger.publish(view, self._model, blocks, self._core.standings.offline)
+            done.also = None if also is None else also(view, done)
+            return done
 
         self._submitted = True
         try:
-            future: Future[ledger.Published] = self._core.metadata.submit(
-                lambda view: ledger.publish(
-                    view,
-                    self._model,
-                    [(self._key(index), block) for index, block in candidates],
-                    self._core.standings.offline,
-                ),
-                after,
-            )
+            future: Future[ledger.Published] = self._core.metadata.submit(job, after)
         except WarehouseClosed:
             self._submitted = False
             raise
@@ -448,6 +406,12 @@ class Put:
         return PutResult(outcomes, ByteCount(written))
 
 
+def _leading(needs: Sequence[ByteCount], room: int) -> list[ByteCount]:
+    """The longest leading part of *needs* that *room* bytes hold."""
+    ends = np.cumsum(needs)
+    return list(needs[: int(np.searchsorted(ends, room, "right"))])
+
+
 def _with_sums(block: Block, sums: Checksums) -> Block:
     """*block* with its checksums; dataclasses.replace costs three times as much."""
     return Block(
@@ -459,11 +423,13 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
 
 def begin_put(
     core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
-    tenant: int = EVERYBODY, uid: int | None = None,
+    tenant: int = EVERYBODY, uid: int | None = None, lengths: Sequence[int] = (),
+    hint: Hint = NO_HINT,
 ) -> Put:  # fmt: skip
     """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
 
     The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
+    *lengths* has the payload bytes of each where the layout allows any.
     StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull.
     """
     if len(names) > PUT_BLOCKS_MAX:
@@ -480,11 +446,17 @@ def begin_put(
                 f"group {group}, shard {shard} of model {record.name}: it has "
                 f"{len(layout.groups)} groups and {layout.shards} shards"
             )
+        if layout.any_length(group) != bool(lengths) or len(lengths) not in {0, len(names)}:
+            raise InvalidInput(f"{len(lengths)} lengths for {len(names)} blocks of {record.name}")
+        if not all(layout.fits(group, length) for length in lengths):
+            raise InvalidInput(
+                f"a block of {record.name} has 1 to {layout.block_bytes(group)} bytes"
+            )
         if not core.tenants.there(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
         put = Put(
-            core, record, names, group=group, shard=shard, retention=retention, tenant=tenant,
-            uid=uid,
+            core, record, names, group=group, shard=shard, retention=hint.retention or retention,
+            tenant=tenant, uid=uid, lengths=lengths,
         )  # fmt: skip
         lacking = put.compare()
         core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed

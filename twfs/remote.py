@@ -12,7 +12,6 @@ import msgspec
 
 from twfs.errors import NoDaemon, ProtocolError
 from twfs.messages import (
-    LISTED_MAX,
     AnyReply,
     AskChanges,
     AskSpace,
@@ -67,6 +66,7 @@ from twfs.store import (
 )
 from twfs.tenants import EVERYBODY, Tenant, Tenants
 from twfs.units import HASH_BYTES, ByteCount, ModelId, PrefixHash
+from twfs.wire import LISTED_MAX
 
 ASK_SECONDS_MAX: Final = 30.0  # for an answer from memory and metadata, behind a busy daemon's work
 

@@ -102,13 +102,12 @@ class Meant:
     epoch: int
     fingerprint: bytes
     shards: int
-    lengths: tuple[int, ...]  # payload bytes by group
+    layout: Layout
 
     @classmethod
     def of(cls, number: int, epoch: int, layout: Layout) -> "Meant":
         """That of the model that stands at place *number* of the roster."""
-        lengths = tuple(layout.block_bytes(group) for group in range(len(layout.groups)))
-        return cls(number, epoch, layout.fingerprint, layout.shards, lengths)
+        return cls(number, epoch, layout.fingerprint, layout.shards, layout)
 
     def complaint(self, header: Header) -> Cause | None:
         """What in *header*, which names this model, is not of it; an epoch to come is."""
@@ -117,9 +116,9 @@ class Meant:
         if header.epoch < self.epoch:
             return Cause.OLD_EPOCH
         fits = (
-            header.group < len(self.lengths)
+            header.group < len(self.layout.groups)
             and header.shard < self.shards
-            and header.block.payload_bytes == self.lengths[header.group]
+            and self.layout.fits(header.group, header.block.payload_bytes)
             and header.block.retention <= RETENTION_MAX
         )
         return None if fits else Cause.SHAPE

@@ -32,6 +32,10 @@ GROWTH_MIN: Final = 4096  # slots added at once, so that growing is rare
 
 KEY_BYTES: Final = BLOCK_KEY.size
 STAMP_BYTES: Final = 8
+ARRAYS: Final = (
+    "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
+    "retention", "tenant", "stop", "detached", "hole",
+)  # fmt: skip
 
 
 class Slots:
@@ -53,6 +57,9 @@ class Slots:
         self.units: IntArray = np.zeros(0, np.uint32)  # of 4 KiB on the devices
         self.device: IntArray = np.zeros(0, np.uint16)  # that the block begins on
         self.state: IntArray = np.zeros(0, np.uint8)
+        self.retention: IntArray = np.zeros(0, np.uint8)  # class that counts now
+        self.tenant: IntArray = np.zeros(0, np.uint16)
+        self.stop: IntArray = np.zeros(0, np.uint8)  # how the last request ended: Stop.code, or 0
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
         self._grow(GROWTH_MIN)
@@ -73,8 +80,7 @@ class Slots:
         capacity = byte_count // STAMP_BYTES
         self._map = mmap.mmap(self._heat_fd, byte_count)
         self.stamp = np.frombuffer(self._map, np.uint64)
-        for name in ("key", "parent", "children", "links", "leases", "position", "units",
-                     "device", "state", "detached", "hole"):  # fmt: skip
+        for name in ARRAYS:
             old = getattr(self, name)
             new = np.zeros(capacity, old.dtype)
             new[: len(old)] = old
@@ -109,13 +115,16 @@ class Slots:
 
     def set_live(
         self, slot: int, key: bytes, parent: int | None, *, position: int, units: int,
-        now_ms: int, detached: bool, device: int = 0,
+        now_ms: int, detached: bool, device: int = 0, retention: int = 1, tenant: int = 0,
     ) -> None:  # fmt: skip
         """Enter a block that has just been published; its parent gains a child."""
         self.key[slot] = np.void(key)
         self.position[slot] = position
         self.units[slot] = units
         self.device[slot] = device
+        self.retention[slot] = retention
+        self.tenant[slot] = tenant
+        self.stop[slot] = 0
         self.children[slot] = 0
         self.links[slot] = 0
         self.detached[slot] = detached
@@ -250,6 +259,8 @@ class Slots:
         self.position[slots] = records["position"]
         self.units[slots] = records["units"]
         self.device[slots] = records["device"]
+        self.retention[slots] = records["retention"]
+        self.tenant[slots] = records["tenant"]
         self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
         self.hole[slots] = (records["flags"] & FLAG_HOLE) != 0
         parents = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES).copy()
@@ -305,9 +316,7 @@ class Slots:
         states = np.bincount(self.state[: self._count], minlength=5)
         names = ("free", "pending", "live", "condemned", "limbo")
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
-        arrays = (self.stamp, self.key, self.parent, self.children, self.links, self.leases,
-                  self.position, self.units, self.device, self.state, self.detached,
-                  self.hole)  # fmt: skip
+        arrays = (self.stamp, *(getattr(self, name) for name in ARRAYS))
         return figures | {
             "slots_bytes": sum(array.nbytes for array in arrays),
             "failed_persists": self._failed_persists,

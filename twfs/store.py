@@ -13,6 +13,9 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from twfs.copying import Copying
+from twfs.hints import NO_HINT, Hint
+from twfs.hints import Retention as Retention  # noqa: PLC0414 - of the interface
 from twfs.layout import Layout
 from twfs.prefix import Chain, Names, Root, root_of
 from twfs.records import Block, BlockKey
@@ -23,20 +26,6 @@ from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
 Buffer = Any
 # One block's payload or destination: one buffer, or several pieces in payload order.
 Pieces = Buffer | Sequence[Buffer]
-
-
-class Retention(StrEnum):
-    """Retention classes, in the order of their numbers in records: 0 to 3."""
-
-    EPHEMERAL = "ephemeral"
-    STANDARD = "standard"
-    DURABLE = "durable"
-    PINNED = "pinned"
-
-    @property
-    def rank(self) -> int:
-        """The number in records and headers."""
-        return list(Retention).index(self)
 
 
 class Durability(StrEnum):
@@ -306,17 +295,31 @@ class Store(Protocol):
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
         """Count the blocks that match would return, without lease and without counting a use."""
 
-    def touch(self, model: Model, names: Names) -> None:
-        """Count a use of these blocks, however they were served."""
+    def touch(self, model: Model, names: Names, hint: Hint = NO_HINT) -> None:
+        """Count a use of these blocks, however they were served; one-way, nothing is waited for.
+
+        With the whole chain of a request, *hint* moves its session to the last block that is held.
+        """
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+        hint: Hint = NO_HINT, copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """Store one payload per name; returns once what it reports is durable.
 
-        Only what the store lacks is copied. InvalidInput on a payload that has not the layout's
+        *retention* is the class of a session that is new; *hint* names the session, and a class
+        in it changes that of a session which is known.
+
+        Only what the store lacks is copied; *copying* tells when that is done, long before the
+        return, and can end it. InvalidInput on a payload that has not the layout's
         block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits.
+        """
+
+    def forget(self, model: Model, session: str) -> ByteCount:
+        """Delete a session by its id, with every block that no other session uses; bytes of these.
+
+        0 if there is no such session. InvalidInput if no id looks so; NoDaemon, StaleEpoch.
         """
 
     def close(self) -> None:

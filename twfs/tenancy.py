@@ -14,7 +14,7 @@ import msgspec
 from twfs import enrolling
 from twfs.core import Core
 from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel, NotEmpty, TooLarge
-from twfs.layout import Layout, check_model_name
+from twfs.layout import Layout, check_own_name
 from twfs.operating import NoArguments, Verb, Verbs
 from twfs.records import TENANT, TENANT_OFFSET
 from twfs.roster import Roster
@@ -64,7 +64,9 @@ def open_model(core: Core, name: str, layout: Layout | None, tenant: str | None)
 
     InvalidInput, LayoutMismatch, NoSuchModel, NoSuchTenant.
     """
-    check_model_name(name)
+    check_own_name(name)
+    if layout is not None and any(layout.any_length(each) for each in range(len(layout.groups))):
+        raise InvalidInput("blocks of any length are for the mounted files only")
     number = core.tenants.number_of(tenant)
     with core.lock:
         known = core.current.get(name)

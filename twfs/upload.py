@@ -17,11 +17,12 @@ import xxhash
 
 from twfs.arena import Arena, Piece
 from twfs.checksums import flat_bytes, flat_tensor, lanes_of, loaded_torch, on_device
-from twfs.errors import InvalidInput, TooLarge
+from twfs.copying import Copying
+from twfs.errors import GivenUp, InvalidInput, TooLarge
 from twfs.layout import Layout
-from twfs.messages import WINDOW_BLOCKS_MAX
 from twfs.store import ArenaBlock, PutResult
 from twfs.units import ALIGN, ByteCount, align_up
+from twfs.wire import WINDOW_BLOCKS_MAX
 
 if TYPE_CHECKING:
     from twfs.store import Buffer, Pieces, PutPort
@@ -33,6 +34,7 @@ WRITING_MAX: Final = 4  # windows handed over and not yet answered
 PIECES_MAX: Final = 4096  # of one payload: K and V of each of 256 layers, page by page
 MASK_64: Final = (1 << 64) - 1
 LANE_BYTES: Final = 4
+GIVE_UP_SECONDS: Final = 0.05  # between two looks whether the caller has given up
 SUMMED_BYTES: Final = 1 << 20  # copied and summed in one go: fits the L2 of one core
 
 
@@ -70,22 +72,26 @@ def _byte_count(piece: "Buffer") -> int:
 
 
 def upload(
-    port: "PutPort", arena: Arena, layout: Layout, group: int, payloads: "Sequence[Pieces]"
-) -> PutResult:
+    port: "PutPort", arena: Arena, layout: Layout, group: int, payloads: "Sequence[Pieces]",
+    *, copying: Copying | None = None,
+) -> PutResult:  # fmt: skip
     """Copy the payloads that *port* lacks into *arena*, window by window, and publish.
 
     *payloads* were checked before; those that are on a GPU are read once the streams current in
     this thread have got so far. Returns when nothing is under way any more: on any exception too,
-    after which the put is abandoned. TooLarge if one block does not fit the arena.
+    after which the put is abandoned. TooLarge if one block does not fit the arena; GivenUp if
+    *copying* was given up and there is no room.
     """
+    copying = copying or Copying()
     try:
         windows = _windows_of(port.lacking, align_up(layout.block_bytes(group)), arena.byte_count)
         if any(on_device(piece) for payload in payloads for piece in pieces_of(payload)):
             arena.pin()
             _finish_streams(payloads)
-        _Upload(port, arena, layout.block_bytes(group), payloads).send(windows)
+        _Upload(port, arena, layout.block_bytes(group), payloads, copying).send(windows)
         return port.publish()
     except BaseException:
+        copying.finish()
         port.abandon()
         raise
 
@@ -127,10 +133,12 @@ class _Upload:
     """One put's windows under way; used by the thread that called upload."""
 
     def __init__(
-        self, port: "PutPort", arena: Arena, block_bytes: ByteCount, payloads: "Sequence[Pieces]"
-    ) -> None:
+        self, port: "PutPort", arena: Arena, block_bytes: ByteCount, payloads: "Sequence[Pieces]",
+        copying: Copying,
+    ) -> None:  # fmt: skip
         self._port = port
         self._arena = arena
+        self._copying = copying
         self._block_bytes = block_bytes
         self._payloads = payloads
         self._writing: deque[Future[None]] = deque()
@@ -142,6 +150,7 @@ class _Upload:
                 self._hand_over(self._fill(windows[0], self._take(windows[0])))
             elif windows:
                 self._send_with_workers(windows)
+            self._copying.finish()
             while self._writing:
                 self._writing.popleft().result()
         finally:
@@ -175,8 +184,10 @@ class _Upload:
         piece = self._arena.take(byte_count, timeout_s=0)
         while filling and piece is None:
             self._hand_over(filling.popleft().result())
-        piece = piece or self._arena.take(byte_count)
-        assert piece is not None  # without a limit of time it waits
+        while piece is None:
+            if self._copying.given_up:
+                raise GivenUp(f"no room for {byte_count} bytes before the caller wanted them back")
+            piece = self._arena.take(byte_count, timeout_s=GIVE_UP_SECONDS)
         return piece
 
     def _hand_over(self, filled: _Filled) -> None:

@@ -9,53 +9,47 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 from uuid import UUID
 
-import msgspec
 import numpy as np
 
-from twfs import check, enrolling, erasing, evicting, listing, matching, opening, putting, tenancy
+from twfs import enrolling, erasing, evicting, matching, opening, putting, tenancy
 from twfs.arena import Arena
 from twfs.clocks import Clock, wall_ms
+from twfs.config import Config, settings_of
+from twfs.copying import Copying
 from twfs.core import Core
 from twfs.device import Device
-from twfs.errors import BadPayload, DeviceError, InvalidInput, TwfsError, WarehouseClosed
+from twfs.errors import InvalidInput, TwfsError, WarehouseClosed
 from twfs.formatting import DeviceSpec
+from twfs.hints import NO_HINT, Hint, check_session
 from twfs.layout import Layout
 from twfs.leases import Located
-from twfs.listing import Mine, anyones
 from twfs.localput import LocalPort
 from twfs.match import Match
 from twfs.members import Members
-from twfs.operating import Verbs, operate
+from twfs.namespace import OpenNamespace
+from twfs.operating import Verbs
 from twfs.prefix import Names
 from twfs.putting import Put
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.scrubbing import Scrubber
 from twfs.sources import Sources
 from twfs.store import (
-    BlockInfo,
-    CheckReport,
     Durability,
-    Explanation,
     Model,
-    ModelInfo,
     Pieces,
     PutResult,
     ReadOutcome,
     Retention,
     Served,
-    SessionInfo,
-    Space,
 )
-from twfs.subject import Live
 from twfs.tables import DeviceRecord
-from twfs.tenants import EVERYBODY, Tenants
-from twfs.units import ByteCount, ModelId, PrefixHash, align_up
+from twfs.tenants import EVERYBODY
+from twfs.units import ByteCount, ModelId, align_up
 from twfs.upload import check_payloads, upload
 
 LEASE_MS: Final = 60_000
@@ -64,7 +58,7 @@ TEND_SECONDS: Final = 1.0  # expired leases are looked for this often
 PERSIST_TENDS: Final = 20  # heat reaches the disk every 20 s, so within the promised 30
 
 
-class Warehouse:
+class Warehouse(OpenNamespace):
     """See the module's docstring. Make one with `Warehouse.open`."""
 
     def __init__(self, core: Core) -> None:
@@ -101,11 +95,13 @@ class Warehouse:
     def open(
         cls, directory: Path, *, lease_ms: int = LEASE_MS, clock: Clock = wall_ms,
         durability: Durability | str = Durability.STRICT, wary: bool = False, degraded: bool = True,
+        config: Config | None = None,
     ) -> Self:  # fmt: skip
         """Open the warehouse in *directory*, exclusively; *durability* is "strict" or "relaxed".
 
         *clock* stamps uses and publishes; leases have a clock of their own.
         *wary*: let a child process read the metadata first, for LMDB ends a process on some damage.
+        *config*: the settings, by default those of the file twfs.toml in *directory*.
         Without a device that is missing, damaged, another's or read-only, which `notes` tells,
         while another takes writes; unless *degraded* is False. NoSuchWarehouse, WarehouseBusy,
         WrongDevice, CorruptSuperblock, TruncatedDevice, CorruptMetadata, FormatTooNew, ReadOnly,
@@ -113,9 +109,11 @@ class Warehouse:
         """
         if durability not in list(Durability):
             raise InvalidInput(f"durability is strict or relaxed, not {durability!r}")
+        directory = Path(directory)
         core = opening.open_core(
-            Path(directory), lease_ms=lease_ms, durability=Durability(durability), wary=wary,
+            directory, lease_ms=lease_ms, durability=Durability(durability), wary=wary,
             degraded=degraded, clock=clock,
+            config=settings_of(directory) if config is None else config,
         )  # fmt: skip
         try:
             return cls(core)
@@ -231,10 +229,6 @@ class Warehouse:
         record = enrolling.enter_model(self._core, record.name, record.layout, anew=True)
         return tenancy.model_for(self._core, record, model.tenant)
 
-    def tenants(self) -> Tenants:
-        """See Namespace.tenants."""
-        return self._core.tenants
-
     # Store
 
     def match(self, model: Model, names: Names, *, start: int = 0) -> Match:
@@ -264,13 +258,15 @@ class Warehouse:
         """See Store.lookup."""
         return self.lookup_blocks(model.id, names, start, model.tenant)
 
-    def touch(self, model: Model, names: Names) -> None:
+    def touch(self, model: Model, names: Names, hint: Hint = NO_HINT) -> None:
         """See Store.touch."""
-        self.touch_blocks(model.id, names, model.tenant)
+        self.touch_blocks(model.id, names, model.tenant, hint)
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,
+        hint: Hint = NO_HINT,
+        copying: Copying | None = None,
     ) -> PutResult:  # fmt: skip
         """See Store.put. Blocks."""
         check_payloads(model.layout, group, payloads)
@@ -279,14 +275,19 @@ class Warehouse:
         with self._using():
             put = self.begin_put(
                 model.id, names, group=group, shard=shard, retention=retention,
-                owner=self._owner, tenant=model.tenant,
+                owner=self._owner, tenant=model.tenant, hint=hint,
             )  # fmt: skip
             try:
                 arena = self._put_arena(model.layout.block_bytes(group))
             except BaseException:
                 put.abandon()
                 raise
-            return upload(LocalPort(put, arena, self._puts), arena, model.layout, group, payloads)
+            port = LocalPort(put, arena, self._puts)
+            return upload(port, arena, model.layout, group, payloads, copying=copying)
+
+    def forget(self, model: Model, session: str) -> ByteCount:
+        """See Store.forget. Blocks."""
+        return self.forget_session(model.id, session, model.tenant)
 
     def _put_arena(self, block_bytes: int) -> Arena:
         """The arena that puts copy into, made for the first."""
@@ -371,20 +372,22 @@ class Warehouse:
             return matching.lookup_blocks(self._core, model, names, start, tenant)
         return start
 
-    def touch_blocks(self, model: ModelId, names: Names, tenant: int = EVERYBODY) -> None:
+    def touch_blocks(
+        self, model: ModelId, names: Names, tenant: int = EVERYBODY, hint: Hint = NO_HINT
+    ) -> None:
         """Count a use."""
         with suppress(WarehouseClosed):
-            matching.touch_blocks(self._core, model, names, tenant)
+            matching.touch_blocks(self._core, model, names, tenant, hint)
 
     def begin_put(
         self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
-        owner: int, tenant: int = EVERYBODY,
+        owner: int, tenant: int = EVERYBODY, hint: Hint = NO_HINT,
     ) -> Put:  # fmt: skip
         """Begin a put of *owner*; see putting.begin_put. Blocks when room must be made."""
         with self._using():
             return putting.begin_put(
                 self._core, model, names, group=group, shard=shard, retention=retention,
-                tenant=tenant, uid=self._core.bounded_uid(owner),
+                tenant=tenant, uid=self._core.bounded_uid(owner), hint=hint,
             )  # fmt: skip
 
     def report_block(self, key: BlockKey, generation: int) -> bool:
@@ -392,105 +395,10 @@ class Warehouse:
         with self._using():
             return evicting.judge(self._core, key, generation)
 
-    # Namespace
-
-    def models(self) -> list[ModelInfo]:
-        """See Namespace.models."""
-        return listing.models(self._core)
-
-    def heads(
-        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000,
-        mine: Mine = anyones,
-    ) -> list[PrefixHash]:  # fmt: skip
-        """See Namespace.heads; only of the tenants that are *mine*."""
-        return listing.heads(self._core, model, after, limit, mine)
-
-    def sessions(
-        self, model: ModelId, *, after: PrefixHash | None = None, limit: int = 1000,
-        mine: Mine = anyones,
-    ) -> list[SessionInfo]:  # fmt: skip
-        """See Namespace.sessions; only of the tenants that are *mine*."""
-        return listing.sessions(self._core, model, after, limit, mine)
-
-    def detached(self, model: ModelId, *, mine: Mine = anyones) -> list[BlockKey]:
-        """See Namespace.detached; only of the tenants that are *mine*."""
-        return listing.detached(self._core, model, mine)
-
-    def chain_of(self, model: ModelId, prefix_hash: PrefixHash) -> list[BlockInfo]:
-        """See Namespace.chain_of."""
-        return listing.chain_of(self._core, model, prefix_hash)
-
-    def block_info(self, key: BlockKey) -> BlockInfo:
-        """See Namespace.block_info."""
-        return listing.block_info(self._core, key)
-
-    def read_block(self, info: BlockInfo) -> memoryview:
-        """See Namespace.read_block; a block that is lost becomes a hole. Blocks."""
-        with self._using():
-            try:
-                return listing.read_block(self._core, info)
-            except (BadPayload, DeviceError):
-                evicting.spoil(self._core, info.key, info.block.generation)
-                raise
-
-    def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
-        """See Namespace.remove. Blocks."""
-        with self._using():
-            return evicting.remove_session(self._core, model, head, below=below)
-
-    def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
-        """See Namespace.set_retention. Blocks."""
-        with self._using():
-            listing.set_retention(self._core, model, head, retention)
-
-    def evict(self, wanted_bytes: ByteCount) -> ByteCount:
-        """See Namespace.evict. Blocks."""
-        with self._using():
-            return evicting.evict(self._core, wanted_bytes)
-
-    def explain(self, model: ModelId, names: Names, *, tenant: int = EVERYBODY) -> Explanation:
-        """See Namespace.explain."""
-        return matching.explain(self._core, model, names, tenant)
-
-    def space(self) -> Space:
-        """See Namespace.space."""
-        return listing.space(self._core)
-
-    def check(self, *, data: bool = False) -> CheckReport:
-        """See Namespace.check. Blocks."""
-        with self._using():
-            return check.run(Live.of(self._core), data=data)
-
-    def operate(self, verb: str, **arguments: Any) -> Any:
-        """See Namespace.operate. Blocks."""
-        with self._using():
-            result = operate(self.verbs, verb, msgspec.json.encode(arguments))
-        return msgspec.json.decode(result)
-
-    def changes(self) -> int:
-        """See Namespace.changes."""
-        return self._core.changes
-
-    def statistics(self) -> dict[str, Any]:
-        """See Namespace.statistics."""
-        core = self._core
-        with core.lock, core.metadata.read() as view:
-            figures: dict[str, Any] = {
-                "warehouse": str(core.uuid),
-                "directory": str(core.directory),
-                "durability": str(core.metadata.durability),
-                "counters": asdict(core.counters),
-                "served": {name: asdict(served) for name, served in core.served.items()},
-                "slots": core.slots.statistics(),
-                "leases": core.leases.statistics(),
-                "allocator": asdict(core.allocator.statistics()),
-                "records": view.counts(),
-                "changes": core.changes,
-            }
-        figures["space"] = asdict(self.space())
-        figures["metadata"] = core.metadata.statistics()
-        figures["devices"] = self._members.listed()
-        figures["scrub"] = self.scrubber.status()
-        figures["readers"] = self._sources.now().statistics()
-        figures["arena"] = None if self._arena is None else self._arena.statistics()
-        return figures
+    def forget_session(
+        self, model: ModelId, session: str, tenant: int = EVERYBODY
+    ) -> ByteCount:  # see Store.forget
+        """Delete a session of *tenant* by its id. Blocks."""
+        del model, tenant
+        check_session(session)
+        return ByteCount(0)

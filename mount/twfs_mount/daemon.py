@@ -18,6 +18,7 @@ import sdnotify
 import trio
 
 from twfs import modes
+from twfs.config import load
 from twfs.errors import MountRefused, NotAllowed, TwfsError
 from twfs.importing import Importer
 from twfs.server import serve
@@ -80,6 +81,7 @@ class DaemonConfig:
     lease_ms: int = LEASE_MS
     durability: Durability = Durability.STRICT
     degraded: bool = True  # serve without devices that are missing or damaged
+    config: Path | None = None  # the settings; default DIRECTORY/twfs.toml if it is there
 
 
 class Daemon:
@@ -104,6 +106,7 @@ class Daemon:
                     durability=config.durability,
                     degraded=config.degraded,
                     wary=True,
+                    config=None if config.config is None else load(config.config),
                 )
             )
             try:

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--durability", choices=[each.value for each in Durability], default=Durability.STRICT,
         help="relaxed commits sooner, and a power cut may undo the last commit; default strict",
     )  # fmt: skip
+    add("--config", type=Path, help="settings, TOML; default DIRECTORY/twfs.toml if it is there")
     add("--no-degraded", action="store_true", help="do not start without all devices")
     add("--debug", action="store_true", help="log every refused request")
     where = made.add_mutually_exclusive_group()
@@ -116,7 +117,7 @@ def config_of(given: argparse.Namespace) -> "DaemonConfig":
     return DaemonConfig(
         given.directory.absolute(), mountpoint, socket, group=group,
         options=MountOptions(**fields), durability=Durability(given.durability),
-        degraded=not given.no_degraded, **sizes,
+        degraded=not given.no_degraded, config=given.config, **sizes,
     )  # fmt: skip
 
 

@@ -29,8 +29,6 @@ from twfs.client import Client
 from twfs.errors import InvalidInput, ProtocolError, TooLarge
 from twfs.layout import Group, Layout
 from twfs.messages import (
-    PROTOCOL_VERSION,
-    REQUEST_BYTES_MAX,
     AbandonPut,
     AnyReply,
     AskChanges,
@@ -51,7 +49,6 @@ from twfs.messages import (
     RenewLease,
     Request,
     Welcome,
-    WireArenaBlock,
     WriteBlocks,
 )
 from twfs.protocol import (
@@ -67,6 +64,7 @@ from twfs.protocol import (
 from twfs.shared import CLIENTS_MAX
 from twfs.store import Model, PutOutcome, Retention
 from twfs.units import ALIGN
+from twfs.wire import PROTOCOL_VERSION, REQUEST_BYTES_MAX, WireArenaBlock
 
 LAYOUT = Layout("m", (Group(2, 2, 8),), 16)
 ARENA_BYTES = 64 * ALIGN

@@ -20,8 +20,6 @@ from twfs.errors import TwfsError
 from twfs.leases import Located
 from twfs.match import Match
 from twfs.messages import (
-    HELLO_BYTES_MAX,
-    LENGTH_BYTES,
     AnyReply,
     AskChanges,
     AskSpace,
@@ -60,8 +58,6 @@ from twfs.messages import (
     RetainSession,
     TouchNames,
     Welcome,
-    WireArenaBlock,
-    WireDevice,
     WriteBlocks,
 )
 from twfs.permitting import Permitted
@@ -92,6 +88,7 @@ from twfs.remote import RemoteNamespace
 from twfs.shared import names_asked
 from twfs.store import LeaseHolder, Model, ReadOutcome, Retention, Served
 from twfs.units import ByteCount, ModelId
+from twfs.wire import HELLO_BYTES_MAX, LENGTH_BYTES, WireArenaBlock, WireDevice
 
 ARENA_BYTES: Final = 1 << 20
 SIZES: Final = {0: 16 << 20}

@@ -22,9 +22,10 @@ from support.warehouses import (
     read_all,
     settle,
 )
-from twfs.core import Core, Freed
+from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import DeviceError, InvalidInput, NoSuchBlock, NoSuchModel
+from twfs.limbo import Freed
 from twfs.rebuild import rebuild
 from twfs.units import ALIGN, ByteOffset
 from twfs.warehouse import Warehouse

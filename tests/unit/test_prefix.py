@@ -14,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twfs.errors import InvalidInput
-from twfs.prefix import Chain, Names, OwnKey, Root, names_of_keys, root_of, tokens_to_bytes
+from twfs.prefix import (
+    Chain,
+    Names,
+    OwnKey,
+    Root,
+    names_of_keys,
+    names_of_run,
+    root_of,
+    tokens_to_bytes,
+)
 from twfs.units import KEY_BYTES_MAX
 
 ROOT = root_of(bytes(32), 0)
@@ -149,3 +158,19 @@ def test_empty_and_long_own_keys_are_refused(count: int) -> None:
         names_of_keys(ROOT, [OwnKey(bytes(count))])
     with pytest.raises(InvalidInput, match=f"key of {count} bytes"):
         names_of_keys(ROOT, [OwnKey(b"k", bytes(count))])
+
+
+@given(st.integers(0, 8), st.integers(0, 8))
+def test_a_run_of_keys_has_the_names_of_its_keys(start: int, count: int) -> None:
+    keys = [bytes([number + 1]) * 32 for number in range(start + count)]
+    chain = [OwnKey(k, keys[i - 1] if i else None, 16 * (i + 1)) for i, k in enumerate(keys)]
+    ends = [16 * (i + 1) for i in range(start, start + count)]
+    run = names_of_run(ROOT, keys[start:], keys[start - 1] if start else None, ends)
+    assert run == names_of_keys(ROOT, chain[start:])
+    assert names_of_keys(ROOT, chain[:start]).plus(run) == names_of_keys(ROOT, chain)
+
+
+def test_a_run_refuses_keys_as_names_of_keys_does() -> None:
+    for keys, parent in (([b""], None), ([b"k" * 65], None), ([b"k"], b"")):
+        with pytest.raises(InvalidInput, match="an engine's key has"):
+            names_of_run(ROOT, keys, parent, [16])

@@ -11,13 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twfs import errors, messages, protocol
+from twfs import errors, messages, protocol, wire
 from twfs.errors import InvalidInput, NoDaemon, ProtocolError, TooLarge, TwfsError, WarehouseFull
 from twfs.layout import Group, Layout
 from twfs.messages import (
-    BLOCKS_MAX,
-    FRAME_BYTES_MAX,
-    REQUEST_BYTES_MAX,
     AnyReply,
     AnyRequest,
     Failed,
@@ -27,8 +24,6 @@ from twfs.messages import (
     Piece,
     PutDone,
     Request,
-    WireArenaBlock,
-    WireNames,
     WriteBlocks,
 )
 from twfs.prefix import Names, OwnKey, names_of_keys, root_of
@@ -49,6 +44,7 @@ from twfs.units import (
     Slot,
     TokenCount,
 )
+from twfs.wire import BLOCKS_MAX, FRAME_BYTES_MAX, REQUEST_BYTES_MAX, WireArenaBlock, WireNames
 
 LAYOUT = Layout("m", (Group(2, 2, 8),), 16)
 MODEL = Model(ModelId(3), "m", 1, LAYOUT)
@@ -59,7 +55,7 @@ def names_of_tokens(blocks: int) -> Names:
 
 
 def body_of(frame: bytearray) -> bytes:
-    return bytes(frame[messages.LENGTH_BYTES :])
+    return bytes(frame[wire.LENGTH_BYTES :])
 
 
 def info_of(payload_bytes: int = 5) -> BlockInfo:

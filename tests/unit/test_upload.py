@@ -4,6 +4,7 @@ Whatever goes wrong, the put is abandoned and no piece of the arena stays taken.
 """
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
@@ -14,12 +15,13 @@ import torch
 
 from twfs.arena import Arena
 from twfs.checksums import checksums_of
-from twfs.errors import InvalidInput, NoDaemon, TooLarge
+from twfs.copying import Copying
+from twfs.errors import GivenUp, InvalidInput, NoDaemon, TooLarge
 from twfs.layout import Arrangement, Group, Layout
-from twfs.messages import WINDOW_BLOCKS_MAX
 from twfs.store import ArenaBlock, PutOutcome, PutResult
 from twfs.units import ALIGN, ByteCount, align_up
 from twfs.upload import WINDOWS_PER_ARENA, check_payloads, pieces_of, upload
+from twfs.wire import WINDOW_BLOCKS_MAX
 
 
 def layout_of(block_bytes: int) -> Layout:
@@ -243,3 +245,37 @@ def test_uploads_that_share_a_small_arena_do_not_wait_for_each_other_forever(
     with ThreadPoolExecutor(6) as pool:
         results = [future.result(60) for future in [pool.submit(one) for _ in range(6)]]
     assert [len(result.outcomes) for result in results] == [12] * 6
+
+
+def test_copying_ends_before_the_bytes_are_published(
+    arena: Arena, executor: ThreadPoolExecutor
+) -> None:
+    port = MemoryPort(arena, range(20), executor)
+    published: list[int] = []
+    copying = Copying(lambda: published.append(port.published))
+    upload(port, arena, layout_of(100), 0, random_payloads(20, 100), copying=copying)
+    assert published == [0]
+    assert copying.wait(0)
+
+
+def test_a_put_that_is_given_up_stops_waiting_for_room(
+    arena: Arena, executor: ThreadPoolExecutor
+) -> None:
+    hogged = arena.take(arena.byte_count)
+    assert hogged is not None
+    port = MemoryPort(arena, [0], executor)
+    copying = Copying()
+    upload_of = ThreadPoolExecutor(1)
+    put = upload_of.submit(
+        upload, port, arena, layout_of(100), 0, random_payloads(1, 100), copying=copying
+    )
+    while not arena.statistics()["waits"]:
+        time.sleep(0.001)
+    assert not copying.wait(0)
+    copying.give_up()
+    with pytest.raises(GivenUp):
+        put.result()
+    assert copying.wait(0)
+    assert (port.published, port.abandoned) == (0, 1)
+    hogged.release()
+    upload_of.shutdown()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from twfs.errors import InvalidInput
-from twfs.layout import Layout, check_model_name
+from twfs.layout import Layout, check_own_name
 from twfs.store import ModelInfo
 from twfs_tools.output import JsonFlag, age, print_json, print_table, say, size
 from twfs_tools.target import SocketOption, WarehouseArgument, model_named, opened
@@ -52,7 +52,7 @@ def create_model(
     as_json: JsonFlag = False,
 ) -> None:
     """Make a model with a layout; the same layout again changes nothing."""
-    check_model_name(name)
+    check_own_name(name)
     wanted = read_layout(layout)
     with opened(warehouse, socket) as store:
         was_there = any(info.name == name for info in store.models())

@@ -36,6 +36,7 @@ def daemon_command(
     durability: Durability = Durability.STRICT,
     degraded: bool = True,
     group: str | None = None,
+    config: Path | None = None,
 ) -> list[str]:
     """Return the command line of the daemon; without *mountpoint* it serves its socket alone."""
     command = [sys.executable, "-m", "twfs_mount.main", str(directory)]
@@ -50,6 +51,8 @@ def daemon_command(
         command += ["--arena-bytes", str(arena_bytes)]
     if durability is not Durability.STRICT:
         command += ["--durability", durability]
+    if config is not None:
+        command += ["--config", str(config)]
     if not degraded:
         command += ["--no-degraded"]
     return command

@@ -38,6 +38,10 @@ GroupOption = Annotated[
     str | None,
     typer.Option("--group", help="Whose members use it; default: as `twfs create --group` said."),
 ]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings, TOML; default DIRECTORY/twfs.toml if it is there."),
+]
 MountOptions = Annotated[
     str, typer.Option("-o", help="ro, allow_other, uid=, gid=, group=, file_mode=, dir_mode=.")
 ]
@@ -56,6 +60,7 @@ def serve(
     group: GroupOption = None,
     no_mount: Annotated[bool, typer.Option("--no-mount", help="Serve the socket alone.")] = False,
     degraded: DegradedFlag = True,
+    config: ConfigOption = None,
 ) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C ends it."""
     if no_mount and mountpoint is not None:
@@ -64,7 +69,7 @@ def serve(
         daemon_command(
             directory, mountpoint, options=options, socket=socket, group=group,
             arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
-            degraded=degraded,
+            degraded=degraded, config=config,
         )
     )  # fmt: skip
 
@@ -88,13 +93,14 @@ def mount(
         typer.Option("--foreground/--background", help="Stay, or come back once it is mounted."),
     ] = False,
     degraded: DegradedFlag = True,
+    config: ConfigOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Start the daemon with a mount; its log is DIRECTORY/daemon.log when in the background."""
     command = daemon_command(
         directory, mountpoint, options=options, socket=socket, group=group,
         arena_bytes=parse_size(arena) if arena is not None else None, durability=durability,
-        degraded=degraded,
+        degraded=degraded, config=config,
     )  # fmt: skip
     if foreground:
         _become(command)

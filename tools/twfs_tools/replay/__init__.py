@@ -1,0 +1,1 @@
+"""`twfs replay`: public traces of real sessions, through the real warehouse."""

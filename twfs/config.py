@@ -1,0 +1,109 @@
+"""The settings of a warehouse: one TOML file, `twfs.toml` in its directory, read when it is opened.
+
+Everything has a default, so that no file is needed. What is unknown or malformed is refused in a
+sentence: a setting that was misspelt must not be the default in silence. A section belongs to the
+module that acts on it; it is checked here, where it enters.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from twfs.errors import InvalidInput
+from twfs.hints import Retention
+from twfs.units import Millis
+
+CONFIG_FILE: Final = "twfs.toml"
+CONFIG_BYTES_MAX: Final = 1 << 20  # a bound for what parsing may take; thousands of lines
+UNIT_MS: Final = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
+_DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
+
+Duration = Annotated[str, Meta(max_length=16)]  # "90s", "1h", "30d"; "never"
+Share = Annotated[float, Meta(ge=0, le=1)]  # of the space of all devices
+
+
+class Class(Struct, frozen=True, forbid_unknown_fields=True):
+    """One retention class; what is not given is the default of that class."""
+
+    ttl: Duration | None = None
+    share: Share | None = None
+
+
+class RetentionSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[retention.*]: how long what is kept, and how much of it."""
+
+    ephemeral: Class = Class()
+    standard: Class = Class()
+    durable: Class = Class()
+    pinned: Class = Class()
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """All of the file."""
+
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
+
+
+DEFAULT_TTL: Final = {
+    Retention.EPHEMERAL: "1h",
+    Retention.STANDARD: "never",
+    Retention.DURABLE: "30d",
+    Retention.PINNED: "never",
+}
+DEFAULT_SHARE: Final = {
+    Retention.EPHEMERAL: 1.0,
+    Retention.STANDARD: 1.0,
+    Retention.DURABLE: 1.0,
+    Retention.PINNED: 0.5,  # so that a put of others finds room, whatever has been pinned
+}
+
+
+def duration_ms(text: str) -> Millis | None:
+    """The milliseconds of "90s", "15m", "1h", "30d" or "2w"; None for "never". InvalidInput."""
+    if text == "never":
+        return None
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise InvalidInput(
+            f"{text!r} is no duration: write a whole number and s, m, h, d or w, or never"
+        )
+    return Millis(int(match[1]) * UNIT_MS[match[2]])
+
+
+def parse(data: bytes, where: str = CONFIG_FILE) -> Config:
+    """The settings in *data*, TOML; InvalidInput says what of it is wrong, and *where*."""
+    if len(data) > CONFIG_BYTES_MAX:
+        raise InvalidInput(f"{where} has {len(data)} bytes; at most {CONFIG_BYTES_MAX} are read")
+    try:
+        config = msgspec.toml.decode(data, type=Config)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise InvalidInput(f"{where}: {error}") from error
+    for retention in Retention:
+        given: Class = getattr(config.retention, retention)
+        if given.ttl is not None:
+            try:
+                duration_ms(given.ttl)
+            except InvalidInput as error:
+                raise InvalidInput(f"{where}: [retention.{retention}] ttl: {error}") from error
+    if config.retention.pinned.ttl not in {None, "never"}:
+        raise InvalidInput(f"{where}: [retention.pinned] has a ttl, but pinned blocks never go")
+    return config
+
+
+def load(path: Path) -> Config:
+    """The settings in the file at *path*; InvalidInput if it cannot be read or understood."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}") from error
+    return parse(data, str(path))
+
+
+def settings_of(directory: Path) -> Config:
+    """The settings of the warehouse in *directory*: those of its file, else the defaults."""
+    path = directory / CONFIG_FILE
+    return load(path) if path.exists() else Config()

@@ -1,0 +1,33 @@
+"""How far a put is with reading the caller's memory, which an engine wants back soon.
+
+Not a place for the copying itself, which is in upload.py.
+"""
+
+import threading
+from collections.abc import Callable
+
+
+class Copying:
+    """How far a put is with reading its payloads, for a caller who needs their memory again.
+
+    Thread-safe. Once `done`, the payloads are read no more; what is stored goes on.
+    """
+
+    def __init__(self, when_done: Callable[[], None] = lambda: None) -> None:
+        self._when_done = when_done
+        self._done = threading.Event()
+        self.given_up = False  # the put ends with PutGivenUp where it next waits for room
+
+    def give_up(self) -> None:
+        """Let the put fail rather than wait for room in the arena; `done` comes soon then."""
+        self.given_up = True
+
+    def finish(self) -> None:
+        """Say that the payloads are read no more; called by whoever puts. Idempotent."""
+        if not self._done.is_set():
+            self._done.set()
+            self._when_done()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until `done`; False after *timeout_s* seconds."""
+        return self._done.wait(timeout_s)
