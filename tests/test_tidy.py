@@ -18,7 +18,7 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("clocks", "counters", "operating", "tenants"),
+    ("charges", "clocks", "counters", "operating", "tenants"),
     ("copying", "secret"),
     ("hints", "layout", "prefix", "records"),
     ("config", "store"),
@@ -36,8 +36,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("match", "upload"),
     ("devicestates",),
     ("core", "sources"),
-    ("enrolling", "ranking"),
-    ("evicting", "listing", "matching", "opening", "tenancy"),
+    ("enrolling", "quotas", "ranking"),
+    ("evicting", "listing", "matching", "opening"),
+    ("metering", "reserving", "tenancy"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
     ("scanning",),
     ("survivors",),
@@ -65,8 +66,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tree",),
     ("__init__",),
     ("engines",),
-    ("engines.keyed", "engines.transformers"),
-    ("engines.lmcache",),
+    ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
+    ("engines.finding", "engines.keyed"),
+    ("engines.transfers",),
+    ("engines.lmcache", "engines.transformers"),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 

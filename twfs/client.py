@@ -25,6 +25,7 @@ from twfs.errors import (
     NoDaemon,
     NoSuchModel,
     ProtocolError,
+    QuotaExceeded,
     StaleEpoch,
     TooLarge,
     TwfsError,
@@ -355,10 +356,12 @@ class Client(RemoteNamespace):
                     model, part, payloads[first : first + BLOCKS_MAX], group=group, shard=shard,
                     retention=retention, hint=hint, copying=copying if last else None,
                 )  # fmt: skip
-            except RAISED_BY_PUT:
+            except RAISED_BY_PUT as error:
                 if not outcomes:
                     raise
-                result = PutResult((PutOutcome.NO_ROOM,) * len(part), ByteCount(0))
+                over = isinstance(error, QuotaExceeded)
+                why = PutOutcome.OVER_QUOTA if over else PutOutcome.NO_ROOM
+                result = PutResult((why,) * len(part), ByteCount(0))
             except TwfsError as error:
                 with self._lock:
                     self._misses[f"put: {_cause_of(error)}"] += 1

@@ -19,12 +19,13 @@ from uuid import UUID
 import numpy as np
 
 from twfs import ledger, slots
+from twfs.charges import Charges
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config
 from twfs.counters import Counters
 from twfs.device import Device
 from twfs.devicestates import Standings
-from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed, WarehouseFull
+from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
@@ -42,7 +43,6 @@ from twfs.units import ALIGN, Generation, Ino, Millis, ModelId
 T = TypeVar("T")
 
 NUMBERS_AHEAD: Final = 1 << 20  # generations and inodes made durable at once
-RESERVED_PARTS: Final = 4  # of the space for puts of one user: never all that others need
 
 
 @dataclass(slots=True)
@@ -76,6 +76,7 @@ class Core:
     reserved_of: Counter[int] = field(default_factory=Counter)  # the same bytes by uid
     puts_of: Counter[int] = field(default_factory=Counter)  # puts under way by tenant
     evicting: int = 0  # background transactions under way
+    trimming: Counter[int] = field(default_factory=Counter)  # the same for quotas, by tenant
     _next_generation: int = 0
     _next_ino: int = 0
     _numbers_end: int = 0
@@ -121,30 +122,17 @@ class Core:
             uid = self.leases.uid_of(owner)
         return None if uid in self.tenants.operators else uid
 
-    def room_of(self, uid: int | None) -> int:
-        """What the puts of *uid* may reserve more; None is bounded by the space alone."""
-        total = self.allocator.total_bytes
-        if uid is None:
-            return total
-        return max(0, total // RESERVED_PARTS - self.reserved_of[uid])
+    @property
+    def charges(self) -> Charges:
+        """Who is charged for how much."""
+        return self.slots.charges
 
-    def count_reserved(self, uid: int | None, byte_count: int) -> None:
-        """Add to what is reserved, on the account of *uid* too. Hold the lock."""
+    def count_reserved(self, uid: int | None, tenant: int, byte_count: int) -> None:
+        """Add to what is reserved, on the accounts of *uid* and *tenant* too. Hold the lock."""
         self.reserved_bytes += byte_count
+        self.charges.reserved[tenant] += byte_count
         if uid is not None:
             self.reserved_of[uid] += byte_count
-
-    def no_room(self, uid: int | None, need: int) -> WarehouseFull:
-        """The error that says why not one block of *need* bytes can be reserved."""
-        if self.room_of(uid) < need:
-            return WarehouseFull(
-                f"uid {uid} has {self.reserved_of[uid or 0]} bytes reserved for puts under way, "
-                f"and one user may have 1/{RESERVED_PARTS} of the space: end some"
-            )
-        return WarehouseFull(
-            f"no room for a block of {need} bytes: {self.allocator.free_bytes} bytes are free "
-            "and nothing may be evicted; release leases or add a device"
-        )
 
     def is_current(self, model_id: ModelId) -> bool:
         """Tell whether *model_id* is the present epoch of a model."""
@@ -277,15 +265,17 @@ class Core:
         block = entered.block
         units = block.device_bytes // ALIGN
         if entered.filled:
-            self.slots.device[block.slot] = block.extents[0].device
-            self.slots.units[block.slot] = units
-            self.slots.hole[block.slot] = False
+            self.slots.fill(
+                block.slot, units=units, device=block.extents[0].device, payer=block.charged,
+                retention=block.retention,
+            )  # fmt: skip
             self.slots.use([block.slot], now_ms)
         else:
             self.slots.set_live(
                 block.slot, entered.key.pack(), entered.parent_slot, position=block.position,
                 units=units, now_ms=now_ms, detached=block.detached,
                 device=block.extents[0].device, retention=block.retention, tenant=block.tenant,
+                payer=block.charged,
             )  # fmt: skip
 
     def leave(self, removed: ledger.Removed, *, evicted: bool) -> None:

@@ -18,6 +18,8 @@ class Counters:
     collisions: int = 0
     failed_blocks: int = 0
     no_room_blocks: int = 0
+    over_quota_blocks: int = 0
+    refused_puts: int = 0  # not one block fitted into the tenant's quota
     written_bytes: int = 0
     evicted_blocks: int = 0
     evicted_bytes: int = 0

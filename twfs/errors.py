@@ -110,6 +110,13 @@ class WarehouseFull(TwfsError):
     exit_code = 14
 
 
+class QuotaExceeded(WarehouseFull):
+    """A tenant is at its quota, and nothing of its own may be evicted to make room for a put."""
+
+    errno = _errno.EDQUOT
+    exit_code = 42
+
+
 class LayoutMismatch(TwfsError):
     """A model was opened with a layout that is not its own."""
 

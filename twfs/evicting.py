@@ -13,12 +13,12 @@ from typing import Final
 
 import numpy as np
 
-from twfs import ledger
+from twfs import ledger, quotas
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.payload import read_payload
-from twfs.ranking import NEVER, Ranks, ranks
+from twfs.ranking import NEVER, STANDARD, Ranks, ranks
 from twfs.records import Block, BlockKey
 from twfs.scoring import Scores
 from twfs.slots import IntArray, Slots
@@ -57,24 +57,52 @@ def low_water_bytes(core: Core) -> int:
     return min(core.allocator.allotted_bytes // LOW_WATER_PARTS, LOW_WATER_BYTES_MAX)
 
 
-def choose_victims(core: Core, wanted_bytes: int) -> list[int]:
+def choose_victims(core: Core, wanted_bytes: int, payer: int | None = None) -> list[int]:
     """Condemn slots worth *wanted_bytes*, in the order they are to go. Hold the lock.
 
-    Least rank first, then least score; among equals the deepest. A parent follows its last child
-    within the same choice, in its turn.
+    What no match reaches first, then blocks of the tenants that hold most for their weight (see
+    quotas.py), or with *payer* only what that tenant is charged for. Of each, least rank first,
+    then least score; among equals the deepest. A parent follows its last child within the same
+    choice, in its turn.
     """
     core.expire()
     leaves, slots = core.slots.leaves(), core.slots
     order = Order.of(core)
+    if payer is not None:
+        mine = leaves[slots.payer[leaves] == payer]
+        return _choose(core, mine, order, bytes_max=wanted_bytes, payer=payer)
     victims: list[int] = []
     offline = list(core.standings.offline)
     if offline:  # they make no room, and would be missed when their device is back
         there = leaves[~np.isin(slots.device[leaves], offline)]
-        victims = _choose(core, there, order, bytes_max=wanted_bytes)
+        victims = _choose_fairly(core, there, order, wanted_bytes)
         wanted_bytes -= _room_bytes(core, victims)
         leaves = slots.leaves()
     if wanted_bytes > 0:
-        victims += _choose(core, leaves, order, bytes_max=wanted_bytes)
+        victims += _choose_fairly(core, leaves, order, wanted_bytes)
+    return victims
+
+
+def _choose_fairly(core: Core, leaves: IntArray, order: Order, wanted_bytes: int) -> list[int]:
+    """Choose of *leaves* so that tenants give way by their weights; see quotas.py."""
+    slots = core.slots
+    useless = leaves[order.rank[leaves] < STANDARD]
+    victims = _choose(core, useless, order, bytes_max=wanted_bytes) if len(useless) else []
+    wanted_bytes -= _room_bytes(core, victims)
+    shares = dict(quotas.givers(core, wanted_bytes)) if wanted_bytes > 0 else {}
+    if shares:
+        apart = dict(quotas.by_payer(slots.payer, leaves[slots.state[leaves] == states.LIVE]))
+        for tenant, share in shares.items():
+            mine = apart.get(tenant)
+            if mine is not None and wanted_bytes > 0:
+                found = _choose(
+                    core, mine, order, bytes_max=min(share, wanted_bytes), payer=tenant
+                )  # fmt: skip
+                victims += found
+                wanted_bytes -= _room_bytes(core, found)
+    if wanted_bytes > 0:  # all are of one tenant, or those above the rest may not go
+        left = leaves[slots.state[leaves] == states.LIVE]
+        victims += _choose(core, left, order, bytes_max=wanted_bytes)
     return victims
 
 
@@ -87,13 +115,16 @@ def _room_bytes(core: Core, victims: list[int]) -> int:
 
 def _choose(
     core: Core, leaves: IntArray, order: Order, *, bytes_max: int = 1 << 62,
-    blocks_max: int = 1 << 62,
+    blocks_max: int = 1 << 62, payer: int | None = None,
 ) -> list[int]:  # fmt: skip
-    """Condemn *leaves*, and parents that become leaves, in *order*, until one limit is reached."""
+    """Condemn *leaves*, and parents that become leaves, in *order*, until one limit is reached.
+
+    With *payer* the bytes are of its account, and no parent of another's goes.
+    """
     slots = core.slots
     rising: list[_Turn] = []  # parents whose last child has been condemned here
     missing: dict[int, int] = {}
-    dry = core.standings.dry if core.allocator.allotted_bytes else frozenset()
+    dry = core.standings.dry if core.allocator.allotted_bytes and payer is None else frozenset()
     victims: list[int] = []
     freed = 0
     turns = _in_turn(slots, leaves, order)
@@ -113,7 +144,8 @@ def _choose(
         if parent == states.NONE:
             continue
         missing[parent] = missing.get(parent, int(slots.children[parent])) - 1
-        if missing[parent] == 0 and _may_go(slots, parent, order):
+        others = payer is not None and slots.payer[parent] != payer
+        if missing[parent] == 0 and not others and _may_go(slots, parent, order):
             turn = (
                 int(order.rank[parent]), float(order.score[parent]),
                 -int(slots.position[parent]), parent,
@@ -152,11 +184,14 @@ def _in_turn(slots: Slots, leaves: IntArray, order: Order) -> Iterator[_Turn]:
 
 
 def submit_eviction(
-    core: Core, wanted_bytes: int, *, erase: bool = False
+    core: Core, wanted_bytes: int, *, erase: bool = False, payer: int | None = None
 ) -> "list[Future[ledger.Removed]]":
-    """Choose victims and queue their removal; one future per transaction."""
+    """Choose victims, with *payer* of that tenant's, and queue their removal.
+
+    One future per transaction.
+    """
     with core.lock:
-        keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes)]
+        keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes, payer)]
         # One model's together, or victims of two models by turns would be a transaction each.
         keys.sort(key=lambda key: key.model)
         return submit_condemned(core, keys, evicted=True, erase=erase)
@@ -215,6 +250,28 @@ def keep_low_water(core: Core) -> None:
 def _one_done(core: Core) -> None:
     with core.lock:
         core.evicting -= 1
+
+
+def keep_quota(core: Core, tenant: int) -> None:
+    """Begin to evict of *tenant* in the background if its quota is nearly used up, or was cut."""
+
+    def done(_: object) -> None:
+        with core.lock:
+            core.trimming[tenant] -= 1
+
+    with core.lock:
+        above = quotas.above_low_water_bytes(core, tenant)
+        if above and not core.trimming[tenant]:
+            futures = submit_eviction(core, above, payer=tenant)
+            core.trimming[tenant] += len(futures)
+            for future in futures:
+                future.add_done_callback(done)
+
+
+def keep_quotas(core: Core) -> None:
+    """keep_quota of all tenants."""
+    for tenant in core.tenants:
+        keep_quota(core, tenant.id)
 
 
 def remove_session(
@@ -353,8 +410,7 @@ def forget(core: Core, lost: Sequence[tuple[BlockKey, int]]) -> int:
         with core.lock:
             for before in spoilt:
                 core.counters.holes += 1
-                core.slots.units[before.slot] = 0
-                core.slots.hole[before.slot] = True
+                core.slots.spoil(before.slot)
             core.changes += 1
 
     return len(core.metadata.submit(job, after).result())

@@ -224,7 +224,7 @@ def set_retention(core: Core, model: ModelId, head: PrefixHash, retention: Reten
     def after(changed: list[tuple[int, int]]) -> None:
         with core.lock:
             for slot, rank in changed:
-                core.slots.retention[slot] = rank
+                core.slots.classify([slot], rank)
             core.changes += 1
 
     core.metadata.submit(job, after).result()

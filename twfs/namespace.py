@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from twfs import check, evicting, listing, matching
+from twfs import check, evicting, listing, matching, metering
 from twfs.arena import Arena
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError
@@ -137,6 +137,7 @@ class OpenNamespace:
                 "allocator": asdict(core.allocator.statistics()),
                 "records": view.counts(),
                 "changes": core.changes,
+                "tenants": metering.figures(core),
             }
         figures["space"] = asdict(self.space())
         figures["metadata"] = core.metadata.statistics()

@@ -205,7 +205,7 @@ def open_core(
         warehouse = metadata.warehouse()
         standings = open_devices(directory, metadata, undo, degraded=degraded)
         devices = [each.device for each in standings.values() if each.device is not None]
-        slots = Slots(directory / HEAT_FILE)
+        slots = Slots(directory / HEAT_FILE, clock)
         undo.callback(slots.close)
         with metadata.read() as view:
             units = sum(each.record.data_area[1] // ALIGN for each in standings.values())
@@ -298,3 +298,4 @@ def load_slots(view: ReadView, slots: Slots, units: int) -> None:
         block = view.block(BlockKey.unpack(packed))
         assert block is not None
         slots.units[block.slot] = block.device_bytes // ALIGN
+    slots.charge_all()

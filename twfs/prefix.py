@@ -9,6 +9,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -71,13 +72,6 @@ class Names:
         """The first *count* names."""
         return self.slice(0, count)
 
-    def plus(self, other: "Names") -> "Names":
-        """These names, then those of *other*."""
-        return Names(
-            self.hashes + other.hashes, self.digests + other.digests, self.parents + other.parents,
-            self.positions + other.positions, self.keys + other.keys,
-        )  # fmt: skip
-
     def slice(self, start: int, stop: int) -> "Names":
         """The names from *start* up to *stop*."""
         return Names(
@@ -87,6 +81,17 @@ class Names:
             self.positions[start:stop],
             self.keys[start:stop],
         )
+
+
+def joined(parts: Sequence[Names]) -> Names:
+    """The names of *parts*, one behind the other."""
+    return Names(
+        b"".join(part.hashes for part in parts),
+        b"".join(part.digests for part in parts),
+        b"".join(part.parents for part in parts),
+        tuple(chain.from_iterable(part.positions for part in parts)),
+        tuple(chain.from_iterable(part.keys for part in parts)),
+    )
 
 
 def check_names(names: Names) -> None:

@@ -8,12 +8,12 @@ put is driven by one thread at a time, but its windows may be written by several
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger
+from twfs import ledger, reserving
 from twfs import slots as states
 from twfs.checksums import host_sums_of
 from twfs.core import Core
@@ -23,9 +23,8 @@ from twfs.errors import (
     NoSuchTenant,
     TooLarge,
     WarehouseClosed,
-    WarehouseFull,
 )
-from twfs.evicting import keep_low_water, submit_eviction
+from twfs.evicting import keep_low_water, keep_quota
 from twfs.hints import NO_HINT, Hint
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
@@ -46,7 +45,6 @@ from twfs.units import (
 )
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
-ROOM_TRIES: Final = 8  # evict and try again, before a put is cut short
 
 
 class Put:
@@ -140,39 +138,22 @@ class Put:
     def reserve(self, lacking: list[int]) -> None:
         """Reserve extents for the longest leading part of *lacking* that fits, making room.
 
-        WarehouseFull if there is something lacking and none of it fits.
+        Evicts of the put's own tenant what its quota has no room for. WarehouseFull or
+        QuotaExceeded if there is something lacking and none of it fits.
         """
+        if not lacking:
+            return
         core = self._core
-        if lacking and not core.allocator.allotted_bytes:
-            raise WarehouseFull(
-                "no device takes blocks: all are read-only, draining or offline; see `twfs device "
-                "list`, and bring one back or add one"
-            )
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
-        extents: list[tuple[Extent, ...]] = []
+        extents, over = reserving.reserve(core, needs, tenant=self._tenant, uid=self._uid)
         try:
-            for _ in range(ROOM_TRIES):
-                with core.lock:
-                    wanted = _leading(needs[len(extents) :], core.room_of(self._uid))
-                    got = core.allocator.reserve(wanted)
-                    core.count_reserved(self._uid, sum(wanted[: len(got)]))
-                    extents += got
-                    missing = sum(wanted[len(got) :])
-                    futures = submit_eviction(core, missing) if missing else []
-                if not missing or not futures:
-                    break
-                wait(futures)
             self.lacking = lacking[: len(extents)]
             for index in lacking[len(extents) :]:
-                self._outcomes[index] = PutOutcome.NO_ROOM
-            if lacking and not extents:
-                raise core.no_room(self._uid, needs[0])
+                self._outcomes[index] = PutOutcome.OVER_QUOTA if over else PutOutcome.NO_ROOM
             self._number(extents)
         except BaseException:
             with core.lock:
-                core.count_reserved(self._uid, -sum(needs[: len(extents)]))
-                for each in extents:
-                    core.allocator.release(each)
+                reserving.release(core, extents, tenant=self._tenant, uid=self._uid)
             raise
 
     def _number(self, extents: list[tuple[Extent, ...]]) -> None:
@@ -327,6 +308,7 @@ class Put:
             self._outcomes[index] = outcome
         result = self._result()
         keep_low_water(self._core)
+        keep_quota(self._core, self._tenant)
         return result
 
     def _flush(self) -> None:
@@ -371,7 +353,7 @@ class Put:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
         for index, block in self._reserved.items():
-            core.count_reserved(self._uid, -block.device_bytes)
+            core.count_reserved(self._uid, self._tenant, -block.device_bytes)
             if index not in published:
                 core.release_after(block.extents, self._stuck.get(index, []))
             if index not in published or block.slot not in (kept_slots or ()):
@@ -402,14 +384,9 @@ class Put:
             counters.collisions += count[PutOutcome.COLLISION]
             counters.failed_blocks += count[PutOutcome.FAILED]
             counters.no_room_blocks += count[PutOutcome.NO_ROOM]
+            counters.over_quota_blocks += count[PutOutcome.OVER_QUOTA]
             counters.written_bytes += written
         return PutResult(outcomes, ByteCount(written))
-
-
-def _leading(needs: Sequence[ByteCount], room: int) -> list[ByteCount]:
-    """The longest leading part of *needs* that *room* bytes hold."""
-    ends = np.cumsum(needs)
-    return list(needs[: int(np.searchsorted(ends, room, "right"))])
 
 
 def _with_sums(block: Block, sums: Checksums) -> Block:
@@ -417,7 +394,7 @@ def _with_sums(block: Block, sums: Checksums) -> Block:
     return Block(
         block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
         block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
-        block.retention,
+        block.retention, payer=block.payer,
     )  # fmt: skip
 
 
@@ -430,7 +407,7 @@ def begin_put(
 
     The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
     *lengths* has the payload bytes of each where the layout allows any.
-    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull.
+    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull, QuotaExceeded.
     """
     if len(names) > PUT_BLOCKS_MAX:
         raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
@@ -452,7 +429,7 @@ def begin_put(
             raise InvalidInput(
                 f"a block of {record.name} has 1 to {layout.block_bytes(group)} bytes"
             )
-        if not core.tenants.there(tenant):
+        if not core.tenants.pays(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
         put = Put(
             core, record, names, group=group, shard=shard, retention=hint.retention or retention,

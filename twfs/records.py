@@ -60,7 +60,7 @@ BLOCK_DTYPE: Final = np.dtype(
         ("lane_plain", "<u8"), ("lane_weighted", "<u8"), ("xxh3", "V16"), ("parent", "V16"),
         ("digest", "V32"), ("slot", "<u4"), ("position", "<u4"), ("tenant", "<u2"),
         ("retention", "u1"), ("flags", "u1"), ("extent_count", "u1"), ("key_bytes", "u1"),
-        ("reserved", "<u2"),
+        ("payer", "<u2"),
         ("offset", "<u8"), ("units", "<u4"), ("device", "<u2"), ("extent_reserved", "<u2"),
     ]
 )  # fmt: skip
@@ -82,7 +82,7 @@ HEADER_DTYPE: Final = np.dtype(
         ("tenant", "<u2"), ("ino", "<u8"), ("payload_bytes", "<u8"), ("published_ms", "<u8"),
         ("xxh3", "V16"), ("lane_plain", "<u8"), ("lane_weighted", "<u8"), ("prefix_hash", "V16"),
         ("parent", "V16"), ("digest", "V32"), ("reserved_1", "u1"), ("reserved_2", "u1"),
-        ("key", "V64"), ("layers", "<u2"), ("reserved_3", "<u2"), ("name", "V200"),
+        ("key", "V64"), ("layers", "<u2"), ("payer", "<u2"), ("name", "V200"),
         ("first_extent", "V16"), ("extents", "V112"), ("layer_sums", "V2048"),
         ("reserved_4", "V1386"), ("mac", "V16"), ("sum", "<u8"),
     ]
@@ -233,6 +233,7 @@ class Block:
     retention: int = 1
     hole: bool = False
     detached: bool = False
+    payer: int = 0  # of a share group's block, who is charged; 0: the tenant itself
 
     def pack(self) -> bytes:
         """Return the record: the fixed part, the extents, the engine's own key."""
@@ -242,7 +243,7 @@ class Block:
             sums.lane_plain, sums.lane_weighted, sums.xxh3, self.parent, self.digest,
             self.slot, self.position, self.tenant, self.retention,
             FLAG_HOLE * self.hole | FLAG_DETACHED * self.detached,
-            len(self.extents), len(self.key), 0,
+            len(self.extents), len(self.key), self.payer,
         )  # fmt: skip
         extents = b"".join(extent.pack() for extent in self.extents) or bytes(EXTENT.size)
         return fixed + extents + self.key
@@ -253,7 +254,7 @@ class Block:
         if len(data) < BLOCK_DTYPE.itemsize:
             raise ValueError(f"block record has {len(data)} bytes")
         (generation, ino, payload, published, plain, weighted, xxh3, parent, digest, slot,
-         position, tenant, retention, flags, count, key_bytes, _) = (
+         position, tenant, retention, flags, count, key_bytes, payer) = (
             BLOCK_FIXED.unpack_from(data)
         )  # fmt: skip
         hole = bool(flags & FLAG_HOLE)
@@ -269,8 +270,13 @@ class Block:
             Generation(generation), Ino(ino), Slot(slot), PrefixHash(parent), Digest(digest),
             TokenCount(position), ByteCount(payload), Checksums(xxh3, plain, weighted), extents,
             Millis(published), bytes(data[end:]), tenant, retention, hole,
-            bool(flags & FLAG_DETACHED),
+            bool(flags & FLAG_DETACHED), payer,
         )  # fmt: skip
+
+    @property
+    def charged(self) -> int:
+        """The tenant that is charged for it."""
+        return self.payer or self.tenant
 
     @property
     def device_bytes(self) -> ByteCount:
@@ -310,7 +316,7 @@ class Header:
             block.retention, len(block.key), block.tenant, block.ino, block.payload_bytes,
             block.published_ms, sums.xxh3, sums.lane_plain, sums.lane_weighted,
             self.prefix_hash, block.parent, block.digest, 0, 0, block.key,
-            len(self.layer_sums), 0,
+            len(self.layer_sums), block.payer,
         )  # fmt: skip
         extents = b"".join(extent.pack() for extent in block.extents)
         whole = (
@@ -327,7 +333,7 @@ class Header:
         _unseal(data, HEADER_MAGIC, "block header")
         (_, version, extent_count, name_bytes, warehouse, device, offset, generation, fingerprint,
          epoch, group, shard, position, _, retention, key_bytes, tenant, ino, payload, published,
-         xxh3, plain, weighted, prefix_hash, parent, digest, _, _, key, layers, _) = (
+         xxh3, plain, weighted, prefix_hash, parent, digest, _, _, key, layers, payer) = (
             HEADER.unpack_from(data)
         )  # fmt: skip
         if version != FORMAT_VERSION:
@@ -346,7 +352,7 @@ class Header:
         block = Block(
             Generation(generation), Ino(ino), Slot(0), PrefixHash(parent), Digest(digest),
             TokenCount(position), ByteCount(payload), Checksums(xxh3, plain, weighted), extents,
-            Millis(published), key[:key_bytes], tenant, retention,
+            Millis(published), key[:key_bytes], tenant, retention, payer=payer,
         )  # fmt: skip
         return cls(
             UUID(bytes=warehouse), UUID(bytes=device), fingerprint, name, epoch, group, shard,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
+import msgspec
+
 from twfs.device import Device
 from twfs.errors import DeviceError, InvalidInput, TooLarge, TwfsError
 from twfs.layout import Layout
@@ -82,10 +84,7 @@ class Roster:
                 }
                 for model in self.models
             ],
-            "tenants": [
-                {"id": each.id, "name": each.name, "owner": each.owner, "uids": list(each.uids)}
-                for each in self.tenants
-            ],
+            "tenants": [msgspec.to_builtins(each) for each in self.tenants],
         }  # fmt: skip
 
     @classmethod
@@ -117,12 +116,10 @@ class Roster:
                     )
                     for each in parts["models"]
                 ),
-                tuple(
-                    Tenant(each["id"], each["name"], each["owner"], tuple(each["uids"]))
-                    for each in parts["tenants"]
-                ),
+                msgspec.convert(parts["tenants"], tuple[Tenant, ...]),
             )  # fmt: skip
-        except (zlib.error, KeyError, TypeError, RecursionError, InvalidInput) as error:
+        except (zlib.error, KeyError, TypeError, RecursionError, InvalidInput,
+                msgspec.ValidationError) as error:  # fmt: skip
             raise ValueError(f"roster cannot be read: {error}") from error
 
 

@@ -3,21 +3,23 @@
 A slot is a small number that a block keeps in its record for life. The arrays are what match,
 eviction and listing look at, so that none of them scans LMDB; all but the stamps are rebuilt from
 the records at open. The stamps are an mmap-ed file outside the commit path: a stamp is max(what it
-was, wall clock), so it never goes back. Not thread-safe: the warehouse's lock guards it.
+was, wall clock), so it never goes back. What tenants are charged follows the arrays at each change
+here (`charges`). Not thread-safe: the warehouse's lock guards it.
 """
 
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from twfs.charges import Charges
 from twfs.errors import CorruptMetadata, NoSpaceForImage
 from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
-from twfs.units import ALIGN, Slot
+from twfs.units import ALIGN, ModelId, Slot
 
 IntArray = npt.NDArray[Any]
 
@@ -34,14 +36,15 @@ KEY_BYTES: Final = BLOCK_KEY.size
 STAMP_BYTES: Final = 8
 ARRAYS: Final = (
     "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
-    "retention", "tenant", "stop", "detached", "hole",
+    "retention", "tenant", "payer", "stop", "detached", "hole",
 )  # fmt: skip
 
 
 class Slots:
     """The arrays; see the module's docstring. Fields are indexed by slot."""
 
-    def __init__(self, heat_path: Path) -> None:
+    def __init__(self, heat_path: Path, clock: Callable[[], int] = lambda: 0) -> None:
+        self.charges = Charges(clock)
         self._failed_persists = 0
         self._heat_fd = os.open(heat_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._map: mmap.mmap | None = None
@@ -59,6 +62,7 @@ class Slots:
         self.state: IntArray = np.zeros(0, np.uint8)
         self.retention: IntArray = np.zeros(0, np.uint8)  # class that counts now
         self.tenant: IntArray = np.zeros(0, np.uint16)
+        self.payer: IntArray = np.zeros(0, np.uint16)  # the tenant that is charged
         self.stop: IntArray = np.zeros(0, np.uint8)  # how the last request ended: Stop.code, or 0
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
@@ -116,6 +120,7 @@ class Slots:
     def set_live(
         self, slot: int, key: bytes, parent: int | None, *, position: int, units: int,
         now_ms: int, detached: bool, device: int = 0, retention: int = 1, tenant: int = 0,
+        payer: int | None = None,
     ) -> None:  # fmt: skip
         """Enter a block that has just been published; its parent gains a child."""
         self.key[slot] = np.void(key)
@@ -124,6 +129,7 @@ class Slots:
         self.device[slot] = device
         self.retention[slot] = retention
         self.tenant[slot] = tenant
+        self.payer[slot] = tenant if payer is None else payer
         self.stop[slot] = 0
         self.children[slot] = 0
         self.links[slot] = 0
@@ -133,6 +139,49 @@ class Slots:
             self.adopt(slot, parent)
         self.use([slot], now_ms)
         self.state[slot] = LIVE
+        self._charge(slot)
+
+    def _charge(self, slot: int, sign: int = 1) -> None:
+        """Charge for the block in *slot*, or with *sign* -1 no more."""
+        account = (int(self.payer[slot]), self.model_of(slot), int(self.retention[slot]))
+        self.charges.add(account, sign * int(self.units[slot]) * ALIGN)
+
+    def fill(self, slot: int, *, units: int, device: int, payer: int, retention: int) -> None:
+        """Let the block in *slot*, a hole or one on an offline device, have bytes elsewhere."""
+        self._charge(slot, -1)
+        self.units[slot] = units
+        self.device[slot] = device
+        self.payer[slot] = payer
+        self.retention[slot] = retention
+        self.hole[slot] = False
+        self._charge(slot)
+
+    def spoil(self, slot: int) -> None:
+        """Let the block in *slot* be a hole: it takes no bytes and nobody is charged."""
+        self._charge(slot, -1)
+        self.units[slot] = 0
+        self.hole[slot] = True
+
+    def charge_to(self, slot: int, payer: int) -> None:
+        """Let another tenant be charged for the block in *slot*."""
+        self._charge(slot, -1)
+        self.payer[slot] = payer
+        self._charge(slot)
+
+    def classify(self, slots: Sequence[int] | IntArray, retention: int) -> None:
+        """Let the blocks in *slots* have another class."""
+        for slot in slots:
+            if self.retention[slot] != retention:
+                self._charge(int(slot), -1)
+                self.retention[slot] = retention
+                self._charge(int(slot))
+
+    def charge_all(self) -> None:
+        """Charge for all blocks there are; once, after load."""
+        here = np.flatnonzero(self.state[: self._count] == LIVE)
+        self.charges.load(
+            self.payer[here], self.models()[here], self.retention[here], self.units[here]
+        )
 
     def adopt(self, slot: int, parent: int) -> None:
         """Hang *slot* below *parent*."""
@@ -140,7 +189,11 @@ class Slots:
         self.children[parent] += 1
 
     def drop(self, slot: int) -> None:
-        """Take a block out of the tree; give_back follows when no lease reads it any more."""
+        """Take a block out of the tree; give_back follows when no lease reads it any more.
+
+        Nobody is charged for it any more: what a lease may still read is in limbo.
+        """
+        self._charge(slot, -1)
         parent = self.parent[slot]
         if parent != NONE:
             self.children[parent] -= 1
@@ -153,6 +206,10 @@ class Slots:
     def key_of(self, slot: int) -> BlockKey:
         """The full name of the block in *slot*."""
         return BlockKey.unpack(self.key[slot].tobytes())
+
+    def model_of(self, slot: int) -> ModelId:
+        """The model number of the block in *slot*."""
+        return ModelId(int.from_bytes(self.key[slot].tobytes()[:4], "big"))
 
     def ancestors(self, slot: int) -> list[int]:
         """*slot*, its parent, and so on up to the first block."""
@@ -261,6 +318,7 @@ class Slots:
         self.device[slots] = records["device"]
         self.retention[slots] = records["retention"]
         self.tenant[slots] = records["tenant"]
+        self.payer[slots] = np.where(records["payer"] != 0, records["payer"], records["tenant"])
         self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
         self.hole[slots] = (records["flags"] & FLAG_HOLE) != 0
         parents = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES).copy()

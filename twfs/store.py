@@ -66,6 +66,7 @@ class PutOutcome(StrEnum):
     COLLISION = "collision"  # there with another digest: refused, never mixed
     NO_ROOM = "no room"
     FAILED = "failed"  # its bytes did not reach the device, or not whole
+    OVER_QUOTA = "over quota"  # no room in its tenant's quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +314,8 @@ class Store(Protocol):
 
         Only what the store lacks is copied; *copying* tells when that is done, long before the
         return, and can end it. InvalidInput on a payload that has not the layout's
-        block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits.
+        block_bytes or is not contiguous; WarehouseFull if not even the first lacking block fits,
+        QuotaExceeded, which is one, if that is because of its tenant's quota.
         """
 
     def forget(self, model: Model, session: str) -> ByteCount:

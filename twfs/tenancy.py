@@ -7,11 +7,11 @@ neither the loss of the metadata nor that of a device takes them. The rule is in
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 
-from twfs import enrolling
+from twfs import enrolling, evicting
 from twfs.core import Core
 from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel, NotEmpty, TooLarge
 from twfs.layout import Layout, check_own_name
@@ -28,10 +28,13 @@ from twfs.tenants import (
     UIDS_MAX,
     Tenant,
     Tenants,
+    check_quota,
     check_tenant_name,
     check_uids,
+    check_weight,
 )
 
+OPEN_TO_ALL: Final = Tenant(EVERYBODY, EVERYBODY_NAME, 0, (), anyone=True)  # before any change
 _Name = Annotated[str, msgspec.Meta(max_length=63)]
 _Uids = Annotated[tuple[int, ...], msgspec.Meta(max_length=UIDS_MAX)]
 
@@ -42,15 +45,24 @@ class AddTenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: _Name
     owner: int
     uids: _Uids
+    quota_bytes: int | None = None
+    weight: int = 1
+    share: _Name | None = None
 
 
 class SetTenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `tenant-set` takes; what is None stays. *anyone* opens everybody's tenant to all."""
+    """What `tenant-set` takes; what is None stays. *anyone* opens everybody's tenant to all.
+
+    *quota_bytes* 0 takes the quota away, and *share* "" the tenant out of its share group.
+    """
 
     name: _Name
     owner: int | None = None
     uids: _Uids | None = None
     anyone: bool = False
+    quota_bytes: int | None = None
+    weight: int | None = None
+    share: _Name | None = None
 
 
 class NameTenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,51 +111,98 @@ def add(core: Core, given: AddTenant) -> Tenant:
     check_tenant_name(given.name)
     (owner,) = check_uids((given.owner,))
     uids = check_uids(given.uids)
+    check_quota(given.quota_bytes)
+    check_weight(given.weight)
     added: list[Tenant] = []
 
     def change(roster: Roster) -> Roster:
         if given.name in {EVERYBODY_NAME, *(each.name for each in roster.tenants)}:
             raise InvalidInput(f"there is a tenant {given.name!r}: `twfs tenant set` changes it")
-        if roster.tenant_end > TENANT_MAX:
-            raise TooLarge(f"{TENANT_MAX} tenants have been made: make a second warehouse")
-        added.append(Tenant(roster.tenant_end, given.name, owner, uids))
-        return replace(
-            roster, tenants=roster.with_tenant(added[0]), tenant_end=roster.tenant_end + 1
+        roster, share = _with_share(roster, given.share)
+        added.append(
+            Tenant(
+                roster.tenant_end, given.name, owner, uids, given.quota_bytes, given.weight, share
+            )
         )
+        return _entered(roster, added[0])
 
     enrolling.enter_tenants(core, change)
     return added[0]
 
 
+def _entered(roster: Roster, tenant: Tenant) -> Roster:
+    """The roster with a new tenant or share group; TooLarge if there are no numbers left."""
+    if roster.tenant_end > TENANT_MAX:
+        raise TooLarge(f"{TENANT_MAX} tenants have been made: make a second warehouse")
+    return replace(roster, tenants=roster.with_tenant(tenant), tenant_end=roster.tenant_end + 1)
+
+
+def _with_share(roster: Roster, name: str | None) -> tuple[Roster, int]:
+    """The roster with the share group *name*, made if it is new, and its number; 0 for none.
+
+    InvalidInput if it cannot name one, or names a tenant.
+    """
+    if not name:
+        return roster, 0
+    check_tenant_name(name)
+    known = next((each for each in roster.tenants if each.name == name), None)
+    if name == EVERYBODY_NAME or (known is not None and not known.group):
+        raise InvalidInput(f"{name!r} is a tenant, and no share group: take another name for it")
+    if known is not None:
+        return roster, known.id
+    return _entered(roster, Tenant(roster.tenant_end, name, 0, (), group=True)), roster.tenant_end
+
+
 def change_tenant(core: Core, given: SetTenant) -> Tenant:
-    """Give a tenant another owner or other uids; leases that are held go on. NoSuchTenant."""
+    """Change what is given of a tenant; leases that are held go on. InvalidInput, NoSuchTenant.
+
+    Blocks above a quota that shrank are evicted in the background. Who leaves a share group lets go
+    of the group's blocks that it is charged for; waits for that.
+    """
     number = core.tenants.number_of(given.name)
     if given.anyone and (number != EVERYBODY or given.uids is not None):
         raise InvalidInput(f"only {EVERYBODY_NAME!r} can be open to anyone, and then has no uids")
-    owner = None if given.owner is None else check_uids((given.owner,))[0]
-    uids = None if given.uids is None else check_uids(given.uids)
+    if given.share and number == EVERYBODY:
+        raise InvalidInput(f"{EVERYBODY_NAME!r} has no salt, so all share with it already")
+    if given.owner is not None:
+        check_uids((given.owner,))
+    if given.uids is not None:
+        check_uids(given.uids)
+    check_quota(given.quota_bytes or None)
+    if given.weight is not None:
+        check_weight(given.weight)
     changed: list[Tenant] = []
 
     def change(roster: Roster) -> Roster:
-        if given.anyone:
-            changed.append(Tenant(EVERYBODY, EVERYBODY_NAME, 0, ()))
+        before = Tenants(roster.tenants).get(number) or OPEN_TO_ALL
+        roster, share = _with_share(roster, given.share)
+        changed.append(_changed(before, given, share))
+        if changed[0] == OPEN_TO_ALL:
             left = tuple(each for each in roster.tenants if each.id != EVERYBODY)
             return replace(roster, tenants=left)
-        before = Tenants(roster.tenants).get(number)
-        if before is None and uids is None:
-            raise InvalidInput(f"{given.name!r} is open to anyone: name the uids to restrict it to")
-        before = before or Tenant(EVERYBODY, EVERYBODY_NAME, 0, ())
-        changed.append(
-            replace(
-                before,
-                owner=before.owner if owner is None else owner,
-                uids=before.uids if uids is None else uids,
-            )
-        )
         return replace(roster, tenants=roster.with_tenant(changed[0]))
 
     enrolling.enter_tenants(core, change)
+    evicting.keep_quota(core, number)
     return changed[0]
+
+
+def _changed(before: Tenant, given: SetTenant, share: int) -> Tenant:
+    """What becomes of *before*; InvalidInput."""
+    anyone = given.anyone or (before.anyone and given.uids is None)
+    if anyone and given.owner is not None:
+        raise InvalidInput(f"{given.name!r} is open to anyone: name the uids to restrict it to")
+    uids = before.uids if given.uids is None else check_uids(given.uids)
+    quota = before.quota_bytes if given.quota_bytes is None else given.quota_bytes or None
+    return replace(
+        before,
+        owner=0 if anyone else before.owner if given.owner is None else given.owner,
+        uids=() if anyone else uids,
+        quota_bytes=quota,
+        weight=before.weight if given.weight is None else given.weight,
+        share=before.share if given.share is None else share,
+        anyone=anyone,
+    )
 
 
 def remove(core: Core, given: NameTenant) -> Tenant:

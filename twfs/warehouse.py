@@ -191,6 +191,7 @@ class Warehouse(OpenNamespace):
             with self._core.lock:
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
+            evicting.keep_quotas(self._core)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
             if over:

@@ -192,6 +192,7 @@ def assert_memory_agrees(core: Core, reserved: Sequence[Block] = ()) -> None:
         for key, block in records.items():
             assert int(slots.children[block.slot]) == children[key], key
         assert core.reserved_bytes == sum(block.device_bytes for block in reserved)
+        assert_charges_agree(core, records, reserved)
         count = slots.statistics()
         assert count["slots_live"] == len(records)
         assert (count["slots_pending"], count["slots_condemned"]) == (len(reserved), 0)
@@ -203,6 +204,25 @@ def assert_memory_agrees(core: Core, reserved: Sequence[Block] = ()) -> None:
         left = [e for places in core.left.values() for each in places for e in each.extents]
         removed = [e for held in core.limbo.values() for e in held]
         assert in_limbo == sorted([*removed, *left], key=str)
+
+
+def assert_charges_agree(
+    core: Core, records: dict[BlockKey, Block], reserved: Sequence[Block] = ()
+) -> None:
+    """Fail unless tenants are charged for exactly the blocks that they have in *records*."""
+    held: Counter[int] = Counter()
+    cells: Counter[tuple[int, int, int]] = Counter()
+    for key, block in records.items():
+        held[block.charged] += block.device_bytes
+        retention = int(core.slots.retention[block.slot])
+        cells[block.charged, key.model, retention] += block.device_bytes
+    waiting: Counter[int] = Counter()
+    for block in reserved:
+        waiting[block.charged] += block.device_bytes
+    assert +core.charges.held == +held
+    assert +core.charges.reserved == +waiting
+    found = {account: cell.held_bytes for account, cell in core.charges.cells.items()}
+    assert {account: held for account, held in found.items() if held} == +cells
 
 
 def payload_of(layout: Layout, prefix_hash: bytes, group: int = 0, shard: int = 0) -> Payload:

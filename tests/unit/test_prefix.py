@@ -19,6 +19,7 @@ from twfs.prefix import (
     Names,
     OwnKey,
     Root,
+    joined,
     names_of_keys,
     names_of_run,
     root_of,
@@ -167,7 +168,7 @@ def test_a_run_of_keys_has_the_names_of_its_keys(start: int, count: int) -> None
     ends = [16 * (i + 1) for i in range(start, start + count)]
     run = names_of_run(ROOT, keys[start:], keys[start - 1] if start else None, ends)
     assert run == names_of_keys(ROOT, chain[start:])
-    assert names_of_keys(ROOT, chain[:start]).plus(run) == names_of_keys(ROOT, chain)
+    assert joined([names_of_keys(ROOT, chain[:start]), run]) == names_of_keys(ROOT, chain)
 
 
 def test_a_run_refuses_keys_as_names_of_keys_does() -> None:

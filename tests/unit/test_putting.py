@@ -299,7 +299,7 @@ def test_a_transaction_that_fails_forfeits_the_put(
 def test_a_failure_while_reserving_leaks_nothing(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    from twfs import putting
+    from twfs import reserving
 
     with open_warehouse(scratch) as warehouse:
         model, core = warehouse.open_model("m", BIG), warehouse._core
@@ -314,7 +314,7 @@ def test_a_failure_while_reserving_leaks_nothing(
             elif when == "slots":
                 patch.setattr(core.slots, "allot", failing)
             else:
-                patch.setattr(putting, "submit_eviction", failing)
+                patch.setattr(reserving, "submit_eviction", failing)
             with pytest.raises(DeviceError):
                 put(warehouse, model, chain_of(model, 40))
         assert warehouse.space().reserved_bytes == 0

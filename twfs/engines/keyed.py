@@ -1,39 +1,45 @@
-"""A Store for engines that name blocks by keys of their own, which may come without any order.
+"""For engines that name blocks by keys of their own and hardly say in which order these come.
 
-Never raises into an engine because of data, a key, a salt or a dead daemon: that is a miss or a
-block not stored, counted by cause and logged once for each. Thread-safe.
+A KeyedStore has one client for all models of such an engine and the places of keys as far as they
+were seen; a Space is what keys of one layout, tenant and salt may hit. Nothing here raises because
+of the store: see attaching.py. Thread-safe; calls block, so make them on threads of your own.
 """
 
-import logging
-import re
+import hashlib
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from twfs.client import ARENA_BYTES, Client
-from twfs.errors import NoSuchBlock, NoSuchModel, StaleEpoch, TwfsError
+from twfs.client import ARENA_BYTES
+from twfs.engines.attaching import Attachment, Quiet, quiet_client
+from twfs.engines.identity import name_of_model, revision_of_files
+from twfs.errors import InvalidInput, NoSuchBlock, StaleEpoch
+from twfs.hints import NO_HINT, Hint
 from twfs.layout import Layout
 from twfs.prefix import Names, OwnKey, names_of_keys
-from twfs.store import BlockInfo, Model, Namespace, Pieces, PutOutcome, iterate_heads
-from twfs.units import NAME_BYTES_MAX, ModelId
+from twfs.store import (
+    BlockInfo,
+    LeasedMatch,
+    Model,
+    ModelInfo,
+    Pieces,
+    PutOutcome,
+    ReadOutcome,
+    iterate_heads,
+)
 
-log = logging.getLogger(__name__)
-
-PLACES_MAX: Final = 1 << 18  # keys whose place in a chain is remembered: about 60 MiB
-NAME_HEX: Final = 8  # digits of the fingerprint in a model's name: tells its layouts apart
-ANSWER_SECONDS: Final = 1.0  # for a match: threads ask here, no engine's loop waits
+PLACES_MAX: Final = 1 << 18  # keys whose place is remembered: about 60 MiB
+PATIENCE_S: Final = 1.0  # for an answer: threads ask here, and no engine's loop waits
+READ_TIMEOUT_S: Final = 5.0  # then computing it again is sooner done
+GAPS_MAX: Final = 4  # absent blocks in a row, behind which nothing more is looked for
+TAG_BYTES: Final = 8  # at the end of a key as it is stored: of which salt it is
 STORED: Final = frozenset({PutOutcome.PUBLISHED, PutOutcome.PRESENT})
-
-
-def model_name(text: str, layout: Layout) -> str:
-    """A model's name: what is allowed of *text*, and digits of the layout's fingerprint."""
-    clean = re.sub(r"[^A-Za-z0-9._=-]+", "-", text.replace("/", "--")).lstrip(".-") or "model"
-    suffix = f"-{layout.fingerprint.hex()[:NAME_HEX]}"
-    return clean[: NAME_BYTES_MAX - len(suffix)] + suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +73,13 @@ class Places:
             while len(self._places) > PLACES_MAX:
                 self._places.popitem(last=False)
 
-    def follow(self, parent: bytes, key: bytes, block_tokens: int) -> None:
-        """Note that *key* comes behind *parent*, unless its place is known better."""
+    def follow(self, keys: Sequence[bytes], block_tokens: int) -> None:
+        """Take those of *keys* that nobody has shown for followers of the ones before them."""
         with self._lock:
-            above = self._places.get(parent)
-            if key not in self._places and above is not None:
-                self._places[key] = Place(parent, above.end_position + block_tokens)
+            for parent, key in pairwise(keys):
+                above = self._places.get(parent)
+                if above is not None and key not in self._places:
+                    self._places[key] = Place(parent, above.end_position + block_tokens)
 
     def of(self, key: bytes) -> Place:
         """The place of *key*; position 0 if it is not known."""
@@ -80,94 +87,276 @@ class Places:
             return self._places.get(key) or Place(None, 0)
 
 
-class KeyedStore:
-    """One daemon, its models as an engine names them, and the places of keys."""
+@dataclass(slots=True)
+class _Lock:
+    """A match, and how many of its blocks are still locked."""
 
-    def __init__(self, socket: str, *, arena_bytes: int = ARENA_BYTES) -> None:
-        self.socket = socket
-        self.places = Places()
-        self.client = Client(
-            Path(socket), arena_bytes=arena_bytes, hugetlb=False, connect_timeout_s=ANSWER_SECONDS,
-            match_timeout_s=ANSWER_SECONDS,
-        )  # fmt: skip
-        self._lock = threading.Lock()
-        self._models: dict[tuple[bytes, str | None], Model] = {}
-        self._counts: Counter[str] = Counter()
-        with self.guarded("connect"):
-            self.client.reconnect(ANSWER_SECONDS)
+    match: LeasedMatch
+    blocks: int
 
-    @contextmanager
-    def guarded(self, what: str) -> Iterator[None]:
-        """Let no exception through: it is counted, and logged the first time for its kind."""
-        try:
-            yield
-        except Exception as error:
-            cause = f"{what}: {type(error).__name__}"
-            with self._lock:
-                self._counts[cause] += 1
-                first = self._counts[cause] == 1
-            if first:
-                log.warning(
-                    "twfs: %s failed, which is a miss: %s", what, error,
-                    exc_info=not isinstance(error, TwfsError),
-                )  # fmt: skip
 
-    def count(self, what: str, many: int = 1) -> None:
-        """Add to one of the counters."""
-        with self._lock:
-            self._counts[what] += many
+class Space:
+    """The blocks of one layout, tenant and salt; see the module's docstring. Made by KeyedStore.
 
-    def model(self, text: str, layout: Layout, tenant: str | None = None) -> Model | None:
-        """The model of *layout*, named after *text*; None while nobody answers or it is refused."""
-        key = (layout.fingerprint, tenant)
-        model = self._models.get(key)
+    A salt is part of a block's name and never stored; a tag of it ends the key that is.
+    """
+
+    def __init__(
+        self, store: "KeyedStore", attachment: Attachment, tenant: str | None, salt: str
+    ) -> None:
+        self.layout = attachment.layout
+        self._store = store
+        self._attachment = attachment
+        self._tenant = tenant
+        self._salt = salt
+        self._guard = threading.Lock()
+        self._locks: defaultdict[bytes, deque[tuple[_Lock, int]]] = defaultdict(deque)
+
+    def _named(self, keys: Sequence[bytes]) -> tuple[Model, Names] | None:
+        """The model and the names of *keys*, with the places that are known; None: no model."""
+        model = self._attachment.model(self._tenant)
         if model is None:
-            with self.guarded("open"):
-                model = self.client.open_model(model_name(text, layout), layout, tenant=tenant)
-                self._models[key] = model
-        return model
-
-    def names(self, model: Model, keys: Sequence[bytes], salt: bytes, tag: bytes = b"") -> Names:
-        """Names of *keys* with the places that are known; *tag* ends each key as it is stored."""
+            return None
+        tag = self._store.tag_of(model, self._salt)
         own = [
             OwnKey(key + tag, None if at.parent is None else at.parent + tag, at.end_position)
-            for key, at in ((key, self.places.of(key)) for key in keys)
+            for key, at in ((key, self._store.places.of(key)) for key in keys)
         ]
-        return names_of_keys(model.root(salt), own)
+        return model, names_of_keys(model.root(self._salt.encode()), own)
 
-    def put(self, model: Model, names: Names, payloads: Sequence[Pieces]) -> tuple[PutOutcome, ...]:
-        """Store, and say what became of each; FAILED for all if it could not be tried."""
-        outcomes: tuple[PutOutcome, ...] = (PutOutcome.FAILED,) * len(names)
-        with self.guarded("put"):
-            try:
-                outcomes = self.client.put(model, names, payloads).outcomes
-            except (StaleEpoch, NoSuchModel):
-                self.forget_models()
-                raise
-        with self._lock:
-            self._counts.update(f"stored: {outcome}" for outcome in outcomes)
+    def put(
+        self, keys: Sequence[bytes], payloads: Sequence[Pieces], hint: Hint = NO_HINT
+    ) -> Sequence[PutOutcome]:
+        """Store, and say what became of each; all FAILED if it could not be tried."""
+        failed = (PutOutcome.FAILED,) * len(keys)
+        work = partial(self._put, keys, payloads, hint)
+        return self._attachment.quietly("a store failed", work, None) or failed
+
+    def _put(
+        self, keys: Sequence[bytes], payloads: Sequence[Pieces], hint: Hint
+    ) -> Sequence[PutOutcome] | None:
+        named = self._named(keys)
+        if named is None:
+            return None
+        try:
+            outcomes = self._store.client.put(*named, payloads, hint=hint).outcomes
+        except StaleEpoch:
+            self._attachment.doubt(self._tenant)
+            raise
+        self._attachment.count("stored blocks", sum(outcome in STORED for outcome in outcomes))
         return outcomes
 
-    def forget_models(self) -> None:
-        """Open models anew from now on: an epoch has ended."""
-        self._models.clear()
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """How many of *keys* are there, from the first on."""
+
+        def work() -> int:
+            named = self._named(keys)
+            return 0 if named is None else self._store.client.lookup(*named)
+
+        return self._attachment.quietly("a lookup failed", work, 0)
+
+    def touch(self, keys: Sequence[bytes], hint: Hint = NO_HINT) -> None:
+        """Count a use of *keys*, however they were served."""
+
+        def work() -> None:
+            named = self._named(keys)
+            if named is not None:
+                self._store.client.touch(*named, hint)
+
+        self._attachment.quietly("a touch failed", work, None)
+
+    def lock(self, keys: Sequence[bytes]) -> list[int]:
+        """Lease those of *keys* that are there until unlock, and return their places.
+
+        One message where they are a chain; a few gaps cost one more each.
+        """
+        return self._attachment.quietly("a lookup failed", partial(self._lock, keys), None) or []
+
+    def _lock(self, keys: Sequence[bytes]) -> list[int]:
+        named = self._named(keys)
+        found: list[int] = []
+        at = gaps = 0
+        while named is not None and at < len(keys) and gaps < GAPS_MAX:
+            match = self._store.client.match(*named, start=at)
+            gaps = 0 if match.blocks > at else gaps + 1
+            lock = _Lock(match, match.blocks - at)
+            with self._guard:
+                for place in range(at, match.blocks):
+                    self._locks[keys[place]].append((lock, place))
+            found += range(at, match.blocks)
+            at = match.blocks + 1
+        if not found:
+            self._attachment.doubt(self._tenant)
+        return found
+
+    def held(self, keys: Sequence[bytes]) -> int:
+        """As lookup, but -1 where nobody could be asked."""
+
+        def work() -> int:
+            named = self._named(keys)
+            if named is None:
+                return -1
+            model, names = named
+            return self._store.client.explain(model.id, names, tenant=model.tenant).hit_blocks
+
+        return self._attachment.quietly("a lookup failed", work, -1)
+
+    def unlock(self, keys: Sequence[bytes]) -> None:
+        """Take back one lock of each of *keys* that has one; a lease ends with its last."""
+        over = []
+        with self._guard:
+            for key in keys:
+                if locks := self._locks.get(key):
+                    lock, _ = locks.popleft()
+                    lock.blocks -= 1
+                    over += [] if lock.blocks else [lock.match]
+                if not locks:
+                    self._locks.pop(key, None)
+        for match in over:
+            self._attachment.quietly("a release failed", match.release, None)
+
+    def read(
+        self, keys: Sequence[bytes], into: Sequence[Pieces], timeout_s: float | None = None
+    ) -> list[int]:
+        """Read each of *keys* into its memory; returns the places of those that are right.
+
+        Those that are not locked are locked for as long as it takes.
+        """
+        with self._guard:
+            lacking = [key for key in keys if key not in self._locks]
+        if lacking:
+            lacking = [lacking[place] for place in self.lock(lacking)]
+        with self._guard:
+            locks = [self._locks[key][0] if key in self._locks else None for key in keys]
+        right: list[int] = []
+        for run in runs_of(locks):
+            work = partial(self._read, run, locks, into, timeout_s)
+            right += self._attachment.quietly("a load failed", work, None) or []
+        self.unlock(lacking)
+        return right
+
+    def _read(
+        self, run: list[int], locks: "Sequence[tuple[_Lock, int] | None]", into: Sequence[Pieces],
+        timeout_s: float | None,
+    ) -> list[int]:  # fmt: skip
+        """Read blocks that follow each other in one match."""
+        lock = locks[run[0]]
+        assert lock is not None
+        report = lock[0].match.read_into(
+            [into[place] for place in run], first=lock[1], timeout_s=timeout_s
+        )
+        if report.blocks < len(run):
+            self._attachment.complain("a load was short", report.outcomes[report.blocks])
+        outcomes = zip(run, report.outcomes, strict=True)
+        right = [place for place, outcome in outcomes if outcome is ReadOutcome.HIT]
+        self._attachment.count("loaded blocks", len(right))
+        return right
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        """Remove *keys*, and what goes on from them with them, for nothing would find it."""
+        self._attachment.quietly("a removal failed", partial(self._remove, keys), None)
+
+    def _remove(self, keys: Sequence[bytes]) -> None:
+        named = self._named(keys)
+        if named is not None:
+            model, names = named
+            for index in range(len(names)):
+                with suppress(NoSuchBlock):
+                    self._store.client.remove(model.id, names.hash_at(index), below=True)
+
+
+class KeyedStore(Quiet):
+    """The daemon behind *socket*, whether or not it is there now; see the module's docstring."""
+
+    def __init__(self, engine: str, socket: str, *, arena_bytes: int = ARENA_BYTES) -> None:
+        super().__init__(engine)
+        self.socket = socket
+        self.places = Places()
+        self.client = quiet_client(Path(socket), arena_bytes=arena_bytes, patience_s=PATIENCE_S)
+        self._spaces: dict[tuple[bytes, str | None, str], Space] = {}
+        self._attachments: dict[bytes, Attachment] = {}  # by fingerprint
+        self._salts: dict[bytes, str] = {}  # by their tags, as far as they were seen
+
+    def space(self, layout: Layout, tenant: str | None = None, salt: str = "") -> Space:
+        """The space of the blocks of *layout*, whose model is named after its `model`."""
+        fingerprint = layout.fingerprint
+        with self._lock:
+            attachment = self._attachments.get(fingerprint)
+            if attachment is None:
+                attachment = self._attachments[fingerprint] = Attachment(
+                    self.socket, name_of_model(layout.model), layout, patience_s=PATIENCE_S,
+                    store=self.client,
+                )  # fmt: skip
+            key = (fingerprint, tenant, salt)
+            if key not in self._spaces:
+                self._spaces[key] = Space(self, attachment, tenant, salt)
+            return self._spaces[key]
+
+    def tag_of(self, model: Model, salt: str) -> bytes:
+        """What ends the keys of *salt* as they are stored; noted, so that listings can tell it."""
+        tag = bytes(TAG_BYTES)
+        if salt:
+            tag = hashlib.blake2b(salt.encode(), digest_size=TAG_BYTES, key=model.salt).digest()
+        self._salts[tag] = salt
+        return tag
+
+    def models(self) -> Iterator[ModelInfo]:
+        """All models of this engine."""
+        return (info for info in self.client.models() if info.layout.engine == self.name)
+
+    def blocks(self, model: ModelInfo) -> Iterator[tuple[bytes, str, BlockInfo]]:
+        """Key, salt and block of all of *model*, but those of salts not seen since the start."""
+        seen: set[bytes] = set()
+        for block in self._listed(model):
+            own, known = block.block.key, {bytes(TAG_BYTES): "", **self._salts}
+            salt = known.get(own[-TAG_BYTES:])
+            if salt is not None and block.key.prefix_hash not in seen:
+                seen.add(block.key.prefix_hash)  # one that sessions share comes with each
+                yield own[:-TAG_BYTES], salt, block
+
+    def _listed(self, model: ModelInfo) -> Iterator[BlockInfo]:
+        for head in iterate_heads(self.client, model.id):
+            with suppress(NoSuchBlock):  # evicted since it was listed
+                yield from self.client.chain_of(model.id, head)
+        for key in self.client.detached(model.id):
+            with suppress(NoSuchBlock):
+                yield self.client.block_info(key)
 
     def statistics(self) -> dict[str, Any]:
-        """Counters of this adapter, and of its client under `client`."""
+        """Counters, and those of each model by its name."""
         with self._lock:
-            counts = dict(self._counts)
-        return {**counts, "client": self.client.statistics().get("client", {})}
+            attachments = list(self._attachments.values())
+        return {**super().statistics(), **{each.name: each.statistics() for each in attachments}}
 
     def close(self) -> None:
-        """End all I/O and leases."""
-        self.client.close()
+        """End all I/O and leases. Idempotent."""
+        self.quietly("closing", self.client.close, None)
 
 
-def blocks_of(store: Namespace, model: ModelId) -> Iterator[BlockInfo]:
-    """All blocks of *model*, session by session; one that sessions share comes with each."""
-    for head in iterate_heads(store, model):
-        with suppress(NoSuchBlock):  # evicted since it was listed
-            yield from store.chain_of(model, head)
-    for key in store.detached(model):
-        with suppress(NoSuchBlock):
-            yield store.block_info(key)
+def runs_of(locks: "Sequence[tuple[_Lock, int] | None]") -> Iterator[list[int]]:
+    """Places of *locks* whose blocks follow each other in one match; those of no lock are out."""
+    run: list[int] = []
+    for place, lock in enumerate(locks):
+        before = locks[run[-1]] if run else None
+        if before and lock and (lock[0] is before[0] and lock[1] == before[1] + 1):
+            run.append(place)
+        else:
+            yield from [run] if run else []
+            run = [place] if lock else []
+    yield from [run] if run else []
+
+
+def revision_of(model: str, given: str | None) -> str:
+    """What tells the weights of *model*: *given*, or the files if one of both is a directory.
+
+    InvalidInput if nothing tells them: other weights of that name would hit then.
+    """
+    for text in (given, model):
+        if text and Path(text).is_dir():
+            return revision_of_files(text)
+    if not given:
+        raise InvalidInput(
+            f"nothing tells which weights {model!r} are: say in `revisions` where they lie, or their "
+            "commit"
+        )
+    return given

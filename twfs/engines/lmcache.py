@@ -5,14 +5,10 @@ for in a row is taken for a chain, which is what `ls` shows and eviction respect
 it: docs/lmcache.md.
 """
 
-import hashlib
 import logging
 import threading
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, Final
 from uuid import uuid4
@@ -23,31 +19,21 @@ from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
 
-from twfs.engines.keyed import STORED, KeyedStore, blocks_of
-from twfs.errors import NoSuchBlock
+from twfs.engines.keyed import READ_TIMEOUT_S, STORED, KeyedStore, Space, revision_of
+from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
-from twfs.match import Match
-from twfs.prefix import Names
-from twfs.store import Model, ModelInfo, PutOutcome, ReadOutcome
-from twfs.units import ByteCount
+from twfs.store import ModelInfo, PutOutcome
 
 log = logging.getLogger(__name__)
 
 ENGINE: Final = "lmcache"
-READ_TIMEOUT_S: Final = 5.0  # then computing it again is sooner done
+PARAMS: Final = frozenset({"socket", "revisions", "tenants", "timeout_s"})
 THREADS: Final = 4  # of lookups and loads; puts have two of their own
 LISTINGS_MAX: Final = 16  # under way at once; older ones begin anew
-TAG_BYTES: Final = 8
+BLOCK_TOKENS: Final = 256  # LMCache's --chunk-size where its shapes do not tell
 
 Row = tuple[str, int, int, str]  # model, rank, group, salt: blocks of one chain
-
-
-@dataclass(slots=True)
-class Held:
-    """A match that a lookup got, and how many of its blocks are still locked."""
-
-    match: Match
-    locked: int
+Shapes = tuple[Sequence[Any], Sequence[Any]]  # torch.Size and torch.dtype of a block's tensors
 
 
 def row_of(key: ObjectKey) -> Row:
@@ -55,26 +41,28 @@ def row_of(key: ObjectKey) -> Row:
     return key.model_name, key.kv_rank, key.object_group_id, key.cache_salt
 
 
-def layout_of(row: Row, shapes: Sequence[Any], dtypes: Sequence[Any], revision: str) -> Layout:
-    """The layout of the blocks of *row*: all that LMCache tells of them is in its fingerprint.
+def shapes_of(memory: Any) -> Shapes:
+    """Of the tensors that lie one behind the other in a MemoryObj."""
+    meta = memory.meta
+    if meta.shapes is not None and meta.dtypes is not None:
+        return meta.shapes, meta.dtypes
+    return [meta.shape], [meta.dtype]
 
-    *shapes* and *dtypes* are of the tensors that lie one behind the other in a block; tokens are
-    the last dimension but one of each. InvalidInput if that is no number of tokens.
-    """
-    name, rank, group, _ = row
-    payload_bytes = sum(
-        shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)
-    )
+
+def layout_of(row: Row, shapes: Shapes, revision: str) -> Layout:
+    """The layout of the blocks of *row*: all that LMCache tells of them is in its fingerprint."""
+    sizes, dtypes = shapes
     texts = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    of = Group(
-        1, dtype=texts[0], arrangement=Arrangement.OPAQUE, layer_bytes=ByteCount(payload_bytes)
+    block_bytes = sum(
+        size.numel() * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)
     )
+    tokens = int(sizes[0][-2]) if len(sizes[0]) > 2 else BLOCK_TOKENS
     return Layout(
-        name, (of,), int(shapes[0][-2]), revision=revision, engine=ENGINE,
+        row[0], (Group(1, arrangement=Arrangement.OPAQUE, layer_bytes=block_bytes),), tokens,
+        revision=revision, engine=ENGINE,
         overrides={
-            "lmcache_rank": f"{rank:#x}", "lmcache_group": str(group),
-            "shapes": ";".join("x".join(map(str, shape)) for shape in shapes),
-            "dtypes": ";".join(texts),
+            "rank": f"{row[1]:#x}", "group": str(row[2]), "dtypes": ";".join(texts),
+            "shapes": ";".join("x".join(map(str, size)) for size in sizes),
         },
     )  # fmt: skip
 
@@ -82,27 +70,29 @@ def layout_of(row: Row, shapes: Sequence[Any], dtypes: Sequence[Any], revision: 
 class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships no types
     """See the module's docstring.
 
-    *params*: `socket` of the daemon; `revisions`, what tells the weights behind a model's name,
-    by that name; `tenants`, whose blocks those of a salt are, by the salt; `timeout_s` of a load.
+    *params*: `socket` of the daemon; `revisions`, by a model's name the directory of its weights,
+    or what else tells them; `tenants`, by a salt whose blocks its blocks are; `timeout_s` of loads.
     """
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: Any = None) -> None:
         super().__init__()  # of no capacity: the daemon evicts, and not LMCache's own watermark
         del l1_memory_desc  # loads are verified before they enter it
-        self._store = KeyedStore(params["socket"])
-        self._revisions: dict[str, str] = dict(params.get("revisions", {}))
-        self._tenants: dict[str, str] = dict(params.get("tenants", {}))
+        if unknown := set(params) - PARAMS:
+            raise InvalidInput(f"adapter_params has {sorted(unknown)}: twfs knows {sorted(PARAMS)}")
+        self._store = KeyedStore(ENGINE, params["socket"])
+        self._given: dict[str, str] = params.get("revisions", {})
+        self._tenants: dict[str, str] = params.get("tenants", {})
         self._timeout_s: float | None = params.get("timeout_s", READ_TIMEOUT_S)
+        self._revisions: dict[str, str] = {}
         self._events = [create_event_notifier() for _ in range(3)]  # store, lookup, load
-        self._lock = threading.Lock()
+        self._guard = threading.Lock()
         self._tasks = 0
         self._done: dict[int, Any] = {}  # bitmaps of lookups and loads
         self._stored: dict[int, L2StoreResult] = {}
-        self._held: defaultdict[ObjectKey, deque[tuple[Held, int]]] = defaultdict(deque)
         self._sizes: dict[ObjectKey, int] = {}  # that LMCache was told are stored
-        self._salts: dict[bytes, str] = {}  # by their tags, as far as they were seen
+        self._shapes: dict[Row, Shapes] = {}  # last seen; not every lookup brings them
         self._listings: dict[str, Iterator[KeyEntry]] = {}
-        self._ask = ThreadPoolExecutor(THREADS, "twfs-lmcache")
+        self._asking = ThreadPoolExecutor(THREADS, "twfs-lmcache")
         self._putting = ThreadPoolExecutor(2, "twfs-lmcache-put")
         log.info("twfs: L2 of LMCache is the warehouse behind %s", params["socket"])
 
@@ -118,195 +108,151 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
         """See L2AdapterInterface."""
         return int(self._events[2].fileno())
 
-    def _begin(self) -> int:
-        with self._lock:
+    def _submit(
+        self, threads: ThreadPoolExecutor, event: int, work: Callable[[], Any], done: dict[int, Any],
+        failed: Any,
+    ) -> int:  # fmt: skip
+        """Have *work* done, put what it returns (or *failed*) into *done* and raise *event*."""
+        with self._guard:
             self._tasks += 1
-            return self._tasks
+            task = self._tasks
 
-    # Store
+        def run() -> None:
+            result = self._store.quietly("a task failed", work, failed)
+            with self._guard:
+                done[task] = result
+            self._events[event].notify()
+
+        threads.submit(run)
+        return task
+
+    def _space(self, row: Row, shapes: Shapes) -> Space:
+        """Where the blocks of *row* are. InvalidInput."""
+        if row[0] not in self._revisions:
+            self._revisions[row[0]] = revision_of(row[0], self._given.get(row[0]))
+        self._shapes[row] = shapes
+        layout = layout_of(row, shapes, self._revisions[row[0]])
+        return self._store.space(layout, self._tenants.get(row[3]), row[3])
+
+    # Store, lookup, load
 
     def submit_store_task(self, keys: list[ObjectKey], memory: list[Any]) -> int:
         """See L2AdapterInterface; *memory* are its MemoryObj, one a key."""
-        task = self._begin()
-        self._putting.submit(self._do_store, task, keys, memory)
-        return task
+        failed = L2StoreResult(False, 0)
+        return self._submit(
+            self._putting, 0, lambda: self._do_store(keys, memory), self._stored, failed
+        )
 
-    def _do_store(self, task: int, keys: list[ObjectKey], memory: list[Any]) -> None:
-        good, stored, written = True, dict[ObjectKey, int](), 0
-        pairs = zip(keys, memory, strict=True)
-        for row, part in groupby(pairs, lambda pair: row_of(pair[0])):
+    def _do_store(self, keys: list[ObjectKey], memory: list[Any]) -> L2StoreResult:
+        good, written, fresh = True, 0, dict[ObjectKey, int]()
+        for row, part in groupby(zip(keys, memory, strict=True), lambda pair: row_of(pair[0])):
             some, blocks = zip(*part, strict=True)
-            outcomes: Sequence[PutOutcome] = [PutOutcome.FAILED] * len(some)
-            with self._store.guarded("store"):
-                model = self._model(row, blocks[0].get_shapes(), blocks[0].get_dtypes())
-                if model is not None:
-                    names = self._names(model, row, some)
-                    payloads = [block.byte_array for block in blocks]
-                    outcomes = self._store.put(model, names, payloads)
-            good = good and STORED.issuperset(outcomes)
+            space = self._space(row, shapes_of(blocks[0]))
+            hashes = [key.chunk_hash for key in some]
+            self._store.places.follow(hashes, space.layout.block_tokens)
+            outcomes = space.put(hashes, [block.byte_array for block in blocks])
             for key, block, outcome in zip(some, blocks, outcomes, strict=True):
                 if outcome in STORED and key not in self._sizes:
-                    stored[key] = block.get_size()
+                    fresh[key] = block.get_size()
                 written += block.get_size() if outcome is PutOutcome.PUBLISHED else 0
-        with self._store.guarded("notify"):
-            if stored:
-                self._sizes |= stored
-                self._notify_keys_stored(list(stored), list(stored.values()))
-        with self._lock:
-            self._stored[task] = L2StoreResult(good, written)
-        self._events[0].notify()
+            good = good and STORED.issuperset(outcomes)
+        if fresh:
+            self._sizes |= fresh
+            self._notify_keys_stored(list(fresh), list(fresh.values()))
+        return L2StoreResult(good, written)
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         """See L2AdapterInterface."""
-        with self._lock:
-            done, self._stored = self._stored, {}
+        with self._guard:
+            done = dict(self._stored)
+            self._stored.clear()
         return done
-
-    # Lookup
 
     def submit_lookup_and_lock_task(
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
         """See L2AdapterInterface; keys of one model, rank, group and salt are a chain."""
-        task = self._begin()
-        self._ask.submit(self._do_lookup, task, keys, group_layout_descs)
-        return task
+        work: Callable[[], Any] = lambda: self._do_lookup(keys, group_layout_descs)  # noqa: E731
+        return self._submit(self._asking, 1, work, self._done, Bitmap(len(keys)))
 
-    def _do_lookup(self, task: int, keys: list[ObjectKey], descs: Any) -> None:
-        bitmap, at = Bitmap(len(keys)), 0
-        for row, part in groupby(keys, row_of):
-            some = list(part)
-            with self._store.guarded("lookup"):
-                desc = descs[row[2]]
-                model = self._model(row, desc.shapes, desc.dtypes)
-                hits = 0 if model is None else self._lock_row(model, row, some)
-                for index in range(at, at + hits):
-                    bitmap.set(index)
-                if model is not None and any(key in self._sizes for key in some[hits:]):
-                    self._miss(model, row, some)
-            at += len(some)
-        self._finish(1, task, bitmap)
-
-    def _lock_row(self, model: Model, row: Row, keys: list[ObjectKey]) -> int:
-        """Match a chain, note its lease under the keys that it holds, and return how many."""
-        self._store.places.learn([key.chunk_hash for key in keys], model.layout.block_tokens)
-        match = self._store.client.match(model, self._names(model, row, keys))
-        held = Held(match, match.blocks)
-        with self._lock:
-            for index, key in enumerate(keys[: match.blocks]):
-                self._held[key].append((held, index))
-        return match.blocks
-
-    def _miss(self, model: Model, row: Row, keys: list[ObjectKey]) -> None:
-        """Tell LMCache what of *keys* the daemon has evicted; it is asked, for it may be away."""
-        names = self._names(model, row, keys)
-        hits = self._store.client.explain(model.id, names, tenant=model.tenant).hit_blocks
-        self._notify_gone(keys[hits:])
-
-    def _notify_gone(self, keys: Sequence[ObjectKey]) -> None:
-        gone = {key: self._sizes.pop(key) for key in keys if key in self._sizes}
-        if gone:
-            self._notify_keys_deleted(list(gone), list(gone.values()))
-
-    def query_lookup_and_lock_result(self, task_id: int) -> Any:
-        """See L2AdapterInterface."""
-        with self._lock:
-            return self._done.pop(task_id, None)
-
-    def submit_unlock(self, keys: list[ObjectKey]) -> None:
-        """See L2AdapterInterface; the lease ends with the last of its blocks."""
-        over = []
-        with self._lock:
-            for key in keys:
-                locks = self._held.get(key)
-                if locks:
-                    held, _ = locks.popleft()
-                    held.locked -= 1
-                    over += [held.match] if not held.locked else []
-                if not locks:
-                    self._held.pop(key, None)
-        for match in over:
-            self._ask.submit(match.release)
-
-    # Load
+    def _do_lookup(self, keys: list[ObjectKey], descs: dict[int, Any]) -> Any:
+        bitmap = Bitmap(len(keys))
+        for row, part in groupby(range(len(keys)), lambda index: row_of(keys[index])):
+            some, desc = list(part), descs.get(row[2])
+            shapes = self._shapes.get(row) if desc is None else (desc.shapes, desc.dtypes)
+            if shapes is None:
+                continue  # nothing of it was ever stored by this process
+            space = self._space(row, shapes)
+            hashes = [keys[index].chunk_hash for index in some]
+            self._store.places.learn(hashes, space.layout.block_tokens)
+            found = {some[place] for place in space.lock(hashes)}
+            for index in found:
+                bitmap.set(index)
+            lost = [keys[index] for index in some if index not in found]
+            if any(key in self._sizes for key in lost) and space.held(hashes) >= 0:
+                self._notify_gone(lost)
+        return bitmap
 
     def submit_load_task(self, keys: list[ObjectKey], memory: list[Any]) -> int:
         """See L2AdapterInterface; *memory* are its MemoryObj, one a key."""
-        task = self._begin()
-        self._ask.submit(self._do_load, task, keys, memory)
-        return task
+        work: Callable[[], Any] = lambda: self._do_load(keys, memory)  # noqa: E731
+        return self._submit(self._asking, 2, work, self._done, Bitmap(len(keys)))
 
-    def _do_load(self, task: int, keys: list[ObjectKey], memory: list[Any]) -> None:
+    def _do_load(self, keys: list[ObjectKey], memory: list[Any]) -> Any:
         bitmap = Bitmap(len(keys))
-        with self._lock:
-            places = [self._held[key][0] if key in self._held else None for key in keys]
-        for run in _runs(places):
-            with self._store.guarded("load"):
-                held, first = places[run[0]] or (None, 0)
-                if held is None:
-                    continue  # never looked up, or unlocked since
-                into = [memory[index].byte_array for index in run]
-                report = held.match.read_into(into, first=first, timeout_s=self._timeout_s)
-                for index, outcome in zip(run, report.outcomes, strict=True):
-                    self._store.count(f"loaded: {outcome}")
-                    if outcome is ReadOutcome.HIT:
-                        bitmap.set(index)
-        with self._store.guarded("notify"):
-            if used := bitmap.gather(keys):
-                self._notify_keys_accessed(used)
-        self._finish(2, task, bitmap)
+        for row, part in groupby(range(len(keys)), lambda index: row_of(keys[index])):
+            some = list(part)
+            space = self._space(row, shapes_of(memory[some[0]]))  # KV of others is elsewhere
+            into = [memory[index].byte_array for index in some]
+            hashes = [keys[index].chunk_hash for index in some]
+            for place in space.read(hashes, into, self._timeout_s):
+                bitmap.set(some[place])
+        self._notify_keys_accessed(bitmap.gather(keys))
+        return bitmap
+
+    def query_lookup_and_lock_result(self, task_id: int) -> Any:
+        """See L2AdapterInterface."""
+        with self._guard:
+            return self._done.pop(task_id, None)
 
     def query_load_result(self, task_id: int) -> Any:
         """See L2AdapterInterface."""
         return self.query_lookup_and_lock_result(task_id)
 
-    def _finish(self, event: int, task: int, bitmap: Any) -> None:
-        with self._lock:
-            self._done[task] = bitmap
-        self._events[event].notify()
+    def submit_unlock(self, keys: list[ObjectKey]) -> None:
+        """See L2AdapterInterface."""
+        self._asking.submit(self._store.quietly, "unlock", lambda: self._do_unlock(keys), None)
 
-    # Models and names
+    def _do_unlock(self, keys: list[ObjectKey]) -> None:
+        for row, part in groupby(keys, row_of):
+            if row in self._shapes:
+                space = self._space(row, self._shapes[row])
+                space.unlock([key.chunk_hash for key in part])
 
-    def _model(self, row: Row, shapes: Sequence[Any], dtypes: Sequence[Any]) -> Model | None:
-        """The model of *row*, None while nobody answers."""
-        layout = layout_of(row, shapes, dtypes, self._revisions.get(row[0], ""))
-        return self._store.model(row[0], layout, self._tenants.get(row[3]))
-
-    def _names(self, model: Model, row: Row, keys: Sequence[ObjectKey]) -> Names:
-        """Names of the *keys* of *row*; its salt enters them, and a tag of it ends their keys."""
-        salt = row[3].encode()
-        tag = bytes(TAG_BYTES)
-        if salt:
-            tag = hashlib.blake2b(salt, digest_size=TAG_BYTES, key=model.salt).digest()
-        self._salts[tag] = row[3]
-        return self._store.names(model, [key.chunk_hash for key in keys], salt, tag)
+    def _notify_gone(self, keys: Sequence[ObjectKey]) -> None:
+        """Tell LMCache of blocks that are not there any more, of those that it was told of."""
+        gone = {key: self._sizes.pop(key) for key in keys if key in self._sizes}
+        if gone:
+            self._notify_keys_deleted(list(gone), list(gone.values()))
 
     # What an operator asks through LMCache
 
     def _models(self, name: str | None) -> Iterator[tuple[ModelInfo, int, int]]:
         """Our models of LMCache's model *name* (None: of all), with their rank and group."""
-        for info in self._store.client.models():
-            if info.layout.engine == ENGINE and name in {None, info.layout.model}:
+        for info in self._store.models():
+            if name in {None, info.layout.model}:
                 overrides = info.layout.overrides
-                yield info, int(overrides["lmcache_rank"], 16), int(overrides["lmcache_group"])
+                yield info, int(overrides["rank"], 16), int(overrides["group"])
 
     def delete(self, keys: list[ObjectKey]) -> None:
         """See L2AdapterInterface; what goes on from a block goes with it, for nothing finds it."""
         for row, part in groupby(keys, row_of):
             some = list(part)
-            with self._store.guarded("delete"):
-                for info, rank, group in self._models(row[0]):
-                    if (rank, group) == row[1:3]:
-                        self._delete(info.layout, row, some)
-                self._notify_gone(some)
-
-    def _delete(self, layout: Layout, row: Row, keys: list[ObjectKey]) -> None:
-        model = self._store.model(row[0], layout, self._tenants.get(row[3]))
-        if model is not None:
-            names = self._names(model, row, keys)
-            for index in range(len(names)):
-                with suppress(NoSuchBlock):
-                    self._store.client.remove(model.id, names.hash_at(index), below=True)
+            for info, rank, group in self._models(row[0]):
+                if (rank, group) == row[1:3]:
+                    space = self._store.space(info.layout, self._tenants.get(row[3]), row[3])
+                    space.remove([key.chunk_hash for key in some])
+            self._notify_gone(some)
 
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
@@ -318,8 +264,7 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
         listing = self._list(model_name) if cursor is None else self._listings.pop(cursor, None)
         if listing is None or page_size <= 0:
             raise ValueError("no such cursor, or no positive size: list from the beginning")
-        found = tuple(islice(listing, page_size))
-        token = None
+        found, token = tuple(islice(listing, page_size)), None
         if len(found) == page_size:
             token = uuid4().hex
             self._listings[token] = listing
@@ -329,53 +274,30 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
 
     def _list(self, name: str | None) -> Iterator[KeyEntry]:
         for info, rank, group in self._models(name):
-            seen: set[bytes] = set()
-            for block in blocks_of(self._store.client, info.id):
-                salt = self._salts.get(block.block.key[-TAG_BYTES:])
-                if salt is not None and block.key.prefix_hash not in seen:
-                    seen.add(block.key.prefix_hash)
-                    own = block.block.key[:-TAG_BYTES]
-                    key = ObjectKey(own, info.layout.model, rank, group, salt)
-                    yield KeyEntry(key.to_encoded_object_key(), block.block.payload_bytes)
+            for own, salt, block in self._store.blocks(info):
+                key = ObjectKey(own, info.layout.model, rank, group, salt)
+                yield KeyEntry(key.to_encoded_object_key(), block.block.payload_bytes)
 
     def get_usage(self) -> AdapterUsage:
         """See L2AdapterInterface; bytes by salt are of this process, the others of all."""
-        by_salt = super().get_usage().bytes_by_cache_salt
-        used = capacity = 0
-        with self._store.guarded("usage"):
+
+        def work() -> tuple[int, int]:
             used = sum(info.device_bytes for info, _, _ in self._models(None))
-            capacity = self._store.client.space().total_bytes
-        return AdapterUsage(used, capacity, by_salt)
+            return used, self._store.client.space().total_bytes
+
+        by_salt = super().get_usage().bytes_by_cache_salt
+        return AdapterUsage(*self._store.quietly("usage is not known", work, (0, 0)), by_salt)
 
     def report_status(self) -> dict[str, Any]:
         """See L2AdapterInterface; healthy without a daemon too, since all is a miss then."""
-        return {
-            "is_healthy": True, "type": type(self).__name__, "socket": self._store.socket,
-            "locked": len(self._held), **self._store.statistics(),
-        }  # fmt: skip
+        statistics = self._store.statistics()
+        return {"is_healthy": True, "type": "TwfsL2Adapter", "socket": self._store.socket,
+                "counters": statistics}  # fmt: skip
 
     def close(self) -> None:
         """See L2AdapterInterface; waits for what is under way."""
-        self._ask.shutdown()
+        self._asking.shutdown()
         self._putting.shutdown()
         self._store.close()
         for event in self._events:
             event.close()
-
-
-def _runs(places: Sequence[tuple[Held, int] | None]) -> Iterator[list[int]]:
-    """Indices of *places* that follow each other in one match; a place of its own is None."""
-    run: list[int] = []
-    for index, place in enumerate(places):
-        before = places[run[-1]] if run else None
-        if (
-            run
-            and place is not None
-            and before is not None
-            and (place[0] is before[0] and place[1] == before[1] + 1)
-        ):
-            run.append(index)
-        else:
-            yield from [run] if run else []
-            run = [index]
-    yield from [run] if run else []

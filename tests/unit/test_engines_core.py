@@ -1,0 +1,363 @@
+"""Guaranteed: the engines' core never raises into an engine, and gives back right bytes or a miss.
+
+A real daemon serves; scheduler and workers are attachments of their own, as in separate processes.
+"""
+
+import hashlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from support.daemon import PATIENT_S, Daemon, running_daemon
+from twfs.client import Client
+from twfs.engines.attaching import Attachment
+from twfs.engines.finding import Finder
+from twfs.engines.requests import NO_PARAMS, Params
+from twfs.engines.transfers import Done, Offer, Run, Transfers
+from twfs.hints import Hint
+from twfs.layout import Arrangement, Group, Layout
+
+Payload = npt.NDArray[np.uint8]
+BLOCK_BYTES: Final = 40_000  # no multiple of 4 KiB, so that padding matters
+BLOCK_TOKENS: Final = 16
+
+
+def layout_of(shards: int = 1, model: str = "core") -> Layout:
+    group = Group(1, arrangement=Arrangement.OPAQUE, layer_bytes=BLOCK_BYTES)
+    return Layout(model, (group,), BLOCK_TOKENS, shards=shards)
+
+
+def keys_of(name: str, count: int) -> list[bytes]:
+    return [hashlib.sha256(f"{name} {i}".encode()).digest() for i in range(count)]
+
+
+def payloads_of(count: int, seed: int = 0) -> list[list[Payload]]:
+    """Payloads in three pieces each, as an engine's layers are."""
+    numbers = np.random.default_rng(seed)
+    cuts = (0, 4096, 30_001, BLOCK_BYTES)
+    whole = [numbers.integers(0, 256, BLOCK_BYTES, dtype=np.uint8) for _ in range(count)]
+    return [[each[a:b].copy() for a, b in pairwise(cuts)] for each in whole]
+
+
+def empty_like(payloads: list[list[Payload]]) -> list[list[Payload]]:
+    return [[np.zeros_like(piece) for piece in pieces] for pieces in payloads]
+
+
+def same(one: list[list[Payload]], other: list[list[Payload]]) -> bool:
+    return all(
+        np.array_equal(a, b)
+        for left, right in zip(one, other, strict=True)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def leases_of(client: Client) -> int:
+    """How many leases the daemon has granted that are not over."""
+    held: int = client.statistics()["leases"]["leases"]
+    return held
+
+
+class Engine:
+    """A scheduler and its workers, each with a connection of its own."""
+
+    def __init__(self, daemon: Daemon, layout: Layout, patience_s: float = PATIENT_S) -> None:
+        def attach(arena_bytes: int) -> Attachment:
+            return Attachment(
+                daemon.socket, layout.model, layout, arena_bytes=arena_bytes, patience_s=patience_s
+            )
+
+        self.scheduler = attach(0)
+        self.finder = Finder(self.scheduler, BLOCK_TOKENS)
+        self.attached = [attach(8 << 20) for _ in range(layout.shards)]
+        self.workers = [Transfers(each, shard=shard) for shard, each in enumerate(self.attached)]
+        self.jobs = 0
+
+    def ask(self, request: str, keys: list[bytes], start: int = 0) -> int:
+        """Ask until there is an answer, as a scheduler does step by step."""
+        while (blocks := self.finder.ask(request, keys, start)) is None:
+            time.sleep(0.001)
+        return blocks
+
+    def offer(self, keys: list[bytes], first: int = 0, hint: Hint = NO_PARAMS.hint) -> Offer:
+        self.finder.admit("offer")
+        while (epoch := self.finder.epoch("offer")) is None:
+            time.sleep(0.001)
+        parent = keys[first - 1] if first else None
+        return Offer((Run(tuple(keys[first:]), parent, first),), epoch, hint=hint)
+
+    def end(self, worker: int, job: int) -> Done:
+        """Wait for one job of a worker."""
+        self.workers[worker].wait([job])
+        (done,) = self.workers[worker].finished()
+        assert done.job == job
+        return done
+
+    def store(self, keys: list[bytes], payloads: list[list[Payload]], worker: int = 0) -> None:
+        """Store a chain and wait until it is published."""
+        stored = self.attached[worker].statistics().get("stored blocks", 0)
+        self.jobs += 1
+        self.workers[worker].store(self.jobs, self.offer(keys), payloads)
+        assert self.end(worker, self.jobs).blocks == len(keys)
+        while self.attached[worker].statistics().get("stored blocks", 0) < stored + len(keys):
+            time.sleep(0.001)
+
+    def load(self, request: str, first: int, into: list[list[Payload]], worker: int = 0) -> Done:
+        held = self.finder.held(request, first, len(into))
+        assert held is not None
+        self.jobs += 1
+        self.workers[worker].load(self.jobs, held, into, timeout_s=PATIENT_S)
+        return self.end(worker, self.jobs)
+
+    def close(self) -> None:
+        self.finder.close()
+        for worker in self.workers:
+            worker.close()
+        for attached in (self.scheduler, *self.attached):
+            attached.close()
+
+
+@pytest.fixture
+def daemon(scratch: Path) -> Iterator[Daemon]:
+    with running_daemon(scratch / "w") as running:
+        yield running
+
+
+@pytest.fixture
+def engine(daemon: Daemon) -> Iterator[Engine]:
+    made = Engine(daemon, layout_of())
+    yield made
+    made.close()
+
+
+def test_what_one_engine_stores_another_loads_in_pieces_of_its_own_memory(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 6), payloads_of(6)
+    engine.store(keys[:4], payloads[:4])
+    engine.store(keys, payloads)
+    other = Engine(daemon, layout_of())
+    assert other.ask("r", [*keys, b"unknown" * 4]) == 6
+    into = empty_like(payloads)
+    done = other.load("r", 0, into)
+    assert (done.store, done.blocks, done.payload_bytes) == (False, 6, 6 * BLOCK_BYTES)
+    assert same(into, payloads)
+    part = empty_like(payloads[2:5])
+    assert other.load("r", 2, part).blocks == 3
+    assert same(part, payloads[2:5])
+    other.close()
+
+
+def test_keys_carry_their_parents_so_that_a_conversation_is_one_head(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 5), payloads_of(5)
+    engine.store(keys[:2], payloads[:2])
+    offer = engine.offer(keys, 2)
+    engine.workers[0].store(9, offer, payloads[2:])
+    engine.end(0, 9)
+    with daemon.client() as client:
+        (info,) = client.models()
+        while client.models()[0].blocks < 5:
+            time.sleep(0.001)
+        (session,) = client.sessions(info.id)
+        assert (session.blocks, session.tokens) == (5, 5 * BLOCK_TOKENS)
+        assert client.detached(info.id) == []
+
+
+def test_a_block_counts_once_every_shard_of_it_is_published(daemon: Daemon) -> None:
+    engine = Engine(daemon, layout_of(shards=2))
+    keys = keys_of("a", 3)
+    engine.store(keys, payloads_of(3, seed=1), worker=0)
+    assert engine.ask("before", keys) == 0
+    engine.store(keys, payloads_of(3, seed=2), worker=1)
+    assert engine.ask("after", keys) == 3
+    for worker, seed in ((0, 1), (1, 2)):
+        into = empty_like(payloads_of(3))
+        assert engine.load("after", 0, into, worker).blocks == 3
+        assert same(into, payloads_of(3, seed))
+    engine.close()
+
+
+def test_all_keys_of_a_request_are_one_message_and_repeated_asks_one_lease(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 40), payloads_of(40)
+    engine.store(keys, payloads)
+    with daemon.client() as client:
+        before, leases = client.statistics(), leases_of(client)
+        assert engine.ask("r", keys, start=4) == 40
+        for start in (4, 5, 39):
+            assert engine.finder.ask("r", keys, start) == 40
+        assert engine.finder.ask("r", keys[:20], 4) == 20
+        after = client.statistics()
+        asked = after["server"]["requests"]["matchnames"]
+        assert asked - before["server"]["requests"].get("matchnames", 0) == 1
+        assert leases_of(client) == leases + 1
+        engine.finder.finish("r", keys)
+        while leases_of(client) != leases:
+            time.sleep(0.001)
+
+
+def test_a_daemon_that_does_not_answer_is_asked_again_and_then_a_miss(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys = keys_of("a", 2)
+    engine.store(keys, payloads_of(2))
+    hurried = Engine(daemon, layout_of(), patience_s=0.3)
+    assert hurried.ask("warm", keys) == 2
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        assert hurried.finder.ask("r", keys, 0) is None
+        assert hurried.ask("r", keys) == 0
+        assert hurried.scheduler.statistics()["unanswered asks"] == 1
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    assert hurried.ask("later", keys) == 2
+    hurried.finder.finish("warm", keys)
+    hurried.finder.finish("later", keys)
+    with daemon.client() as client:
+        while leases_of(client):
+            time.sleep(0.01)  # the late answer's lease was given back too
+    hurried.close()
+
+
+def test_a_dead_daemon_is_a_miss_said_once_and_its_successor_serves_again(
+    daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys, payloads = keys_of("a", 3), payloads_of(3)
+    engine = Engine(daemon, layout_of(), patience_s=2.0)
+    engine.store(keys, payloads)
+    assert engine.ask("r", keys) == 3
+    offer = engine.offer(keys_of("b", 3))
+    daemon.kill()
+    into = empty_like(payloads)
+    for job in range(100, 103):
+        held = engine.finder.held("r", 0, 3)
+        assert held is not None
+        engine.workers[0].load(job, held, into, timeout_s=1.0)
+        assert engine.end(0, job).blocks == 0
+    engine.workers[0].store(200, offer, payloads)
+    assert engine.end(0, 200).store
+    assert engine.ask("s", keys) == 0
+    engine.finder.finish("s", keys)
+    said = [record.message for record in caplog.records if record.name == "twfs.engines"]
+    assert sum("a load failed" in text for text in said) == 1
+    assert engine.attached[0].statistics()["a load failed: LeaseEnded"] == 3
+    daemon.start()
+    while engine.ask("t", keys) == 0:
+        engine.finder.finish("t", keys)
+        time.sleep(0.05)
+    assert engine.load("t", 0, into).blocks == 3
+    assert same(into, payloads)
+    engine.close()
+
+
+def test_bytes_that_rotted_are_told_and_so_is_all_behind_them(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 5), payloads_of(5)
+    engine.store(keys, payloads)
+    assert engine.ask("r", keys) == 5
+    with daemon.client() as client:
+        (info,) = client.models()
+        (session,) = client.sessions(info.id)
+        third = client.chain_of(info.id, session.head)[2].block.extents[0]
+    with (daemon.directory / "device0.img").open("r+b") as image:
+        image.seek(third.offset + 5000)
+        image.write(b"rot")
+        image.flush()
+        os.fsync(image.fileno())
+    into = empty_like(payloads)
+    done = engine.load("r", 0, into)
+    assert done.blocks == 2
+    assert same(into[:2], payloads[:2])
+
+
+def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 3), payloads_of(3)
+    engine.store(keys, payloads)
+    assert engine.ask("r", keys) == 3
+    stale = engine.offer(keys)
+    assert engine.finder.reset()
+    assert engine.ask("r", keys) == 0
+    assert engine.ask("s", keys) == 0
+    for job in (50, 51):  # the worker learns of the epoch only by its failing
+        engine.workers[0].store(job, stale, payloads)
+        engine.end(0, job)
+    engine.workers[0].close()
+    assert "stored blocks" in engine.attached[0].statistics()  # of the first store alone
+    assert engine.attached[0].statistics()["stored blocks"] == 3
+    assert engine.ask("t", keys) == 0
+    with daemon.client() as client:
+        assert sum(info.blocks for info in client.models()) == 0
+
+
+def test_wrong_salt_tenant_and_key_are_misses(
+    daemon: Daemon, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    keys = keys_of("a", 2)
+    engine.store(keys, payloads_of(2))
+    engine.finder.admit("t", Params(tenant="nobody-knows"))
+    assert engine.ask("t", keys) == 0
+    engine.finder.admit("u", Params(tenant="nobody-knows"))
+    assert engine.ask("u", keys) == 0
+    assert engine.ask("long", [b"x" * 65, *keys]) == 0
+    assert engine.ask("none", [b"", *keys]) == 0
+    said = [record.message for record in caplog.records]
+    assert sum("no tenant 'nobody-knows'" in text for text in said) == 1
+    bad = Offer((Run((b"",), None, 0),), engine.offer(keys).epoch)
+    engine.workers[0].store(7, bad, payloads_of(1))
+    assert engine.end(0, 7).store
+    other = Engine(daemon, layout_of(model="other"))
+    assert other.ask("r", keys) == 0
+    other.close()
+
+
+def test_a_finished_request_touches_its_whole_chain_in_one_message(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 4), payloads_of(4)
+    engine.store(keys, payloads)
+    engine.finder.admit("r", Params(hint=Hint(session="agent 7")))
+    assert engine.ask("r", keys, start=4) == 4  # all of it in the engine's own memory
+    with daemon.client() as client:
+        touches = client.statistics()["server"]["requests"].get("touchnames", 0)
+        engine.finder.finish("r", keys)
+        while client.statistics()["server"]["requests"].get("touchnames", 0) == touches:
+            time.sleep(0.001)
+
+
+def test_a_store_that_finds_no_room_gives_the_engine_its_memory_back(
+    daemon: Daemon, engine: Engine
+) -> None:
+    client = engine.attached[0].store
+    assert isinstance(client, Client)
+    engine.store(keys_of("a", 1), payloads_of(1))
+    link = client._connector.now
+    assert link is not None
+    assert link.arena is not None
+    hog = link.arena.take(link.arena.byte_count - (1 << 16))
+    assert hog is not None
+    keys = keys_of("b", 8)
+    engine.workers[0].store(1000, engine.offer(keys), payloads_of(8))
+    engine.workers[0].wait([1000])  # would not return while the hog is there, were it not given up
+    hog.release()
+    assert [done.job for done in engine.workers[0].finished()] == [1000]
+
+
+def test_jobs_after_close_have_failed(engine: Engine) -> None:
+    engine.workers[0].close()
+    engine.workers[0].store(3, engine.offer(keys_of("a", 1)), payloads_of(1))
+    assert [done.job for done in engine.workers[0].finished()] == [3]

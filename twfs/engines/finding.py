@@ -1,0 +1,296 @@
+"""The scheduler's side of an engine: which blocks of each waiting request the store holds.
+
+All keys of a request go in one message when it is first asked for. The answer comes on a thread of
+its own; the scheduler waits half a millisecond at most, and looks again in its next step. One lease
+per request serves all its asks until it ends. Names of blocks are the engine's own keys, each the
+parent of the next. Used by one scheduler thread; nothing here raises because of the store.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Final
+
+from twfs.engines.attaching import Attachment
+from twfs.engines.requests import NO_PARAMS, Params
+from twfs.prefix import Names, joined, names_of_run
+from twfs.store import LeasedMatch, Model
+
+ANSWER_SECONDS: Final = 0.0005  # that a step may wait for an answer, in all
+WAITS_APART_S: Final = 0.005  # steps are longer than this; within it only one ask may wait
+NAMED_AT_ONCE: Final = 128  # keys: about 0.2 ms of one processor, then others may have Python
+RENEW_SECONDS: Final = 20.0  # a lease lasts 60 s; a request that waits longer is renewed
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Blocks under a lease, as a worker in another process needs to know them."""
+
+    token: bytes
+    first: int  # index in the request's chain of the first block to load
+    count: int
+    tenant: str | None = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    """One request: its latest ask and what came of it."""
+
+    params: Params = NO_PARAMS
+    keys: Sequence[bytes] = ()
+    start: int = 0
+    asked_s: float = 0.0
+    number: int = 0  # of the ask: an answer to an older one is of no use
+    pending: bool = False  # the store is being asked
+    blocks: int | None = None  # that a match holds from the first on; None: no answer
+    match: LeasedMatch | None = None
+    renewed_s: float = 0.0
+    names: Names | None = None  # of as many of its keys as were named
+    model: Model | None = None  # under which they were named
+    declined: bool = False  # nothing more is loaded for it
+    answered: threading.Event = field(default_factory=threading.Event)
+
+
+class Desk:
+    """A thread that does one thing after the other for a scheduler that must not wait."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Have *work* done; it must not raise."""
+        self._queue.put(work)
+
+    def close(self, timeout_s: float) -> None:
+        """End when all that was put is done, or after *timeout_s* seconds. Idempotent."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            work()
+
+
+def name_keys(
+    model: Model, keys: Sequence[bytes], first: int, stop: int, block_tokens: int
+) -> Names:
+    """Return the names of *keys* from *first* up to *stop*, letting other threads run meanwhile."""
+    root, parts = model.root(), []
+    for at in range(first, stop, NAMED_AT_ONCE):
+        end = min(at + NAMED_AT_ONCE, stop)
+        ends = range(block_tokens * (at + 1), block_tokens * end + 1, block_tokens)
+        parts.append(names_of_run(root, keys[at:end], keys[at - 1] if at else None, ends))
+        time.sleep(0)
+    return joined(parts)
+
+
+class Finder:
+    """What the store holds of each request; see the module's docstring.
+
+    Per request: admit, ask (often), held and loaded (per load), finish. *block_tokens* are those of
+    one key.
+    """
+
+    def __init__(
+        self, attachment: Attachment, block_tokens: int, *, answer_s: float = ANSWER_SECONDS
+    ) -> None:
+        self._attachment = attachment
+        self._block_tokens = block_tokens
+        self._answer_s = answer_s
+        self._requests: dict[str, _Asked] = {}
+        self._waited_s = 0.0
+        self._lock = threading.Lock()  # between an answer and who does not want it any more
+        self._desk = Desk("twfs-finder")
+
+    def admit(self, request: str, params: Params = NO_PARAMS) -> None:
+        """Note a new request; one that is asked for without this has no parameters."""
+        self._requests[request] = _Asked(params)
+        if self._attachment.epoch(params.tenant) is None:
+            self._desk.put(lambda: self._open(params.tenant))
+
+    def _open(self, tenant: str | None) -> None:
+        self._attachment.model(tenant)
+
+    def params(self, request: str) -> Params:
+        """What *request* said of itself."""
+        asked = self._requests.get(request)
+        return NO_PARAMS if asked is None else asked.params
+
+    def ask(self, request: str, keys: Sequence[bytes], start: int) -> int | None:
+        """How many of *keys*, from the first on, the engine may count on; None: ask again.
+
+        It holds *start* of them itself, so *start* is a miss. The blocks behind stay leased until
+        `finish`, or until an ask that needs another lease. What is not answered within the
+        attachment's patience is a miss.
+        """
+        asked = self._requests.setdefault(request, _Asked())
+        if asked.declined or start >= len(keys):
+            return start
+        if not _serves(asked, keys, start):
+            self._begin(asked, keys, start)
+        if asked.blocks is None:
+            self._wait(asked)
+        if asked.blocks is None:
+            if time.monotonic() - asked.asked_s <= self._attachment.patience_s:
+                return None
+            self._release(asked)  # a late answer goes with it
+            asked.blocks = start
+            self._attachment.count("unanswered asks")
+        self._keep(asked)
+        return max(start, min(asked.blocks, len(keys)))
+
+    def _wait(self, asked: _Asked) -> None:
+        """Give the answer a moment, once per step."""
+        now_s = time.monotonic()
+        if now_s - self._waited_s > WAITS_APART_S:
+            asked.answered.wait(self._answer_s)
+            self._waited_s = time.monotonic()
+
+    def _begin(self, asked: _Asked, keys: Sequence[bytes], start: int) -> None:
+        """Have the store asked; what was leased before is let go."""
+        self._release(asked)
+        asked.keys, asked.start, asked.asked_s = list(keys), start, time.monotonic()
+        asked.answered.clear()
+        asked.pending = True
+        number = asked.number
+        self._desk.put(lambda: self._answer(asked, number))
+
+    def _answer(self, asked: _Asked, number: int) -> None:
+        """Match, on the desk's thread."""
+        patience_s = self._attachment.patience_s
+        if asked.number != number or time.monotonic() - asked.asked_s > patience_s:
+            return  # nobody waits for it any more, or not long enough
+        match = self._attachment.quietly("a match failed", lambda: self._match(asked), None)
+        with self._lock:
+            wanted = asked.number == number
+            if wanted:
+                asked.pending = False
+                asked.match, asked.renewed_s = match, time.monotonic()
+                asked.blocks = asked.start if match is None else match.blocks
+                asked.answered.set()
+        if not wanted:
+            self._drop(match)
+        elif match is None or not match.token:
+            self._attachment.doubt(asked.params.tenant)
+
+    def _match(self, asked: _Asked) -> LeasedMatch | None:
+        names = self._named(asked, asked.keys)
+        if names is None or asked.model is None:
+            return None
+        return self._attachment.store.match(asked.model, names, start=asked.start)
+
+    def _named(self, asked: _Asked, keys: Sequence[bytes]) -> Names | None:
+        """The names of *keys*, of which those named before are not named again; None: no model."""
+        model = self._attachment.model(asked.params.tenant)
+        if model is None:
+            return None
+        known = asked.names if asked.model == model else None
+        first = 0 if known is None else len(known)
+        if known is None or first < len(keys):
+            more = name_keys(model, keys, first, len(keys), self._block_tokens)
+            known = more if known is None else joined([known, more])
+            asked.names, asked.model = known, model
+        return known.head(len(keys))
+
+    def _keep(self, asked: _Asked) -> None:
+        """Renew the lease of a request that waits for long."""
+        now_s = time.monotonic()
+        match = asked.match
+        if match is not None and now_s - asked.renewed_s > RENEW_SECONDS:
+            asked.renewed_s = now_s
+            self._desk.put(lambda: self._renew(asked, match))
+
+    def _renew(self, asked: _Asked, match: LeasedMatch) -> None:
+        if asked.match is match and not self._renewed(match):
+            asked.blocks = asked.start  # over: a load would fail
+            self._attachment.count("leases that ended while a request waited")
+
+    def _renewed(self, match: LeasedMatch) -> bool:
+        return bool(self._attachment.quietly("a renewal failed", match.renew, None))
+
+    def held(self, request: str, first: int, count: int) -> Held | None:
+        """What a worker needs to load *count* blocks from *first* on; None if they are not held."""
+        asked = self._requests.get(request)
+        if asked is None or asked.match is None or asked.blocks is None:
+            return None
+        if not asked.start <= first <= first + count <= asked.blocks:
+            return None
+        return Held(asked.match.token, first, count, asked.params.tenant)
+
+    def epoch(self, request: str) -> int | None:
+        """The epoch that blocks of *request* are stored in; None as long as nobody has said."""
+        return self._attachment.epoch(self.params(request).tenant)
+
+    def loaded(self, request: str) -> None:
+        """Let go of the lease of *request*: its load has ended."""
+        asked = self._requests.get(request)
+        if asked is not None:
+            self._release(asked)
+
+    def decline(self, request: str) -> None:
+        """Let every later ask of *request* be a miss: its load failed, or would not pay."""
+        asked = self._requests.get(request)
+        if asked is not None:
+            asked.declined = True
+            self._release(asked)
+
+    def finish(self, request: str, keys: Sequence[bytes]) -> None:
+        """End *request*, whose whole chain is *keys*: one touch for all of it, no more lease."""
+        asked = self._requests.pop(request, None)
+        if asked is None:
+            return
+        self._release(asked)
+        chain = list(keys)
+        if chain:
+            self._desk.put(
+                lambda: self._attachment.quietly(
+                    "a touch failed", lambda: self._touch(asked, chain), None
+                )
+            )
+
+    def _touch(self, asked: _Asked, keys: Sequence[bytes]) -> None:
+        names = self._named(asked, keys)
+        if names is not None and asked.model is not None:
+            self._attachment.store.touch(asked.model, names, asked.params.hint)
+
+    def _release(self, asked: _Asked) -> None:
+        """Let go of the lease; what was answered is over with it."""
+        with self._lock:
+            asked.number += 1
+            asked.pending, asked.blocks = False, None
+            match, asked.match = asked.match, None
+        if match is not None:
+            self._desk.put(lambda: self._drop(match))
+
+    def _drop(self, match: LeasedMatch | None) -> None:
+        if match is not None:
+            self._attachment.quietly("a release failed", match.release, None)
+
+    def reset(self) -> bool:
+        """Open a new epoch and forget every answer; False if nobody answered. Blocks."""
+        for asked in self._requests.values():
+            self._release(asked)
+            asked.names = asked.model = None
+        return self._attachment.new_epoch()
+
+    def close(self) -> None:
+        """Release all leases. Idempotent."""
+        for asked in self._requests.values():
+            self._release(asked)
+        self._requests.clear()
+        self._desk.close(self._attachment.patience_s * 4)
+
+
+def _serves(asked: _Asked, keys: Sequence[bytes], start: int) -> bool:
+    """Tell whether what is being asked, or was answered, says all of *keys* from *start* on."""
+    if not (asked.pending or asked.blocks is not None) or start < asked.start:
+        return False
+    known = len(asked.keys)
+    if len(keys) > known and asked.blocks == known:
+        return False  # all that was asked for is there, and there is more to ask for
+    last = min(len(keys), known) - 1
+    return keys[last] == asked.keys[last]
