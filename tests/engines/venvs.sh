@@ -61,9 +61,9 @@ over_vllm() {
 # Without what its CUDA parts want; pytest runs the contract tests in there.
 make_lmcache() {
     over_vllm "$1"
-    pip_in . --no-deps lmcache==0.5.6 aiofile==3.11.1 caio==0.9.25 aiofiles redis \
-        sortedcontainers nvtx opentelemetry-exporter-prometheus awscrt
-    pip_in . pytest
+    pip_in . --no-deps lmcache==0.5.6 aiofile==3.12.3 caio==0.12.10 aiofiles==25.1.0 redis==8.1.0 \
+        nvtx==0.2.17 opentelemetry-exporter-prometheus==0.66b2 awscrt==0.38.1 \
+        pytest==9.2.0 pluggy iniconfig pygments packaging
 }
 
 # Makes the engine $1 with Python $2 unless it is there as its recipe wants it.

@@ -6,9 +6,10 @@ of the store: see attaching.py. Thread-safe; calls block, so make them on thread
 """
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -231,7 +232,8 @@ class Space:
         right: list[int] = []
         for run in runs_of(locks):
             work = partial(self._read, run, locks, into, timeout_s)
-            right += self._attachment.quietly("a load failed", work, None) or []
+            loaded: list[int] | None = self._attachment.quietly("a load failed", work, None)
+            right += loaded or []
         self.unlock(lacking)
         return right
 
@@ -346,17 +348,37 @@ def runs_of(locks: "Sequence[tuple[_Lock, int] | None]") -> Iterator[list[int]]:
     yield from [run] if run else []
 
 
-def revision_of(model: str, given: str | None) -> str:
-    """What tells the weights of *model*: *given*, or the files if one of both is a directory.
+class Revisions:
+    """What tells the weights behind a model's name, as they are now: *given*, by that name.
 
-    InvalidInput if nothing tells them: other weights of that name would hit then.
+    That is the directory where they lie, or text such as a commit. A name that is a directory
+    itself needs none.
     """
-    for text in (given, model):
-        if text and Path(text).is_dir():
-            return revision_of_files(text)
-    if not given:
-        raise InvalidInput(
-            f"nothing tells which weights {model!r} are: say in `revisions` where they lie, or their "
-            "commit"
-        )
-    return given
+
+    def __init__(self, given: Mapping[str, str]) -> None:
+        self._given = given
+        self._known: dict[str, tuple[object, str]] = {}  # by path, with what its files were then
+
+    def of(self, model: str) -> str:
+        """The revision of *model*. InvalidInput if nothing tells it: others' KV would hit then."""
+        given = self._given.get(model, "")
+        for path in (given, model):
+            if path and Path(path).is_dir():
+                return self._of_files(path)
+        if not given:
+            raise InvalidInput(
+                f"nothing tells which weights {model!r} are: say in `revisions` where they lie, or "
+                "their commit"
+            )
+        return given
+
+    def _of_files(self, path: str) -> str:
+        """The revision of the files in *path*, read again when one of them has changed."""
+        with os.scandir(path) as found:
+            files = [(each.name, each.stat()) for each in found]
+        now = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+        before, revision = self._known.get(path, (None, ""))
+        if before != now:
+            revision = revision_of_files(path)
+            self._known[path] = (now, revision)
+        return revision

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby, islice
 from typing import Any, Final
 from uuid import uuid4
@@ -19,7 +20,7 @@ from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
 
-from twfs.engines.keyed import READ_TIMEOUT_S, STORED, KeyedStore, Space, revision_of
+from twfs.engines.keyed import READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import ModelInfo, PutOutcome
@@ -80,10 +81,9 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
         if unknown := set(params) - PARAMS:
             raise InvalidInput(f"adapter_params has {sorted(unknown)}: twfs knows {sorted(PARAMS)}")
         self._store = KeyedStore(ENGINE, params["socket"])
-        self._given: dict[str, str] = params.get("revisions", {})
+        self._revisions = Revisions(params.get("revisions", {}))
         self._tenants: dict[str, str] = params.get("tenants", {})
         self._timeout_s: float | None = params.get("timeout_s", READ_TIMEOUT_S)
-        self._revisions: dict[str, str] = {}
         self._events = [create_event_notifier() for _ in range(3)]  # store, lookup, load
         self._guard = threading.Lock()
         self._tasks = 0
@@ -108,11 +108,8 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
         """See L2AdapterInterface."""
         return int(self._events[2].fileno())
 
-    def _submit(
-        self, threads: ThreadPoolExecutor, event: int, work: Callable[[], Any], done: dict[int, Any],
-        failed: Any,
-    ) -> int:  # fmt: skip
-        """Have *work* done, put what it returns (or *failed*) into *done* and raise *event*."""
+    def _submit(self, event: int, work: Callable[[], Any], failed: Any) -> int:
+        """Have *work* done, keep what it returns (or *failed*) for its task, and raise *event*."""
         with self._guard:
             self._tasks += 1
             task = self._tasks
@@ -120,28 +117,24 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
         def run() -> None:
             result = self._store.quietly("a task failed", work, failed)
             with self._guard:
-                done[task] = result
+                (self._done if event else self._stored)[task] = result
             self._events[event].notify()
 
-        threads.submit(run)
+        (self._asking if event else self._putting).submit(run)
         return task
 
     def _space(self, row: Row, shapes: Shapes) -> Space:
         """Where the blocks of *row* are. InvalidInput."""
-        if row[0] not in self._revisions:
-            self._revisions[row[0]] = revision_of(row[0], self._given.get(row[0]))
         self._shapes[row] = shapes
-        layout = layout_of(row, shapes, self._revisions[row[0]])
+        layout = layout_of(row, shapes, self._revisions.of(row[0]))
         return self._store.space(layout, self._tenants.get(row[3]), row[3])
 
     # Store, lookup, load
 
     def submit_store_task(self, keys: list[ObjectKey], memory: list[Any]) -> int:
         """See L2AdapterInterface; *memory* are its MemoryObj, one a key."""
-        failed = L2StoreResult(False, 0)
-        return self._submit(
-            self._putting, 0, lambda: self._do_store(keys, memory), self._stored, failed
-        )
+        failed = L2StoreResult(success=False, bytes_transferred=0)
+        return self._submit(0, partial(self._do_store, keys, memory), failed)
 
     def _do_store(self, keys: list[ObjectKey], memory: list[Any]) -> L2StoreResult:
         good, written, fresh = True, 0, dict[ObjectKey, int]()
@@ -172,8 +165,8 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
         """See L2AdapterInterface; keys of one model, rank, group and salt are a chain."""
-        work: Callable[[], Any] = lambda: self._do_lookup(keys, group_layout_descs)  # noqa: E731
-        return self._submit(self._asking, 1, work, self._done, Bitmap(len(keys)))
+        work = partial(self._do_lookup, keys, group_layout_descs)
+        return self._submit(1, work, Bitmap(len(keys)))
 
     def _do_lookup(self, keys: list[ObjectKey], descs: dict[int, Any]) -> Any:
         bitmap = Bitmap(len(keys))
@@ -195,8 +188,7 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
 
     def submit_load_task(self, keys: list[ObjectKey], memory: list[Any]) -> int:
         """See L2AdapterInterface; *memory* are its MemoryObj, one a key."""
-        work: Callable[[], Any] = lambda: self._do_load(keys, memory)  # noqa: E731
-        return self._submit(self._asking, 2, work, self._done, Bitmap(len(keys)))
+        return self._submit(2, partial(self._do_load, keys, memory), Bitmap(len(keys)))
 
     def _do_load(self, keys: list[ObjectKey], memory: list[Any]) -> Any:
         bitmap = Bitmap(len(keys))
@@ -221,7 +213,7 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
         """See L2AdapterInterface."""
-        self._asking.submit(self._store.quietly, "unlock", lambda: self._do_unlock(keys), None)
+        self._asking.submit(self._store.quietly, "unlock", partial(self._do_unlock, keys), None)
 
     def _do_unlock(self, keys: list[ObjectKey]) -> None:
         for row, part in groupby(keys, row_of):
