@@ -69,7 +69,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding", "engines.keyed"),
     ("engines.transfers",),
-    ("engines.lmcache", "engines.transformers"),
+    ("engines.lmcache", "engines.sglang", "engines.transformers"),
+    ("engines.sglang_linker",),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 

@@ -66,6 +66,26 @@ make_lmcache() {
         pytest==9.2.0 pluggy iniconfig pygments packaging
 }
 
+# SGLang has no CPU build of its kernels: what it imports and never calls here is a stub.
+make_sglang() {
+    over_vllm "$1"
+    pip_in . --no-deps sglang==0.5.23 orjson xxhash zstandard gguf pandas ipython py-spy \
+        triton==3.9.0 pytest==9.2.0 pluggy iniconfig pygments packaging
+    local site name
+    site=$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    for name in sgl_kernel torchvision torchaudio cutlass; do
+        mkdir -p "$site/$name"
+        cp "$here/stubs/anything.py" "$site/$name/__init__.py"
+    done
+}
+
+# Without the engines and frameworks that it can serve.
+make_nixl() {
+    "$1" -m venv .
+    pip_in . --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+    pip_in . numpy torch==2.13.0+cpu "${CLIENT_NEEDS[@]}"
+}
+
 # Makes the engine $1 with Python $2 unless it is there as its recipe wants it.
 made() {
     local stamp

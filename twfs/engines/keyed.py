@@ -51,6 +51,9 @@ class Place:
     end_position: int
 
 
+UNKNOWN: Final = Place(None, 0)
+
+
 class Places:
     """The places of keys, as far as they were seen in order; the least recently used are forgotten.
 
@@ -78,14 +81,14 @@ class Places:
         """Take those of *keys* that nobody has shown for followers of the ones before them."""
         with self._lock:
             for parent, key in pairwise(keys):
-                above = self._places.get(parent)
-                if above is not None and key not in self._places:
-                    self._places[key] = Place(parent, above.end_position + block_tokens)
+                if key not in self._places:
+                    end = self._places.get(parent, UNKNOWN).end_position
+                    self._places[key] = Place(parent, end + block_tokens if end else 0)
 
     def of(self, key: bytes) -> Place:
         """The place of *key*; position 0 if it is not known."""
         with self._lock:
-            return self._places.get(key) or Place(None, 0)
+            return self._places.get(key, UNKNOWN)
 
 
 @dataclass(slots=True)
@@ -147,14 +150,22 @@ class Space:
         self._attachment.count("stored blocks", sum(outcome in STORED for outcome in outcomes))
         return outcomes
 
-    def lookup(self, keys: Sequence[bytes]) -> int:
-        """How many of *keys* are there, from the first on."""
+    def lookup(self, keys: Sequence[bytes], *, start: int = 0) -> int:
+        """How many of *keys* are there, those before *start* being the engine's own."""
 
         def work() -> int:
             named = self._named(keys)
-            return 0 if named is None else self._store.client.lookup(*named)
+            return start if named is None else self._store.client.lookup(*named, start=start)
 
-        return self._attachment.quietly("a lookup failed", work, 0)
+        return max(start, self._attachment.quietly("a lookup failed", work, start))
+
+    def renew(self) -> bool:
+        """Make all blocks of this layout unreachable, of all tenants; False if nobody answered."""
+        return self._attachment.new_epoch()
+
+    def complain(self, what: str, why: object) -> None:
+        """See Quiet.complain."""
+        self._attachment.complain(what, why)
 
     def touch(self, keys: Sequence[bytes], hint: Hint = NO_HINT) -> None:
         """Count a use of *keys*, however they were served."""
@@ -189,6 +200,22 @@ class Space:
         if not found:
             self._attachment.doubt(self._tenant)
         return found
+
+    def match(self, keys: Sequence[bytes], *, start: int = 0) -> LeasedMatch | None:
+        """Lease the longest part of a chain that is there behind *start*; None if nothing is.
+
+        What is before *start* the engine has itself, and has used too.
+        """
+
+        def work() -> LeasedMatch | None:
+            named = self._named(keys)
+            return None if named is None else self._store.client.match(*named, start=start)
+
+        match = self._attachment.quietly("a lookup failed", work, None)
+        if match is not None and match.blocks > start:
+            return match
+        self._attachment.doubt(self._tenant)
+        return None
 
     def held(self, keys: Sequence[bytes]) -> int:
         """As lookup, but -1 where nobody could be asked."""
@@ -270,11 +297,15 @@ class Space:
 class KeyedStore(Quiet):
     """The daemon behind *socket*, whether or not it is there now; see the module's docstring."""
 
-    def __init__(self, engine: str, socket: str, *, arena_bytes: int = ARENA_BYTES) -> None:
+    def __init__(
+        self, engine: str, socket: str, *, arena_bytes: int = ARENA_BYTES,
+        patience_s: float = PATIENCE_S,
+    ) -> None:  # fmt: skip
         super().__init__(engine)
         self.socket = socket
         self.places = Places()
-        self.client = quiet_client(Path(socket), arena_bytes=arena_bytes, patience_s=PATIENCE_S)
+        self.client = quiet_client(Path(socket), arena_bytes=arena_bytes, patience_s=patience_s)
+        self._patience_s = patience_s
         self._spaces: dict[tuple[bytes, str | None, str], Space] = {}
         self._attachments: dict[bytes, Attachment] = {}  # by fingerprint
         self._salts: dict[bytes, str] = {}  # by their tags, as far as they were seen
@@ -286,7 +317,7 @@ class KeyedStore(Quiet):
             attachment = self._attachments.get(fingerprint)
             if attachment is None:
                 attachment = self._attachments[fingerprint] = Attachment(
-                    self.socket, name_of_model(layout.model), layout, patience_s=PATIENCE_S,
+                    self.socket, name_of_model(layout.model), layout, patience_s=self._patience_s,
                     store=self.client,
                 )  # fmt: skip
             key = (fingerprint, tenant, salt)

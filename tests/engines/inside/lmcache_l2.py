@@ -174,10 +174,11 @@ def test_the_event_descriptors_are_distinct(adapter: Any) -> None:
 
 def test_kv_of_anything_else_is_a_miss(daemon: Daemon, adapter: Any) -> None:
     put_session(adapter, 3)
-    for other in (
+    others: tuple[dict[str, Any], ...] = (
         {"model": "other/model"}, {"rank": 0x02000200}, {"rank": 0x02010201}, {"group": 1},
         {"salt": "alice"},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for other in others:
         keys = keys_of(3, **other)
         assert lookup(adapter, keys, descs_of(group=other.get("group", 0))) == [], other
     assert lookup(adapter, keys_of(3), descs_of(dtype=torch.float16)) == []
@@ -365,7 +366,7 @@ def test_a_salt_is_not_stored_and_so_listed_only_once_it_is_seen(daemon: Daemon)
 
 def test_a_salt_may_be_a_tenants(daemon: Daemon) -> None:
     with daemon.client() as client:
-        client.operate("tenant-add", name="acme", owner=os.getuid())
+        client.operate("tenant-add", name="acme", owner=os.getuid(), uids=[])
     adapter = adapter_of(daemon, tenants={"acme-salt": "acme"})
     put_session(adapter, 2, salt="acme-salt")
     put_session(adapter, 2, 1)
