@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("core", "sources"),
     ("enrolling", "quotas", "ranking"),
     ("evicting", "listing", "matching", "opening"),
-    ("metering", "reserving", "tenancy"),
+    ("metering", "reserving", "tenancy", "usage"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
     ("scanning",),
     ("survivors",),

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import enrolling, erasing, evicting, matching, opening, putting, tenancy
+from twfs import enrolling, erasing, evicting, matching, opening, putting, tenancy, usage
 from twfs.arena import Arena
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config, settings_of
@@ -75,7 +75,7 @@ class Warehouse(OpenNamespace):
         self.scrubber = Scrubber(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
-            **tenancy.verbs(core),
+            **tenancy.verbs(core), **usage.verbs(core),
         }  # fmt: skip
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()

@@ -17,6 +17,7 @@ from twfs_tools import bench
 from twfs_tools.check import check
 from twfs_tools.create import create
 from twfs_tools.device import app as device_app
+from twfs_tools.du import du
 from twfs_tools.evict import evict
 from twfs_tools.explain import explain
 from twfs_tools.ls import ls
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    create, serve, mount, unmount, status, ls, evict, explain, check, scrub, rebuild,
+    create, serve, mount, unmount, status, ls, du, evict, explain, check, scrub, rebuild,
 ):  # fmt: skip
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")
