@@ -22,7 +22,7 @@ from support.vllms import Vllm, random_model
 from twfs.client import Client
 from twfs.formatting import DeviceSpec
 from twfs.store import BlockInfo, iterate_heads
-from twfs.units import ALIGN, ByteCount
+from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -159,7 +159,7 @@ def blocks_of(client: Client) -> list[BlockInfo]:
 def served(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Served]:
     base = tmp_path_factory.mktemp("served")
     with faulty_disks(base / "disks", {"a": 64 << 20}) as disks:
-        Warehouse.create(base / "warehouse", [DeviceSpec(disks.loops["a"], ByteCount(0))])
+        Warehouse.create(base / "warehouse", [DeviceSpec(disks.loops["a"])])
         with (
             running_daemon(base / "warehouse") as daemon,
             engine_of(daemon, model) as (server, vllm),

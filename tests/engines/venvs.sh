@@ -69,8 +69,9 @@ make_lmcache() {
 # SGLang has no CPU build of its kernels: what it imports and never calls here is a stub.
 make_sglang() {
     over_vllm "$1"
-    pip_in . --no-deps sglang==0.5.23 orjson xxhash zstandard gguf pandas ipython py-spy \
-        triton==3.9.0 pytest==9.2.0 pluggy iniconfig pygments packaging
+    pip_in . ipython pandas
+    pip_in . --no-deps sglang==0.5.23 orjson xxhash zstandard gguf py-spy triton==3.9.0 \
+        pytest==9.2.0 pluggy iniconfig pygments packaging
     local site name
     site=$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     for name in sgl_kernel torchvision torchaudio cutlass; do
