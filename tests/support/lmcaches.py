@@ -16,7 +16,7 @@ def adapter_spec(socket: Path, **params: Any) -> dict[str, Any]:
     """What `--l2-adapter` is given, as in docs/lmcache.md; patient on a busy machine."""
     return {
         "type": "plugin", "module_path": "twfs.engines.lmcache", "class_name": "TwfsL2Adapter",
-        "adapter_params": {"socket": str(socket), "timeout_s": 20.0, **params},
+        "adapter_params": {"socket": str(socket), "timeout_s": 20.0, "patience_s": 20.0, **params},
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
 
-from twfs.engines.keyed import READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
+from twfs.engines.keyed import PATIENCE_S, READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import ModelInfo, PutOutcome
@@ -28,7 +28,7 @@ from twfs.store import ModelInfo, PutOutcome
 log = logging.getLogger(__name__)
 
 ENGINE: Final = "lmcache"
-PARAMS: Final = frozenset({"socket", "revisions", "tenants", "timeout_s"})
+PARAMS: Final = frozenset({"socket", "revisions", "tenants", "timeout_s", "patience_s"})
 THREADS: Final = 4  # of lookups and loads; puts have two of their own
 LISTINGS_MAX: Final = 16  # under way at once; older ones begin anew
 BLOCK_TOKENS: Final = 256  # LMCache's --chunk-size where its shapes do not tell
@@ -72,7 +72,8 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
     """See the module's docstring.
 
     *params*: `socket` of the daemon; `revisions`, by a model's name the directory of its weights,
-    or what else tells them; `tenants`, by a salt whose blocks its blocks are; `timeout_s` of loads.
+    or what else tells them; `tenants`, by a salt whose blocks its blocks are; `timeout_s` of loads,
+    and `patience_s` for answers.
     """
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: Any = None) -> None:
@@ -80,7 +81,8 @@ class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships n
         del l1_memory_desc  # loads are verified before they enter it
         if unknown := set(params) - PARAMS:
             raise InvalidInput(f"adapter_params has {sorted(unknown)}: twfs knows {sorted(PARAMS)}")
-        self._store = KeyedStore(ENGINE, params["socket"])
+        patience_s = float(params.get("patience_s", PATIENCE_S))
+        self._store = KeyedStore(ENGINE, params["socket"], patience_s=patience_s)
         self._revisions = Revisions(params.get("revisions", {}))
         self._tenants: dict[str, str] = params.get("tenants", {})
         self._timeout_s: float | None = params.get("timeout_s", READ_TIMEOUT_S)

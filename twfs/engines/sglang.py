@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorageExtraInfo,
 )
 
-from twfs.engines.keyed import READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
+from twfs.engines.keyed import PATIENCE_S, READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 ENGINE: Final = "sglang"
 # What SGLang itself reads in the same mapping, and what is ours.
 SGLANGS: Final = frozenset({"backend_name", "module_path", "class_name", "interface_v1"})
-OURS: Final = frozenset({"socket", "tenant", "revision", "timeout_s"})
+OURS: Final = frozenset({"socket", "tenant", "revision", "timeout_s", "patience_s"})
 
 
 def key_of(text: str) -> bytes:
@@ -67,7 +67,8 @@ class TwfsHiCache(HiCacheStorage):  # type: ignore[misc] # SGLang ships no types
     """See the module's docstring.
 
     Its extra config: `socket` of the daemon; `tenant`; `revision`, the directory of the weights or
-    what else tells them, where the model's name is no directory; `timeout_s` of reads.
+    what else tells them, where the model's name is no directory; `timeout_s` of reads;
+    `patience_s` for answers.
     """
 
     def __init__(self, config: HiCacheStorageConfig, given: Any = None) -> None:
@@ -79,7 +80,8 @@ class TwfsHiCache(HiCacheStorage):  # type: ignore[misc] # SGLang ships no types
             )
         self._config = config
         self._extra = extra
-        self._store = KeyedStore(ENGINE, extra["socket"])
+        patience_s = float(extra.get("patience_s", PATIENCE_S))
+        self._store = KeyedStore(ENGINE, extra["socket"], patience_s=patience_s)
         self._space: Space | None = None
         self._timeout_s: float | None = extra.get("timeout_s", READ_TIMEOUT_S)
         log.info("twfs: HiCache's storage is the warehouse behind %s", extra["socket"])

@@ -52,8 +52,8 @@ class TwfsLinker(UnifiedCacheLinker):  # type: ignore[misc] # SGLang ships no ty
     """See the module's docstring.
 
     Its extra config: `socket` of the daemon; `tenant`; `revision`, the directory of the weights or
-    what else tells them; `timeout_s` of loads; `layerwise`; `staging_bytes`. InvalidInput for pools
-    that cannot be kept.
+    what else tells them; `timeout_s` of loads; `patience_s` for answers; `layerwise`;
+    `staging_bytes`. InvalidInput for pools that cannot be kept.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class TwfsLinker(UnifiedCacheLinker):  # type: ignore[misc] # SGLang ships no ty
         pool.register_layer_transfer_counter(self.layer_done_counter)
         self._layerwise = bool(extra.get("layerwise", False))
         self._timeout_s = float(extra.get("timeout_s", READ_TIMEOUT_S))
-        self._store = KeyedStore(ENGINE, extra["socket"], patience_s=PATIENCE_S)
+        self._patience_s = float(extra.get("patience_s", PATIENCE_S))
+        self._store = KeyedStore(ENGINE, extra["socket"], patience_s=self._patience_s)
         revisions = Revisions({server_args.model_path: extra.get("revision", "")})
         layout = self._layout(server_args, params, revisions.of(server_args.model_path))
         self._space: Space = self._store.space(layout, extra.get("tenant"))
@@ -119,7 +120,7 @@ class TwfsLinker(UnifiedCacheLinker):  # type: ignore[misc] # SGLang ships no ty
         if begun_s < self._silent_until_s:
             return []
         found = self._space.lookup(keys)
-        if not found and time.monotonic() - begun_s > PATIENCE_S:
+        if not found and time.monotonic() - begun_s > self._patience_s:
             self._silent_until_s = time.monotonic() + SILENT_SECONDS
         return list(range(1, found + 1))
 

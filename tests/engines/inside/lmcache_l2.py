@@ -45,7 +45,13 @@ def adapter(daemon: Daemon) -> Iterator[Any]:
 
 def adapter_of(daemon: Daemon, **params: Any) -> Any:
     """An adapter as LMCache makes it from the JSON of its command line."""
-    given = {"socket": str(daemon.socket), "revisions": REVISIONS, "timeout_s": 20.0, **params}
+    given = {
+        "socket": str(daemon.socket),
+        "revisions": REVISIONS,
+        "timeout_s": 20.0,
+        "patience_s": 20.0,
+        **params,
+    }
     spec = {
         "type": "plugin", "module_path": "twfs.engines.lmcache", "class_name": "TwfsL2Adapter",
         "adapter_params": given,
