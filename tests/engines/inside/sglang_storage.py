@@ -77,8 +77,8 @@ def backend(daemon: Daemon, pool: Any, *, extra: Any = None, **config: Any) -> A
     }  # fmt: skip
     given["extra_config"] = {
         "backend_name": "twfs", "module_path": "twfs.engines.sglang", "class_name": "TwfsHiCache",
-        "interface_v1": 1, "socket": str(daemon.socket), "revision": "1", "timeout_s": 20.0, "patience_s": 20.0,
-        **(extra or {}),
+        "interface_v1": 1, "socket": str(daemon.socket), "revision": "1",
+        "timeout_s": 20.0, "patience_s": 20.0, **(extra or {}),
     }  # fmt: skip
     made = StorageBackendFactory.create_backend("dynamic", HiCacheStorageConfig(**given), pool)
     made.register_mem_pool_host(pool)
@@ -219,7 +219,8 @@ def linker(daemon: Daemon, pool: Any, components: Any = ("FULL",), **extra: Any)
     config = {
         "linker": "TwfsLinker", "linker_module_path": "twfs.engines.sglang_linker",
         "linker_extra_config": {
-            "socket": str(daemon.socket), "revision": "1", "timeout_s": 20.0, "patience_s": 20.0, **extra,
+            "socket": str(daemon.socket), "revision": "1", "timeout_s": 20.0,
+            "patience_s": 20.0, **extra,
         },
     }  # fmt: skip
     return create_unified_cache_linker(
