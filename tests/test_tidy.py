@@ -18,8 +18,8 @@ FUNCTION_LINES_MAX = 70
 # The modules of twfs/: each imports only from lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units"),
-    ("charges", "clocks", "counters", "operating", "tenants"),
-    ("copying", "secret"),
+    ("clocks", "counters", "operating", "tenants"),
+    ("charges", "copying", "secret"),
     ("hints", "layout", "prefix", "records"),
     ("config", "store"),
     ("checksums", "formatting", "leases", "limbo", "slots", "tables", "wire"),
@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("devicestates",),
     ("core", "sources"),
     ("enrolling", "quotas", "ranking"),
+    ("sharing",),
     ("evicting", "listing", "matching", "opening"),
     ("metering", "reserving", "tenancy", "usage"),
     ("erasing", "moving", "pacing", "putting", "snapshot", "subject"),
@@ -68,8 +69,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding", "engines.keyed"),
-    ("engines.transfers",),
-    ("engines.lmcache", "engines.sglang", "engines.transformers"),
+    ("engines.transfers", "engines.vllm_layout"),
+    (
+        "engines.lmcache",
+        "engines.sglang",
+        "engines.transformers",
+        "engines.vllm",
+        "engines.vllm_tier",
+    ),
     ("engines.sglang_linker",),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}

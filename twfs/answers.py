@@ -65,7 +65,9 @@ def status_of(message_id: int, statistics: Mapping[str, Any]) -> Status:
 def _open_model(warehouse: Permitted, request: OpenModel) -> AnyReply:
     layout = None if request.layout is None else layout_of(request.layout)
     model = warehouse.open_model(request.name, layout, tenant=request.tenant)
-    return Opened(request.id, model_to_wire(model), model.tenant, model.salt)
+    return Opened(
+        request.id, model_to_wire(model), model.tenant, model.salt, model.public_salt
+    )  # fmt: skip
 
 
 def _new_epoch(warehouse: Permitted, request: NewEpoch) -> AnyReply:

@@ -8,17 +8,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
 from twfs.errors import InvalidInput
 from twfs.layout import Layout
 from twfs.store import BlockInfo, ModelInfo, Retention
-from twfs.tenants import EVERYBODY_NAME
+from twfs.tenants import EVERYBODY_NAME, Tenants
 from twfs.units import DIGEST_BYTES, HASH_BYTES, KEY_BYTES_MAX, PrefixHash
 
 CHAIN_NAME: Final = "chain.json"
+NO_TENANTS: Final = Tenants()
 CHAIN_FORMAT: Final = "twfs chain 1"
 CHAIN_BYTES_MAX: Final = 64 << 20  # about 130,000 lines of 500 bytes
 # \Z and not $, which would let a newline follow: a second name for the same thing.
@@ -81,9 +82,14 @@ def retention_of(rank: int) -> Retention:
 
 
 def write_chain(
-    model: ModelInfo, head: PrefixHash, infos: Sequence[BlockInfo], tenant: str = EVERYBODY_NAME
+    model: ModelInfo, head: PrefixHash, infos: Sequence[BlockInfo], tenants: Tenants = NO_TENANTS
 ) -> bytes:
-    """Return the text of chain.json for the blocks *infos* up to *head*; holes are left out."""
+    """Return the text of chain.json for the blocks *infos* up to *head*; holes are left out.
+
+    It names the tenant, and how many places from the first on are of that one's share group.
+    """
+    tenant = tenants.name_of(infos[-1].block.charged) if infos else EVERYBODY_NAME
+    public = len({info.index for info in infos if tenants.is_group(info.block.tenant)})
     layout = model.layout
     top = {
         "format": CHAIN_FORMAT,
@@ -95,6 +101,8 @@ def write_chain(
     }
     if tenant != EVERYBODY_NAME:
         top["tenant"] = tenant
+    if public:
+        top["public"] = public
     names = {
         (group, shard): name_suffix(layout, group, shard)
         for group in range(len(layout.groups))
@@ -147,6 +155,7 @@ class ChainFile(msgspec.Struct, frozen=True, dict=True):
     head: str
     blocks: tuple[ChainBlock, ...]
     tenant: str = EVERYBODY_NAME
+    public: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     @classmethod
     def parse(cls, text: bytes) -> "ChainFile":

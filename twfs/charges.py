@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from twfs.tenants import TENANT_MAX, Tenants
 from twfs.units import ALIGN, ModelId
 
 Account = tuple[int, ModelId, int]  # tenant charged, model, retention class
@@ -85,6 +86,16 @@ class Charges:
     def holders(self) -> list[int]:
         """Tenants that are charged for anything, by number."""
         return sorted(tenant for tenant, held in (self.held + self.reserved).items() if held)
+
+
+def astray(
+    owners: "npt.NDArray[np.uint16]", payers: "npt.NDArray[np.uint16]", tenants: Tenants
+) -> "npt.NDArray[np.bool_]":
+    """Tell which blocks of *owners* are charged to *payers* that are no members of their group."""
+    share_of = np.zeros(TENANT_MAX + 1, np.uint16)
+    for tenant, group in tenants.shares.items():
+        share_of[tenant] = group
+    return np.asarray((payers != 0) & (share_of[payers] != owners))
 
 
 def sums_of(

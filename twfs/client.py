@@ -182,17 +182,17 @@ class Client(RemoteNamespace):
         """See Store.open_model; NoDaemon when nobody answers."""
         request = OpenModel(0, name, None if layout is None else layout_to_json(layout), tenant)
         opened = self._ask(request, Opened)
-        return self._remember(opened, opened.tenant, opened.salt)
+        return self._remember(opened, opened.tenant, opened.salt, opened.public_salt)
 
     def new_epoch(self, model: Model) -> Model:
         """See Store.new_epoch; NoDaemon when nobody answers."""
         self._link_for(model)
         opened = self._ask(NewEpoch(0, model_to_wire(model)), Opened)
-        return self._remember(opened, model.tenant, model.salt)
+        return self._remember(opened, model.tenant, model.salt, model.public_salt)
 
-    def _remember(self, opened: Opened, tenant: int, salt: bytes) -> Model:
+    def _remember(self, opened: Opened, tenant: int, salt: bytes, public: bytes) -> Model:
         """Note in which warehouse a model was opened, and for which tenants."""
-        model = replace(model_of(opened.model), tenant=tenant, salt=salt)
+        model = replace(model_of(opened.model), tenant=tenant, salt=salt, public_salt=public)
         warehouse = self._connector.link().warehouse
         with self._lock:
             before = self._models.get(model.id)
@@ -300,7 +300,7 @@ class Client(RemoteNamespace):
             raise LeaseEnded(f"the lease is on model {number}, whose epoch is over")
         opened = known[0]
         other = next(iter(opened.values()))
-        return opened.get(tenant) or replace(other, tenant=tenant, salt=b"")
+        return opened.get(tenant) or replace(other, tenant=tenant, salt=b"", public_salt=b"")
 
     def lookup(self, model: Model, names: Names, *, start: int = 0) -> int:
         """See Store.lookup; *start* when nobody answers in time."""

@@ -13,7 +13,7 @@ import msgspec
 from twfs.core import Core
 from twfs.errors import InvalidInput, NoSuchModel
 from twfs.evicting import freed_bytes, remove_session, submit_eviction
-from twfs.operating import Verb, Verbs
+from twfs.operating import NoArguments, Verb, Verbs
 from twfs.units import HASH_BYTES, PrefixHash
 
 
@@ -60,9 +60,18 @@ def _waiting(core: Core) -> int:
         return len(core.to_erase & core.limbo.keys())
 
 
+def _settle(core: Core) -> None:
+    """Wait until all removals queued so far, also those in the background, have made their room."""
+    core.metadata.submit(lambda _: None, settled=lambda _: None).result()
+
+
 def verbs(core: Core) -> Verbs:
-    """`evict_erasing` and `remove_erasing`; DeviceError if a header could not be overwritten."""
+    """`evict_erasing` and `remove_erasing`; DeviceError if a header could not be overwritten.
+
+    And `settle`, which waits for evictions in the background.
+    """
     return {
+        "settle": Verb(NoArguments, lambda _: _settle(core)),
         "evict_erasing": Verb(EvictErasing, lambda asked: _evict(core, asked)),
         "remove_erasing": Verb(RemoveErasing, lambda asked: _remove(core, asked)),
     }

@@ -7,16 +7,17 @@ the lease check, and are condemned there and then: nobody matches them any more.
 
 import heapq
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger, quotas
+from twfs import ledger, quotas, sharing
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
+from twfs.layout import Layout
 from twfs.payload import read_payload
 from twfs.ranking import NEVER, STANDARD, Ranks, ranks
 from twfs.records import Block, BlockKey
@@ -262,14 +263,27 @@ def keep_quota(core: Core, tenant: int) -> None:
     with core.lock:
         above = quotas.above_low_water_bytes(core, tenant)
         if above and not core.trimming[tenant]:
-            futures = submit_eviction(core, above, payer=tenant)
+            futures = submit_own(core, tenant, above)
             core.trimming[tenant] += len(futures)
             for future in futures:
                 future.add_done_callback(done)
 
 
+def submit_own(core: Core, tenant: int, wanted_bytes: int) -> "list[Future[Any]]":
+    """Begin to make room within the quota of *tenant*; what to wait for. Hold the lock.
+
+    Charges pass to those who used a public block later, then its own blocks are evicted; what of
+    these may not go may at last be charged to whoever used it at all.
+    """
+    going, passing = sharing.let_go(core, tenant, wanted_bytes)
+    if passing < wanted_bytes:
+        going += submit_eviction(core, wanted_bytes - passing, payer=tenant)
+    return going or sharing.let_go(core, tenant, wanted_bytes, lent=False)[0]
+
+
 def keep_quotas(core: Core) -> None:
-    """keep_quota of all tenants."""
+    """keep_quota of all tenants; and public blocks that nobody pays for find who does."""
+    sharing.claim(core)
     for tenant in core.tenants:
         keep_quota(core, tenant.id)
 
@@ -308,7 +322,30 @@ def remove_session(
                 for key in _condemn(core, view, own, BlockKey(model, head, group, shard))
             ]
         futures = submit_condemned(core, keys, evicted=False, erase=erase)
-    return freed_bytes(futures)
+        passing = _let_go_over(core, layout, standing, block)
+    freed = freed_bytes(futures)
+    wait(passing)
+    return freed
+
+
+def _let_go_over(
+    core: Core, layout: Layout, standing: BlockKey, block: Block
+) -> "list[Future[Any]]":
+    """Pass on public blocks over a session that is being removed. Hold the lock."""
+    payer = block.charged
+    slots = core.slots
+    public = [slot for slot in slots.ancestors(block.slot) if slots.tenant[slot] != payer]
+    if not public:
+        return []
+    with core.metadata.read() as view:
+        found = [
+            view.block(BlockKey(standing.model, slots.key_of(slot).prefix_hash, group, shard))
+            for slot in public
+            for group in range(len(layout.groups))
+            for shard in range(layout.shards)
+        ]
+    among = np.array([each.slot for each in found if each is not None], np.int64)
+    return sharing.let_go(core, payer, quotas.UNBOUNDED, among=among)[0]
 
 
 def _condemn(core: Core, view: ReadView, own: list[PrefixHash], key: BlockKey) -> list[BlockKey]:

@@ -414,11 +414,11 @@ class Importer:
                 ordered,
                 key=lambda block: (block.group, block.shard, block.retention, not block.key),
             ):
-                self._put(model, pending, list(run))
+                self._put(model, pending, list(run), chain.public)
         self._published += 1
         self._imported_blocks += len(chain.blocks)
 
-    def _put(self, model: Model, pending: Pending, run: list[ChainBlock]) -> None:
+    def _put(self, model: Model, pending: Pending, run: list[ChainBlock], public: int) -> None:
         files = [pending.files[block.file] for block in run]
         payloads = [pending.read(file, 0, file.size) for file in files]
         names = Names(
@@ -427,6 +427,7 @@ class Importer:
             b"".join(bytes.fromhex(block.parent) for block in run),
             tuple(block.position for block in run),
             tuple(bytes.fromhex(block.key) for block in run) if run[0].key else (),
+            sum(block.index < public for block in run),
         )
         result = self._store.put(
             model, names, payloads, group=run[0].group, shard=run[0].shard,
@@ -435,7 +436,7 @@ class Importer:
         if result.held == len(run):
             return
         block, outcome = run[result.held], result.outcomes[result.held]
-        if outcome is PutOutcome.NO_ROOM:
+        if outcome in {PutOutcome.NO_ROOM, PutOutcome.OVER_QUOTA}:
             raise WarehouseFull(f"no room for {block.file} and what follows: evict or remove some")
         if outcome is PutOutcome.COLLISION:
             raise DigestMismatch(f"{block.file}: {block.hash} is there with another digest")

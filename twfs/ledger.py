@@ -5,7 +5,7 @@ so that the arrays in memory can follow once it is durable. They may be run twic
 nothing but the view.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from twfs.tables import ModelRecord, WriteView
 from twfs.units import ByteCount, Generation, Millis, ModelId, PrefixHash
 
 NO_PARENT: Final = bytes(16)
+Follows = Callable[[int, int], bool]  # of a parent's tenant and its child's
 
 
 @dataclass(slots=True)
@@ -92,11 +93,20 @@ def merged(extents: Iterable[Extent]) -> list[Extent]:
     return found
 
 
+def same_tenant(above: int, below: int) -> bool:
+    """Tell whether blocks of these tenants are of one: what may follow what by itself."""
+    return above == below
+
+
 class _Chains:
     """Heads and completeness of one model inside one transaction."""
 
-    def __init__(self, view: WriteView, model: ModelRecord, heads: HeadMoves) -> None:
+    def __init__(
+        self, view: WriteView, model: ModelRecord, heads: HeadMoves,
+        follows: Follows = same_tenant,
+    ) -> None:  # fmt: skip
         self.view = view
+        self.follows = follows
         self.id = model.id
         self.layout = model.layout
         self.heads = heads
@@ -162,13 +172,14 @@ class _Chains:
 
 def publish(
     view: WriteView, model: ModelRecord, candidates: Sequence[tuple[BlockKey, Block]],
-    offline: Collection[int] = (),
+    offline: Collection[int] = (), follows: Follows = same_tenant,
 ) -> Published:  # fmt: skip
     """Make *candidates* (of one group and shard) visible, in chain order; one outcome each.
 
     A name that exists with the same digest is PRESENT and keeps its bytes, one with another is a
     COLLISION; but one on a device of *offline* is replaced as if it were a hole, and its old place
-    goes to limbo. What would make the tree untrue (itself its parent, a position not behind its
+    goes to limbo. *follows* tells whether a block of a tenant may hang below one of another. What
+    would make the tree untrue (itself its parent, a position not behind its
     parent's) is FAILED. StaleEpoch if the epoch has ended since the put began.
     """
     if view.model_id(model.name) != model.id:
@@ -176,7 +187,7 @@ def publish(
             f"epoch {model.epoch} of model {model.name} ended during the put: open the model again"
         )
     done = Published()
-    chains = _Chains(view, model, done.heads)
+    chains = _Chains(view, model, done.heads, follows)
     touched: list[PrefixHash] = []
     for key, block in candidates:
         outcome = _enter(chains, key, block, done, touched, offline)
@@ -212,7 +223,7 @@ def _enter(  # noqa: PLR0917 - the state of one publish
     parent_key = key.at(block.parent)
     parent = None if start else chains.recent.get(block.parent) or view.block(parent_key)
     children = view.children(key)
-    if _mixes_tenants(view, key, block, parent, children):
+    if _mixes_tenants(chains, key, block, parent, children):
         return PutOutcome.COLLISION
     if not _fits(chains, key, block, parent, children):
         return PutOutcome.FAILED
@@ -268,14 +279,19 @@ def same_life(existing: Block, block: Block) -> bool:
 
 
 def _mixes_tenants(
-    view: WriteView, key: BlockKey, block: Block, parent: Block | None, children: list[PrefixHash]
+    chains: _Chains, key: BlockKey, block: Block, parent: Block | None, children: list[PrefixHash]
 ) -> bool:
     """Tell whether *block* would hang below or above another tenant's: a chain is of one tenant.
 
-    Salts keep names apart, so only a forged name comes to this.
+    But it may begin with blocks of the tenant's share group. Salts keep names apart, so only a
+    forged name comes to this.
     """
-    beside = [view.block(key.at(child)) for child in children]
-    return any(other is not None and other.tenant != block.tenant for other in (parent, *beside))
+    if parent is not None and not chains.follows(parent.tenant, block.tenant):
+        return True
+    beside = [chains.view.block(key.at(child)) for child in children]
+    return any(
+        below is not None and not chains.follows(block.tenant, below.tenant) for below in beside
+    )
 
 
 def _fits(
@@ -398,6 +414,21 @@ def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:
     for extent in block.extents:
         view.add_limbo(extent, retired=True)
     return block
+
+
+def charge_to(view: WriteView, passed: Sequence[tuple[BlockKey, int, int]]) -> list[bool]:
+    """Let others be charged for blocks of share groups: (key, who was, who is now) each.
+
+    Tells of which: those that are gone, or charged to another meanwhile, stay as they are.
+    """
+    done = []
+    for key, before, now in passed:
+        block = view.block(key)
+        same = block is not None and block.charged == before
+        done.append(same)
+        if block is not None and same:
+            view.put_block(key, replace(block, payer=0 if now == block.tenant else now))
+    return done
 
 
 def set_retention(

@@ -47,19 +47,22 @@ class Found:
     values: list[bytes]
     records: "npt.NDArray[Any]"  # BLOCK_DTYPE
     tenant: int = EVERYBODY
+    share: int = EVERYBODY  # the tenant's share group, whose blocks it reaches too; else itself
 
     def part(self, first: int, stop: int) -> "Found":
         """The records of the indices from *first* up to *stop*."""
         a, b = first - self.first, stop - self.first
         return Found(
-            self.group, self.shard, first, self.values[a:b], self.records[a:b], self.tenant
+            self.group, self.shard, first, self.values[a:b], self.records[a:b], self.tenant,
+            self.share,
         )  # fmt: skip
 
 
 def find(core: Core, view: ReadView, model: ModelId, names: Names, part: Found) -> Found:
     """Return the longest run of usable blocks for the group, shard and first index of *part*.
 
-    Usable: there, not a hole, of the same tenant, digest and key, live in memory. Hold the lock.
+    Usable: there, not a hole, of the tenant or its share group, of the same digest and key, live in
+    memory. Hold the lock.
     """
     before = BLOCK_KEY.pack(model, bytes(16), part.group, part.shard)
     prefix, suffix = before[:4], before[20:]
@@ -77,7 +80,8 @@ def find(core: Core, view: ReadView, model: ModelId, names: Names, part: Found) 
     records = np.frombuffer(joined, BLOCK_DTYPE)
     good = usable(core, names, part, values, records)
     return Found(
-        part.group, part.shard, part.first, values[:good], records[:good], part.tenant
+        part.group, part.shard, part.first, values[:good], records[:good], part.tenant,
+        part.share,
     )  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def usable(
     same = (digests == wanted).all(axis=1)
     if not same.all():
         core.counters.digest_mismatches += 1
-    good &= same & (records["tenant"] == part.tenant)
+    good &= same & ((records["tenant"] == part.tenant) | (records["tenant"] == part.share))
     if names.keys:
         good &= np.array(
             [
@@ -172,7 +176,7 @@ def find_sparse(core: Core, view: ReadView, model: ModelId, names: Names, part: 
                 values.append(value)
                 continue
         values.append(b"")
-    return Found(part.group, part.shard, part.first, values, rows, part.tenant)
+    return Found(part.group, part.shard, part.first, values, rows, part.tenant, part.share)
 
 
 def gather(
@@ -189,6 +193,7 @@ def gather(
     found = []
     empty = np.zeros(0, BLOCK_DTYPE)
     stop = len(names)
+    share = core.tenants.shares.get(tenant, tenant)
     with core.metadata.read() as view:
         order = sorted(
             range(len(layout.groups)), key=lambda g: layout.groups[g].kind is not GroupKind.FULL
@@ -196,7 +201,7 @@ def gather(
         for group in order:
             full = layout.groups[group].kind is GroupKind.FULL
             for shard in range(layout.shards):
-                part = Found(group, shard, start, [], empty, tenant)
+                part = Found(group, shard, start, [], empty, tenant, share)
                 seek = find if full else find_sparse
                 run = seek(core, view, model, names.head(stop), part)
                 found.append(run)
@@ -287,6 +292,7 @@ def match_located(
         core.leases.grant(located, used, lease_bytes, owner, core.pin(used))
         core.counters.matched_blocks += stop - start
         _use(core, used, needed)
+        core.slots.note_user(used, tenant, core.tenants.shares.get(tenant, 0))
         return located
 
 
@@ -370,7 +376,8 @@ def _cause(core: Core, model: ModelId, names: Names, index: int, tenant: int) ->
                     continue
                 raw = view.raw_block(BLOCK_KEY.pack(model, names.hash_at(index), group, shard))
                 # One of another tenant is no different from none to who asks.
-                if raw is None or TENANT.unpack_from(raw, TENANT_OFFSET)[0] != tenant:
+                reached = (tenant, core.tenants.shares.get(tenant, tenant))
+                if raw is None or TENANT.unpack_from(raw, TENANT_OFFSET)[0] not in reached:
                     return f"{where} is not in the store: never put, evicted or removed"
                 row = np.frombuffer(raw[: BLOCK_DTYPE.itemsize], BLOCK_DTYPE)[0]
                 if int(row["flags"]) & FLAG_HOLE:

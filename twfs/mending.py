@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from twfs.charges import astray
 from twfs.check import RETENTION_MAX, layout_bytes
 from twfs.records import BLOCK_DTYPE, EXTENT, FLAG_DETACHED, FLAG_HOLE
 from twfs.roster import Roster
@@ -17,6 +18,7 @@ from twfs.snapshot import COUNTERS, NUMBER_MAX, RUN_DTYPE, Snapshot, is_in, shif
 from twfs.store import Retention
 from twfs.subject import Subject
 from twfs.tables import LENGTH, LIMBO, MODEL_KEY, PLACE_KEY, WriteView
+from twfs.tenants import Tenants
 from twfs.units import ALIGN
 from twfs.verdicts import Verdicts
 
@@ -66,7 +68,7 @@ def mended(
             meant.rows["digest"][number[row]] = np.void(digest)
     _empty_holes(meant, lost)
     counters = _number(taken, meant, lost, roster)
-    _mend_fields(meant.rows, done)
+    _mend_fields(meant.rows, Tenants(() if roster is None else roster.tenants), done)
     # Derived columns are computed once, so what follows a change looks at a fresh copy.
     meant = replace(meant, counters=counters)
     wanted = meant.meant_detached()
@@ -118,12 +120,18 @@ def _number(
     return counters
 
 
-def _mend_fields(rows: IntArray, done: list[str]) -> None:
-    """Make classes those that there are, and slots unique."""
+def _mend_fields(rows: IntArray, tenants: Tenants, done: list[str]) -> None:
+    """Make classes those that there are, payers members of their groups, and slots unique."""
     wrong = rows["retention"] > RETENTION_MAX
     if wrong.any():
         rows["retention"][wrong] = Retention.STANDARD.rank
         done.append(f"{int(wrong.sum())} blocks have the class standard now: they had none")
+    unpaid = astray(rows["tenant"], rows["payer"], tenants)
+    if unpaid.any():
+        rows["payer"][unpaid] = 0
+        done.append(
+            f"{int(unpaid.sum())} blocks are charged to nobody now: who paid is not of their group"
+        )
     again = np.ones(len(rows), np.bool_)
     again[np.unique(rows["slot"], return_index=True)[1]] = False
     again |= rows["slot"] >= SLOTS_MAX

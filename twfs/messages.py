@@ -311,11 +311,15 @@ class Done(Reply, frozen=True):
 
 
 class Opened(Reply, frozen=True):
-    """A model; *salt* is its tenant's secret, for a peer that may act for it."""
+    """A model; *salt* is its tenant's secret, for a peer that may act for it.
+
+    *public_salt* is that of the tenant's share group.
+    """
 
     model: WireModel
     tenant: U16 = EVERYBODY
     salt: Annotated[bytes, Meta(max_length=SALT_BYTES)] = b""
+    public_salt: Annotated[bytes, Meta(max_length=SALT_BYTES)] = b""
 
     def __repr__(self) -> str:
         return f"Opened(id={self.id}, model={self.model}, tenant={self.tenant})"

@@ -179,7 +179,17 @@ class Permitted:
     def remove(self, model: ModelId, head: PrefixHash, *, below: bool = False) -> ByteCount:
         """See Namespace.remove; NoSuchBlock for another tenant's. Blocks."""
         self.chain_of(model, head)
+        if below and self._group_s(model, head):
+            raise NotAllowed(
+                f"what goes on from the public block {head.hex()} may be other tenants': remove "
+                "your sessions one by one"
+            )
         return self._warehouse.remove(model, head, below=below)
+
+    def _group_s(self, model: ModelId, prefix_hash: PrefixHash) -> bool:
+        """Tell whether a block is a share group's, and this user no operator."""
+        last = self.chain_of(model, prefix_hash)[-1]
+        return not self.operates and self._warehouse.tenants().is_group(last.block.tenant)
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention; NoSuchBlock for another tenant's. Blocks."""

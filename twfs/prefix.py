@@ -52,7 +52,8 @@ class Names:
 
     *hashes*: n x 16 bytes; *digests*: n x 32; *parents*: n x 16, all zero bytes where the parent
     is not known; *positions*: end position of each in tokens, 0 where not known; *keys*: the
-    engine's own keys, or empty for names made of token ids.
+    engine's own keys, or empty for names made of token ids; *public*: how many leading ones are of
+    the tenant's share group.
     """
 
     hashes: bytes
@@ -60,6 +61,7 @@ class Names:
     parents: bytes
     positions: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
+    public: int = 0
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -80,6 +82,7 @@ class Names:
             self.parents[16 * start : 16 * stop],
             self.positions[start:stop],
             self.keys[start:stop],
+            max(0, min(self.public, stop) - start),
         )
 
 
@@ -102,6 +105,8 @@ def check_names(names: Names) -> None:
         raise InvalidInput(f"{count} positions, but hashes, digests, parents, keys of {lengths}")
     if any(len(key) > KEY_BYTES_MAX for key in names.keys):
         raise InvalidInput(f"an own key has more than {KEY_BYTES_MAX} bytes")
+    if not 0 <= names.public <= count:
+        raise InvalidInput(f"{names.public} of {count} names are said to be public")
     if count and not 0 <= min(names.positions) <= max(names.positions) <= POSITION_MAX:
         raise InvalidInput(f"end positions are 0 to {POSITION_MAX} tokens")
 
@@ -110,13 +115,20 @@ class Chain:
     """The names of one growing session; hashing is incremental, so a turn costs only its tokens.
 
     Only whole blocks have names: up to block_tokens - 1 trailing tokens wait for the next extend.
-    Not thread-safe.
+    The first *public_blocks* are a share group's, whose salt is in the root: *private*, the
+    tenant's own salt, enters with the block behind them. Not thread-safe.
     """
 
-    __slots__ = ("_digests", "_hashes", "_tail", "block_tokens", "root")
+    __slots__ = (
+        "_digests", "_hashes", "_private", "_public", "_tail", "block_tokens", "root",
+    )  # fmt: skip
 
-    def __init__(self, root: Root, block_tokens: int) -> None:
+    def __init__(
+        self, root: Root, block_tokens: int, *, public_blocks: int = 0, private: bytes = b""
+    ) -> None:
         self.root = root
+        self._public = public_blocks
+        self._private = private
         self.block_tokens = block_tokens
         self._hashes: list[bytes] = []
         self._digests: list[bytes] = []
@@ -152,6 +164,8 @@ class Chain:
             piece = data[index * step : (index + 1) * step]
             if extra:
                 piece += extra[index]
+            if self._public and len(self._hashes) == self._public:
+                piece += self._private
             prefix_hash = PrefixHash(name(prefix_hash + piece))
             digest = Digest(prove(digest + piece).digest())
             self._hashes.append(prefix_hash)
@@ -168,6 +182,7 @@ class Chain:
             b"".join(self._digests),
             (self.root.prefix_hash + hashes)[: 16 * count],
             tuple(range(self.block_tokens, (count + 1) * self.block_tokens, self.block_tokens)),
+            public=min(count, self._public),
         )
 
 
@@ -194,12 +209,12 @@ class OwnKey:
     end_position: int = 0
 
 
-def names_of_keys(root: Root, keys: Sequence[OwnKey]) -> Names:
+def names_of_keys(root: Root, keys: Sequence[OwnKey], *, public: bool = False) -> Names:
     """Return the names for engine keys: xxh3 over (root, key); the root holds model and salt.
 
     The keys themselves are stored beside the names and compared on match. The group is no part of
-    the name: it stands beside it in every block's full name. InvalidInput on an empty or over-long
-    key.
+    the name: it stands beside it in every block's full name. *public* tells that *root* is a share
+    group's. InvalidInput on an empty or over-long key.
     """
     hashes, digests, parents = [], [], []
     for own in keys:
@@ -221,6 +236,7 @@ def names_of_keys(root: Root, keys: Sequence[OwnKey]) -> Names:
         b"".join(parents),
         tuple(own.end_position for own in keys),
         tuple(own.key for own in keys),
+        len(keys) if public else 0,
     )
 
 

@@ -138,7 +138,12 @@ def names_to_wire(names: Names) -> WireNames:
     """Return *names* as they travel; InvalidInput if they contradict themselves."""
     try:
         return WireNames(
-            names.hashes, names.digests, names.parents, pack_numbers(names.positions), names.keys
+            names.hashes,
+            names.digests,
+            names.parents,
+            pack_numbers(names.positions),
+            names.keys,
+            names.public,
         )
     except (ValueError, OverflowError) as error:
         raise InvalidInput(f"these names cannot be sent: {error}") from error
@@ -147,7 +152,12 @@ def names_to_wire(names: Names) -> WireNames:
 def names_of(wire: WireNames) -> Names:
     """Return the Names of *wire*, whose lengths were checked when it was decoded."""
     return Names(
-        wire.hashes, wire.digests, wire.parents, tuple(unpack_numbers(wire.positions)), wire.keys
+        wire.hashes,
+        wire.digests,
+        wire.parents,
+        tuple(unpack_numbers(wire.positions)),
+        wire.keys,
+        wire.public,
     )
 
 

@@ -57,6 +57,7 @@ class Put:
     ) -> None:  # fmt: skip
         self._core = core
         self._tenant = tenant
+        self._share = core.tenants.shares.get(tenant, 0)
         self._uid = uid  # whose bound on reservations counts; None: there is none
         self._model = model
         self._names = names
@@ -99,7 +100,7 @@ class Put:
                 block = view.block(self._key(index))
                 if block is not None and slots.state[block.slot] == states.LIVE:
                     found.add(int(block.slot))
-                    mine = (self._digest(index), self._own_key(index), self._tenant)
+                    mine = (self._digest(index), self._own_key(index), self._tenant_at(index))
                     if (block.digest, block.key, block.tenant) != mine:
                         self._outcomes[index] = PutOutcome.COLLISION
                         refused.add(self._names.hash_at(index))
@@ -110,13 +111,18 @@ class Put:
                         self._outcomes[index] = PutOutcome.PRESENT
                         continue
                 lacking.append(index)
+            above: dict[PrefixHash, int] = {}
             named = {self._names.hash_at(index) for index in range(len(self._names))}
             for parent_hash in {self._parent(index) for index in lacking} - named:
                 parent = view.block(BlockKey(self._model.id, parent_hash, self._group, self._shard))
                 if parent is not None and slots.state[parent.slot] == states.LIVE:
                     found.add(int(parent.slot))
-                    if parent.tenant != self._tenant:  # a chain is of one tenant
-                        refused.add(parent_hash)
+                    above[parent_hash] = parent.tenant
+        for index in lacking:  # a chain is of one tenant, but for its public beginning
+            parent_hash = self._parent(index)
+            of = above.get(parent_hash, self._tenant_at(index))
+            if not self._core.tenants.follows(of, self._tenant_at(index)):
+                refused.add(parent_hash)
         for index in lacking if refused else ():
             if self._parent(index) in refused:
                 self._outcomes[index] = PutOutcome.COLLISION
@@ -125,6 +131,10 @@ class Put:
         self._pinned = np.array(sorted(found), np.int64)
         self._pin = self._core.pin(self._pinned)
         return lacking
+
+    def _tenant_at(self, index: int) -> int:
+        """Whose block *index* is: the tenant's, or its share group's."""
+        return self._share if index < self._names.public else self._tenant
 
     def _digest(self, index: int) -> Digest:
         return Digest(self._names.digests[32 * index : 32 * index + 32])
@@ -167,7 +177,8 @@ class Put:
                     generations[number], inos[number], slots[number], self._parent(index),
                     self._digest(index), TokenCount(self._names.positions[index]),
                     ByteCount(self._lengths[index]), Checksums(bytes(16), 0, 0), extents[number],
-                    now, self._own_key(index), self._tenant, self._retention.rank,
+                    now, self._own_key(index), self._tenant_at(index), self._retention.rank,
+                    payer=self._tenant if index < self._names.public else 0,
                 )
                 for number, index in enumerate(self.lacking)
             }  # fmt: skip
@@ -291,7 +302,9 @@ class Put:
 
         def job(view: WriteView) -> ledger.Published:
             blocks = [(self._key(index), block) for index, block in candidates]
-            done = ledger.publish(view, self._model, blocks, self._core.standings.offline)
+            done = ledger.publish(
+                view, self._model, blocks, self._core.standings.offline, self._core.tenants.follows
+            )
             done.also = None if also is None else also(view, done)
             return done
 
@@ -431,6 +444,11 @@ def begin_put(
             )
         if not core.tenants.pays(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
+        if names.public and tenant not in core.tenants.shares:
+            raise InvalidInput(
+                f"tenant {core.tenants.name_of(tenant)} is in no share group: none of its blocks "
+                "are public"
+            )
         put = Put(
             core, record, names, group=group, shard=shard, retention=hint.retention or retention,
             tenant=tenant, uid=uid, lengths=lengths,

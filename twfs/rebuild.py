@@ -41,6 +41,7 @@ from twfs.slots import STAMP_BYTES
 from twfs.store import PutOutcome
 from twfs.survivors import Survivors, survivors
 from twfs.tables import LENGTH, DeviceRecord, ModelRecord, WriteView
+from twfs.tenants import Tenants
 from twfs.units import ALIGN, ByteCount, DeviceIndex, ModelId, PrefixHash, align_up
 
 NEW_DIRECTORY: Final = "meta.new"
@@ -297,7 +298,8 @@ def _build(
     metadata = Metadata.open(meta)
     try:
         models = metadata.submit(lambda view: _begin(view, sources, scan, found)).result()
-        _publish_all(metadata, models, found, report, watch)
+        tenants = Tenants(sources.roster.tenants)
+        _publish_all(metadata, models, found, tenants, report, watch)
         metadata.submit(lambda view: _retire(view, sources)).result()
     finally:
         metadata.close()
@@ -339,9 +341,10 @@ def _begin(
     return models
 
 
-def _publish_all(
-    metadata: Metadata, models: list[ModelRecord], found: Survivors, report: Report, watch: Watch
-) -> None:
+def _publish_all(  # noqa: PLR0917 - all that a rebuild has by then
+    metadata: Metadata, models: list[ModelRecord], found: Survivors, tenants: Tenants,
+    report: Report, watch: Watch,
+) -> None:  # fmt: skip
     """Publish the blocks in their order, one model, group and shard to a transaction."""
     began, waiting = time.monotonic(), deque[tuple[int, "Future[ledger.Published]"]]()
     total, ended = len(found.order), 0
@@ -349,7 +352,8 @@ def _publish_all(
         if ended < total and len(waiting) < COMMITS_QUEUED:
             model, candidates = _next_batch(models, found, ended)
             ended += len(candidates)
-            waiting.append((len(candidates), metadata.submit(_publishing(model, candidates))))
+            job = _publishing(model, candidates, tenants)
+            waiting.append((len(candidates), metadata.submit(job)))
             continue
         _, future = waiting.popleft()
         done = future.result()
@@ -364,8 +368,24 @@ def _publish_all(
         watch(Progress("writing", report.accepted, total, total, left))
 
 
-def _publishing(model: ModelRecord, candidates: list[tuple[BlockKey, Block]]) -> Any:
-    return lambda view: ledger.publish(view, model, candidates)
+def _publishing(
+    model: ModelRecord, candidates: list[tuple[BlockKey, Block]], tenants: Tenants
+) -> Any:
+    paid = [
+        (key, replace(block, payer=0) if _unpaid(block, tenants) else block)
+        for key, block in candidates
+    ]
+
+    def follows(above: int, below: int) -> bool:
+        # Who has left a share group keeps what hangs below the group's blocks.
+        return above == below or tenants.is_group(above) or not tenants.there(above)
+
+    return lambda view: ledger.publish(view, model, paid, follows=follows)
+
+
+def _unpaid(block: Block, tenants: Tenants) -> bool:
+    """Tell whether who is charged for *block* by its header is no member of its group any more."""
+    return bool(block.payer) and tenants.shares.get(block.payer) != block.tenant
 
 
 def _next_batch(

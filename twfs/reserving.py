@@ -14,7 +14,7 @@ from twfs import quotas
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import WarehouseFull
-from twfs.evicting import submit_eviction
+from twfs.evicting import submit_eviction, submit_own
 from twfs.records import Extent
 from twfs.units import ByteCount
 
@@ -76,7 +76,7 @@ def _take(
     room += got
     going: list[Future[Any]] = []
     if len(allowed) < len(wanted):
-        going += submit_eviction(core, sum(wanted) - left, payer=tenant)
+        going += submit_own(core, tenant, sum(wanted) - left)
     missing = sum(allowed[len(got) :])
     if missing:
         going += submit_eviction(core, missing)

@@ -36,7 +36,7 @@ KEY_BYTES: Final = BLOCK_KEY.size
 STAMP_BYTES: Final = 8
 ARRAYS: Final = (
     "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
-    "retention", "tenant", "payer", "stop", "detached", "hole",
+    "retention", "tenant", "payer", "other", "lent", "stop", "detached", "hole",
 )  # fmt: skip
 
 
@@ -63,6 +63,8 @@ class Slots:
         self.retention: IntArray = np.zeros(0, np.uint8)  # class that counts now
         self.tenant: IntArray = np.zeros(0, np.uint16)
         self.payer: IntArray = np.zeros(0, np.uint16)  # the tenant that is charged
+        self.other: IntArray = np.zeros(0, np.uint16)  # of a share group: who used it, not paying
+        self.lent: IntArray = np.zeros(0, np.bool_)  # that one used it later than who is charged
         self.stop: IntArray = np.zeros(0, np.uint8)  # how the last request ended: Stop.code, or 0
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
@@ -130,6 +132,8 @@ class Slots:
         self.retention[slot] = retention
         self.tenant[slot] = tenant
         self.payer[slot] = tenant if payer is None else payer
+        self.other[slot] = 0
+        self.lent[slot] = False
         self.stop[slot] = 0
         self.children[slot] = 0
         self.links[slot] = 0
@@ -166,7 +170,21 @@ class Slots:
         """Let another tenant be charged for the block in *slot*."""
         self._charge(slot, -1)
         self.payer[slot] = payer
+        self.other[slot] = 0
+        self.lent[slot] = False
         self._charge(slot)
+
+    def note_user(self, slots: Sequence[int] | IntArray, tenant: int, group: int) -> None:
+        """Note that *tenant* used the blocks in *slots*: those of its share *group* may go to it.
+
+        Nothing is noted without a group.
+        """
+        if not group:
+            return
+        public = np.asarray(slots)[self.tenant[slots] == group]
+        mine = self.payer[public] == tenant
+        self.other[public[~mine]] = tenant
+        self.lent[public] = ~mine
 
     def classify(self, slots: Sequence[int] | IntArray, retention: int) -> None:
         """Let the blocks in *slots* have another class."""

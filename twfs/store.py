@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from twfs.copying import Copying
+from twfs.errors import InvalidInput
 from twfs.hints import NO_HINT, Hint
 from twfs.hints import Retention as Retention  # noqa: PLC0414 - of the interface
 from twfs.layout import Layout
@@ -49,14 +50,33 @@ class Model:
     layout: Layout
     tenant: int = EVERYBODY  # for whom it was opened: all requests with this model are theirs
     salt: bytes = field(default=b"", repr=False)  # that tenant's, a secret of 32 bytes
+    public_salt: bytes = field(default=b"", repr=False)  # its share group's; empty: it is in none
 
-    def root(self, salt: bytes = b"") -> Root:
-        """Where chains begin; *salt* separates more than tenants do, and is never stored."""
-        return root_of(self.layout.fingerprint, self.epoch, self.salt + salt)
+    def root(self, salt: bytes = b"", *, public: bool = False) -> Root:
+        """Where chains begin; *salt* separates more than tenants do, and is never stored.
 
-    def chain(self, salt: bytes = b"") -> Chain:
-        """Return an empty chain, to be extended with token ids; *salt* as in root."""
-        return Chain(self.root(salt), self.layout.block_tokens)
+        With *public* where those of the tenant's share group begin; InvalidInput if it is in none.
+        """
+        if public and not self.public_salt:
+            raise InvalidInput(
+                f"model {self.name} was opened for a tenant without a share group: an operator "
+                "names one with `twfs tenant set --share`"
+            )
+        own = self.public_salt if public else self.salt
+        return root_of(self.layout.fingerprint, self.epoch, own + salt)
+
+    def chain(self, salt: bytes = b"", *, public_tokens: int = 0) -> Chain:
+        """Return an empty chain, to be extended with token ids; *salt* as in root.
+
+        Whole blocks of the first *public_tokens* (a system prompt, tools: nobody's secret) are
+        shared with the tenants of the share group, and nothing behind them. InvalidInput if there
+        is no group.
+        """
+        blocks = public_tokens // self.layout.block_tokens
+        return Chain(
+            self.root(salt, public=blocks > 0), self.layout.block_tokens,
+            public_blocks=blocks, private=self.salt,
+        )  # fmt: skip
 
 
 class PutOutcome(StrEnum):

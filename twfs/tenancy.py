@@ -5,13 +5,14 @@ neither the loss of the metadata nor that of a device takes them. The rule is in
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Final
 
 import msgspec
 
-from twfs import enrolling, evicting
+from twfs import enrolling, evicting, sharing
 from twfs.core import Core
 from twfs.errors import InvalidInput, LayoutMismatch, NoSuchModel, NotEmpty, TooLarge
 from twfs.layout import Layout, check_own_name
@@ -97,8 +98,11 @@ def open_model(core: Core, name: str, layout: Layout | None, tenant: str | None)
 
 def model_for(core: Core, record: ModelRecord, tenant: int) -> Model:
     """The model of *record* as opened for *tenant*, with its salt."""
-    salt = salt_of(core.secret, tenant)
-    return Model(record.id, record.name, record.epoch, record.layout, tenant, salt)
+    salt, group = salt_of(core.secret, tenant), core.tenants.shares.get(tenant, 0)
+    return Model(
+        record.id, record.name, record.epoch, record.layout, tenant, salt,
+        salt_of(core.secret, group),
+    )  # fmt: skip
 
 
 def list_tenants(core: Core) -> list[Tenant]:
@@ -171,6 +175,7 @@ def change_tenant(core: Core, given: SetTenant) -> Tenant:
     check_quota(given.quota_bytes or None)
     if given.weight is not None:
         check_weight(given.weight)
+    _, share = _with_share(core.roster, given.share)  # all that may be wrong with it
     changed: list[Tenant] = []
 
     def change(roster: Roster) -> Roster:
@@ -182,9 +187,41 @@ def change_tenant(core: Core, given: SetTenant) -> Tenant:
             return replace(roster, tenants=left)
         return replace(roster, tenants=roster.with_tenant(changed[0]))
 
-    enrolling.enter_tenants(core, change)
+    with _leaving(core, number, stays=given.share is None or _group_of(core, number) == share):
+        enrolling.enter_tenants(core, change)
     evicting.keep_quota(core, number)
     return changed[0]
+
+
+def _group_of(core: Core, number: int) -> int:
+    """The share group of the tenant *number*; 0 for none."""
+    return core.tenants.shares.get(number, 0)
+
+
+@contextmanager
+def _leaving(core: Core, number: int, *, stays: bool) -> Iterator[None]:
+    """Let a tenant be charged for no block of the group that it leaves in this context.
+
+    NotEmpty while it has puts under way: they may be of public blocks.
+    """
+    before = core.tenants
+    if stays or not _group_of(core, number):
+        yield
+        return
+    with core.lock:  # from here on no put of public blocks begins
+        if core.puts_of[number]:
+            raise NotEmpty(
+                f"tenant {before.name_of(number)!r} has puts under way: try again when they ended"
+            )
+        out = (replace(each, share=0) if each.id == number else each for each in before)
+        core.tenants = Tenants(out, before.operators)
+    try:
+        sharing.leave(core, number)
+        yield
+    except BaseException:
+        with core.lock:
+            core.tenants = before
+        raise
 
 
 def _changed(before: Tenant, given: SetTenant, share: int) -> Tenant:
@@ -223,6 +260,7 @@ def remove(core: Core, given: NameTenant) -> Tenant:
                 f"tenant {given.name!r} has {blocks} blocks: remove its sessions first, or let "
                 "them be evicted"
             )
+        sharing.leave(core, number)
         enrolling.enter_tenants(
             core,
             lambda roster: replace(

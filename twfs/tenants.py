@@ -98,10 +98,21 @@ class Tenants:
         """The share group of each tenant that is in one."""
         return {tenant.id: tenant.share for tenant in self._by_id.values() if tenant.share}
 
+    def follows(self, above: int, below: int) -> bool:
+        """Tell whether a block of the tenant *below* may have a parent of *above*.
+
+        A chain is of one tenant, but may begin with blocks of its share group.
+        """
+        return above in {below, self.shares.get(below)}
+
     def pays(self, number: int) -> bool:
         """Tell whether blocks may be put for *number*: a tenant that is there, and no group."""
         found = self._by_id.get(number)
         return number == EVERYBODY if found is None else not found.group
+
+    def there(self, number: int) -> bool:
+        """Tell whether blocks may belong to *number*: a tenant, or a share group."""
+        return number == EVERYBODY or number in self._by_id
 
     def is_group(self, number: int) -> bool:
         """Tell whether *number* is a share group's."""

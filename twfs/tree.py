@@ -110,11 +110,10 @@ class Tree:
         return self.session_block(node.session if isinstance(node, ChainText) else node)
 
     def _owner(self, info: BlockInfo) -> int | None:
-        return self._namespace.tenants().owner_of(info.block.tenant)
+        return self._namespace.tenants().owner_of(info.block.charged)
 
     def _write(self, model: ModelInfo, head: PrefixHash, infos: list[BlockInfo]) -> bytes:
-        tenant = infos[-1].block.tenant if infos else 0
-        return write_chain(model, head, infos, self._namespace.tenants().name_of(tenant))
+        return write_chain(model, head, infos, self._namespace.tenants())
 
     # Models
 

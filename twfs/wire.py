@@ -45,6 +45,7 @@ class WireNames(Struct, array_like=True, frozen=True):
     parents: bytes
     positions: bytes
     keys: tuple[Annotated[bytes, Meta(max_length=KEY_BYTES_MAX)], ...] = ()
+    public: U32 = 0  # leading ones of the tenant's share group
 
     def __post_init__(self) -> None:
         count = len(self.positions) // 4
@@ -53,6 +54,8 @@ class WireNames(Struct, array_like=True, frozen=True):
             raise ValueError(f"names have hashes, digests, parents, positions of {lengths} bytes")
         if count > BLOCKS_MAX or len(self.keys) not in {0, count}:
             raise ValueError(f"{count} names with {len(self.keys)} keys; at most {BLOCKS_MAX}")
+        if self.public > count:
+            raise ValueError(f"{self.public} of {count} names are said to be public")
 
 
 class WireHint(Struct, array_like=True, frozen=True):

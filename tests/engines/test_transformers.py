@@ -248,14 +248,109 @@ def test_batches_and_foreign_kv_are_refused(warehouse: Warehouse, model: Any) ->
         store.load(torch.tensor([ids, ids]))
     with torch.inference_mode():
         batched = model(torch.tensor([ids, ids]), use_cache=True).past_key_values
-    with pytest.raises(InvalidInput, match="one prompt at a time"):
+    with pytest.raises(InvalidInput, match="for 1 prompts"):
         store.save(ids, batched)
+    with pytest.raises(InvalidInput, match="for 3 prompts"):
+        store.save_batch(torch.tensor([ids] * 3), batched)
+    with pytest.raises(InvalidInput, match="on the left"):
+        store.save_batch(torch.tensor([ids] * 2), batched, torch.tensor([[1, 0] * 16] * 2))
     with pytest.raises(InvalidInput, match="32 tokens of KV"):
         store.save(ids[:31], kv)
     with pytest.raises(InvalidInput, match="3 layers"):
         store.save(ids, compute(model_of(num_hidden_layers=3), ids)[1])
     with pytest.raises(InvalidInput, match="bfloat16"):
         store.save(ids, compute(model_of().to(torch.bfloat16), ids)[1])
+
+
+def batch_of(model: Any, store: PrefixStore, lengths: list[int]) -> tuple["Tensor", "Tensor"]:
+    """Prompts of these lengths, padded on the left, and their mask."""
+    most = max(lengths)
+    ids, mask = torch.zeros(len(lengths), most, dtype=torch.long), torch.zeros(len(lengths), most)
+    for row, length in enumerate(lengths):
+        ids[row, most - length :] = torch.tensor(tokens_of(length, seed=50 + row))
+        mask[row, most - length :] = 1
+    return ids, mask.long()
+
+
+def compute_batch(model: Any, ids: "Tensor", mask: "Tensor", kv: Any = None) -> tuple[Any, Any]:
+    """Logits of the last tokens and KV of a padded batch, from column len(kv) on."""
+    known = 0 if kv is None else int(kv.get_seq_length())
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        out = model(
+            ids[:, known:], attention_mask=mask, position_ids=positions[:, known:],
+            past_key_values=kv, use_cache=True,
+        )  # fmt: skip
+    return out.logits[:, -1], out.past_key_values
+
+
+def test_batch_of_padded_prompts_loads_what_all_rows_have(warehouse: Warehouse, model: Any) -> None:
+    store = prefix_store(warehouse, model)
+    ids, mask = batch_of(model, store, [70, 50, 61])
+    logits, kv = compute_batch(model, ids, mask)
+    saved = store.save_batch(ids, kv, mask)
+    assert [len(each.outcomes) for each in saved] == [4, 3, 3]
+    loaded, columns = store.load_batch(ids, mask)
+    assert columns == min(0 + 64, 20 + 48, 9 + 48)  # a row's padding and what it holds
+    for mine, theirs in zip(loaded.layers, kv.layers, strict=True):
+        for row, pad in enumerate((0, 20, 9)):
+            assert torch.equal(mine.keys[row, :, pad:], theirs.keys[row, :, pad:columns])
+            assert torch.equal(mine.values[row, :, pad:], theirs.values[row, :, pad:columns])
+    again, _ = compute_batch(model, ids, mask, loaded)
+    assert torch.allclose(again, logits, atol=1e-4)
+    # Each row is a prompt like any other, found alone as well.
+    assert store.load(ids[1, 20:])[1] == 48
+    assert store.load_batch(torch.tensor([tokens_of(40, 1), tokens_of(40, 2)]))[1] == 0
+
+
+def test_static_cache_is_saved_and_loaded_into(warehouse: Warehouse, model: Any) -> None:
+    ids = tokens_of(70)
+    store = prefix_store(warehouse, model)
+    static = transformers.StaticCache(config=model.config, max_cache_len=128)
+    logits, kv = compute(model, ids, static)
+    assert store.save(ids, kv).held == 4
+    into = transformers.StaticCache(config=model.config, max_cache_len=128)
+    loaded, held = store.load(ids, into=into)
+    assert loaded is into
+    assert (held, int(into.get_seq_length())) == (64, 64)
+    for mine, theirs in zip(into.layers, kv.layers, strict=True):
+        assert torch.equal(mine.keys[:, :, :held], theirs.keys[:, :, :held])
+        assert torch.equal(mine.values[:, :, :held], theirs.values[:, :, :held])
+    again, _ = compute(model, ids[held:], into)
+    assert torch.allclose(again[-1], logits[-1], atol=1e-4)
+    assert_same_kv(store.load(ids)[0], transformers.DynamicCache(
+        [(layer.keys[:, :, :64], layer.values[:, :, :64]) for layer in kv.layers]), 64)  # fmt: skip
+    with pytest.raises(InvalidInput, match="make the static cache larger"):
+        store.load(ids, into=transformers.StaticCache(config=model.config, max_cache_len=32))
+    with pytest.raises(InvalidInput, match="has 70 tokens in it"):
+        store.load(ids, into=into)
+
+
+def test_caches_that_keep_something_else_are_refused(warehouse: Warehouse, model: Any) -> None:
+    store = prefix_store(warehouse, model)
+    ids = tokens_of(40)
+    sliding = transformers.MistralConfig(
+        num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=16,
+    )  # fmt: skip
+    makers: list[Any] = [
+        lambda: transformers.DynamicCache(config=sliding),
+        lambda: transformers.StaticCache(config=sliding, max_cache_len=64),
+    ]
+    for make in makers:
+        with pytest.raises(InvalidInput, match="SlidingWindowLayer: only DynamicCache"):
+            store.load(ids, into=make())
+        kv = make()
+        for layer in range(2):
+            kv.update(torch.zeros(1, 2, 40, 16), torch.zeros(1, 2, 40, 16), layer)
+        with pytest.raises(InvalidInput, match="SlidingWindowLayer: only DynamicCache"):
+            store.save(ids, kv)
+
+
+def test_latent_attention_is_refused() -> None:
+    config = transformers.DeepseekV3Config(num_hidden_layers=2)
+    with pytest.raises(InvalidInput, match="latent"):
+        layout_of(config, torch.float32, model_name="deepseek", revision="")
 
 
 def test_sliding_window_models_are_refused() -> None:

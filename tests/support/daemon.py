@@ -135,6 +135,25 @@ def running_daemon(
         assert warehouse.check(data=True).findings == ()
 
 
+@contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    """Be *uid* to the kernel, as far as opening files and sockets goes."""
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def client_of(daemon: Daemon, uid: int, *, arena_bytes: int = 4 << 20) -> Client:
+    """Connect as *uid*."""
+    with as_user(uid):
+        return connect(
+            daemon.socket, arena_bytes=arena_bytes, connect_timeout_s=PATIENT_S,
+            match_timeout_s=PATIENT_S,
+        )  # fmt: skip
+
+
 async def _main(directory: Path, socket: Path, lease_ms: int, arena_bytes: int) -> None:
     with Warehouse.open(directory, lease_ms=lease_ms) as warehouse:
         async with trio.open_nursery() as nursery:

@@ -4,7 +4,6 @@ Two tenants with the same prompt share nothing, two openings for one tenant shar
 for a tenant is decided by the uid that the kernel vouches for.
 """
 
-import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.daemon import PATIENT_S, Daemon, running_daemon
+from support.daemon import Daemon, client_of, running_daemon
 from support.warehouses import (
     DEVICE_BYTES,
     MHA,
@@ -29,7 +28,7 @@ from support.warehouses import (
     read_all,
     records_of,
 )
-from twfs.client import Client, connect
+from twfs.client import Client
 from twfs.errors import (
     BlockGone,
     InvalidInput,
@@ -354,25 +353,6 @@ def test_tenants_and_their_blocks_survive_restart_crash_and_a_lost_device_or_met
 
 
 # Over the socket
-
-
-@contextmanager
-def as_user(uid: int) -> Iterator[None]:
-    """Be *uid* to the kernel, as far as opening files and sockets goes."""
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def client_of(daemon: Daemon, uid: int, *, arena_bytes: int = 4 << 20) -> Client:
-    """Connect as *uid*."""
-    with as_user(uid):
-        return connect(
-            daemon.socket, arena_bytes=arena_bytes, connect_timeout_s=PATIENT_S,
-            match_timeout_s=PATIENT_S,
-        )  # fmt: skip
 
 
 @pytest.fixture

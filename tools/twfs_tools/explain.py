@@ -51,7 +51,7 @@ def explain(
             number, names = opened_for.tenant, opened_for.chain(_salt(salt)).extend(ids).names()
         else:
             blocks = store.chain_of(info.id, wanted)
-            number, names = blocks[0].block.tenant, names_of_blocks(blocks, info.layout.spine)
+            number, names = blocks[-1].block.charged, names_of_blocks(blocks, info.layout.spine)
         found = store.explain(info.id, names, tenant=number)
     if as_json:
         print_json({

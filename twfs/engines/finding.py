@@ -103,6 +103,7 @@ class Finder:
         self._answer_s = answer_s
         self._requests: dict[str, _Asked] = {}
         self._waited_s = 0.0
+        self._resetting = False  # a new epoch is wanted and not there yet
         self._lock = threading.Lock()  # between an answer and who does not want it any more
         self._desk = Desk("twfs-finder")
 
@@ -128,6 +129,9 @@ class Finder:
         attachment's patience is a miss.
         """
         asked = self._requests.setdefault(request, _Asked())
+        if self._resetting:
+            self._desk.put(self._reset)
+            return start
         if asked.declined or start >= len(keys):
             return start
         if not _serves(asked, keys, start):
@@ -221,9 +225,14 @@ class Finder:
             return None
         return Held(asked.match.token, first, count, asked.params.tenant)
 
+    def match(self, request: str) -> LeasedMatch | None:
+        """The lease itself, for a worker in this process; it stays this finder's."""
+        asked = self._requests.get(request)
+        return None if asked is None else asked.match
+
     def epoch(self, request: str) -> int | None:
         """The epoch that blocks of *request* are stored in; None as long as nobody has said."""
-        return self._attachment.epoch(self.params(request).tenant)
+        return None if self._resetting else self._attachment.epoch(self.params(request).tenant)
 
     def loaded(self, request: str) -> None:
         """Let go of the lease of *request*: its load has ended."""
@@ -270,12 +279,21 @@ class Finder:
         if match is not None:
             self._attachment.quietly("a release failed", match.release, None)
 
-    def reset(self) -> bool:
-        """Open a new epoch and forget every answer; False if nobody answered. Blocks."""
+    def reset(self) -> None:
+        """Open a new epoch and forget every answer.
+
+        Until the store has said so, all is a miss and nothing is to be stored; a store that does
+        not answer is asked again with every ask.
+        """
+        self._resetting = True
         for asked in self._requests.values():
             self._release(asked)
             asked.names = asked.model = None
-        return self._attachment.new_epoch()
+        self._desk.put(self._reset)
+
+    def _reset(self) -> None:
+        if self._resetting and self._attachment.new_epoch():
+            self._resetting = False
 
     def close(self) -> None:
         """Release all leases. Idempotent."""

@@ -68,7 +68,7 @@ def layout_of(row: Row, shapes: Shapes, revision: str) -> Layout:
     )  # fmt: skip
 
 
-class TwfsL2Adapter(L2AdapterInterface):  # type: ignore[misc] # LMCache ships no types
+class TwfsL2Adapter(L2AdapterInterface):
     """See the module's docstring.
 
     *params*: `socket` of the daemon; `revisions`, by a model's name the directory of its weights,

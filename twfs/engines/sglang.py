@@ -63,7 +63,7 @@ def pool_layout(config: HiCacheStorageConfig, pool: Any, block_bytes: int, revis
     )  # fmt: skip
 
 
-class TwfsHiCache(HiCacheStorage):  # type: ignore[misc] # SGLang ships no types
+class TwfsHiCache(HiCacheStorage):
     """See the module's docstring.
 
     Its extra config: `socket` of the daemon; `tenant`; `revision`, the directory of the weights or

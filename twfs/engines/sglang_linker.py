@@ -48,7 +48,7 @@ class _Load:
     staged: Any = None  # [blocks, layers, bytes], verified; None: read layer by layer
 
 
-class TwfsLinker(UnifiedCacheLinker):  # type: ignore[misc] # SGLang ships no types
+class TwfsLinker(UnifiedCacheLinker):
     """See the module's docstring.
 
     Its extra config: `socket` of the daemon; `tenant`; `revision`, the directory of the weights or

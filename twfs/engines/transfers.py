@@ -69,6 +69,19 @@ class Offer:
         )  # fmt: skip
 
 
+def runs_of(chain: Sequence[bytes], indices: Sequence[int]) -> tuple[Run, ...]:
+    """Return the blocks *indices* (ascending) of a *chain* of keys as runs."""
+    runs: list[Run] = []
+    first = 0
+    for at, index in enumerate(indices):
+        if at + 1 == len(indices) or indices[at + 1] != index + 1:
+            begin = indices[first]
+            parent = chain[begin - 1] if begin else None
+            runs.append(Run(tuple(chain[begin : index + 1]), parent, begin))
+            first = at + 1
+    return tuple(runs)
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """What became of a job. Of a load: the leading blocks that are right; all others are not."""
@@ -109,14 +122,15 @@ class Transfers:
     def load(
         self, job: int, held: Held | LeasedMatch, destinations: Sequence[Pieces], *,
         group: int = 0, first: int | None = None, timeout_s: float = LOAD_SECONDS_MAX,
-        urgent: bool = False,
+        urgent: bool = False, asked: int | None = None,
     ) -> None:  # fmt: skip
         """Begin to load one block into each of *destinations*, from *held*'s first (*first*) on.
 
         *held* is a lease to be joined, released here at the end, or a match, which stays the
-        caller's. Within *timeout_s* seconds from now the job is in `finished`.
+        caller's. Within *timeout_s* seconds from now the job is in `finished`, as one that *asked*
+        for so many blocks.
         """
-        entered = self._enter(job, store=False, asked=len(destinations))
+        entered = self._enter(job, store=False, asked=asked or len(destinations))
         after = _events_of(destinations)
         deadline_s = entered.begun_s + timeout_s
         first = held.first if isinstance(held, Held) else first
@@ -143,6 +157,9 @@ class Transfers:
             event.synchronize()
         if not isinstance(held, Held):
             return read(held)
+        if not held.token:
+            self._attachment.count("loads without a lease")
+            return 0, 0
         self._attachment.model(held.tenant)  # a lease is joined on a model that is known
         with self._attachment.store.join(held.token) as match:
             return read(match)
@@ -161,6 +178,11 @@ class Transfers:
         if report.blocks < len(destinations):
             self._attachment.complain("a load was short", report.outcomes[report.blocks])
         return report.blocks, report.payload_bytes
+
+    def fail(self, job: int, asked: int) -> None:
+        """Enter a load that failed before it began."""
+        self._enter(job, store=False, asked=asked)
+        self._end(job, 0, 0)
 
     def store(self, job: int, offer: Offer, payloads: Sequence[Pieces], *, group: int = 0) -> None:
         """Begin to store one payload per block of *offer*; `finished` when they have been read."""

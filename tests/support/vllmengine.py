@@ -1,0 +1,81 @@
+"""vLLM as a process that a test drives: one JSON request a line in, one JSON answer a line out.
+
+`python -m support.vllmengine OPTIONS` runs in the engine's environment; OPTIONS are JSON: arguments
+of vllm.LLM. Requests: generate, reset, metrics, sleep. Answers go to what was stdout; vLLM's own
+output goes to stderr.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def prompt_of(seed: int, tokens: int) -> list[int]:
+    """Token ids of a prompt that only its seed decides, longer ones beginning with shorter ones."""
+    return [(i * 7919 + seed * 31 + (i * i) % 97) % 290 + 5 for i in range(tokens)]
+
+
+def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Answer a list of prompts (seed and tokens, or ids) with *out* tokens each."""
+    from vllm import SamplingParams
+
+    prompts = [
+        {"prompt_token_ids": each.get("ids") or prompt_of(each["seed"], each["tokens"])}
+        | ({"cache_salt": each["salt"]} if "salt" in each else {})
+        for each in request["prompts"]
+    ]  # fmt: skip
+    extra = request.get("params")
+    sampling = SamplingParams(
+        max_tokens=request.get("out", 1), temperature=0, ignore_eos=True,
+        extra_args={"kv_transfer_params": extra} if extra else None,
+    )  # fmt: skip
+    begun_s = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return {
+        "seconds": time.perf_counter() - begun_s,
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
+        "finish": [output.outputs[0].finish_reason for output in outputs],
+    }
+
+
+def answer(llm: Any, request: dict[str, Any]) -> Any:
+    """Do what *request* asks."""
+    match request["do"]:
+        case "generate":
+            return generate(llm, request)
+        case "reset":
+            return llm.reset_prefix_cache(reset_connector=request.get("connector", False))
+        case "metrics":
+            return {
+                metric.name: metric.value
+                for metric in llm.get_metrics()
+                if hasattr(metric, "value")
+            }
+        case "connector":  # what our side counts, where the engine is in this process
+            core = llm.llm_engine.engine_core.engine_core
+            manager = core.scheduler.connector.manager
+            return manager.attachment.statistics()
+        case _:
+            pass
+    raise ValueError(request)
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from vllm import LLM
+
+    llm = LLM(**json.loads(sys.argv[1]))
+    answers.write('"ready"\n')
+    answers.flush()
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(llm, json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

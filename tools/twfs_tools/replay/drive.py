@@ -1,0 +1,287 @@
+"""One replay: a stream of requests through a real warehouse, whose clock is the trace's.
+
+Every request is matched, what it lacks is put while the match is held, and then its session says
+how it ended. Blocks are scaled down in bytes and in nothing else: as many fit as would fit of the
+modelled ones. One request follows the other, so a replay has the same decisions every time.
+"""
+
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from twfs.config import Config
+from twfs.errors import DeviceError, NoSpaceForImage, WarehouseFull
+from twfs.formatting import DEVICE_BYTES_MIN, DeviceSpec
+from twfs.hints import Hint, Retention, Stop
+from twfs.prefix import Names
+from twfs.records import DATA_START
+from twfs.store import Durability, Model, PutOutcome, ReadOutcome
+from twfs.units import ALIGN, ByteCount, Millis, align_up
+from twfs.usage import By, Usage
+from twfs.warehouse import Warehouse
+from twfs_tools.output import size
+from twfs_tools.replay.naming import Naming, layout_for, payload_of
+from twfs_tools.replay.streams import IntArray, Stream
+
+BEGINNING_MS: Final = 1_700_000_000_000  # when every replay begins; some day, not 1970
+METADATA_BYTES: Final = 2048  # of LMDB for a block, twice what is seen
+SLACK_BYTES: Final = 64 << 20
+PUT_BLOCKS: Final = 4096  # of one put: a prompt of a million tokens
+SETTLED_REQUESTS: Final = 1  # after so many, evictions in the background are waited for
+STOPS: Final = {"tool_use": Stop.TOOL_USE, "end_turn": Stop.END_TURN}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is varied between replays of one stream."""
+
+    capacity_blocks: int
+    payload_bytes: int = 4096  # at least; more where so few blocks are no device
+    config: Config = field(default_factory=Config)
+    hints: bool = True  # sessions say who they are and how a request ended
+    front_blocks: int = 0  # of the engine's own memory
+    touch: bool = True  # uses that the engine's memory served are reported
+    read_part: float = 0.0  # of the requests, whose hits are read and compared
+    durability: Durability = Durability.STRICT
+    class_of: Callable[[str], Retention | None] = lambda _: None  # of a session's name
+    prepare: Callable[[Warehouse], None] = lambda _: None  # before the first request
+
+    @property
+    def unit_bytes(self) -> int:
+        """A block on the device: its header and its payload."""
+        needed = max(
+            ALIGN + align_up(self.payload_bytes), -(-DEVICE_BYTES_MIN // self.capacity_blocks)
+        )
+        return align_up(needed)
+
+    @property
+    def device_bytes(self) -> int:
+        """The device that holds just that many blocks."""
+        return DATA_START + ALIGN + self.capacity_blocks * self.unit_bytes
+
+
+@dataclass
+class Outcome:
+    """What became of every request (arrays of n), and of the warehouse."""
+
+    front: IntArray  # blocks that the engine held itself
+    hits: IntArray  # blocks of the leading run held by either
+    published: IntArray
+    refused: IntArray  # blocks that found no room
+    evicted_blocks: int = 0
+    used_bytes: int = 0
+    total_bytes: int = 0
+    metadata_bytes: int = 0
+    match_s: float = 0.0
+    put_s: float = 0.0
+    touch_s: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    read_blocks: int = 0
+    peak_bytes: int = 0  # of this process
+    findings: list[str] = field(default_factory=list)  # of the check at the end
+    unit_bytes: int = 0
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+class TraceClock:
+    """Time as the trace has it."""
+
+    def __init__(self) -> None:
+        self.now_ms = BEGINNING_MS
+
+    def __call__(self) -> Millis:
+        """The time of the request under way."""
+        return Millis(self.now_ms)
+
+
+@contextmanager
+def scratch_warehouse(setup: Setup, clock: TraceClock, directory: Path) -> Iterator[Warehouse]:
+    """A warehouse for one replay under *directory*; gone afterwards. NoSpaceForImage."""
+    needed = setup.device_bytes + METADATA_BYTES * setup.capacity_blocks + SLACK_BYTES
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise NoSpaceForImage(
+            f"a replay of {setup.capacity_blocks:,} blocks needs {size(needed)} in {directory}, "
+            f"which has {size(free)} free: use another --directory or less capacity"
+        )
+    root = Path(tempfile.mkdtemp(prefix="twfs-replay-", dir=directory))
+    try:
+        spec = DeviceSpec(root / "device0.img", ByteCount(setup.device_bytes))
+        Warehouse.create(root / "warehouse", [spec])
+        with Warehouse.open(
+            root / "warehouse", clock=clock, config=setup.config, durability=setup.durability
+        ) as warehouse:
+            yield warehouse
+    finally:
+        shutil.rmtree(root)
+
+
+def replay(
+    stream: Stream, setup: Setup, directory: Path, front: IntArray,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Outcome:  # fmt: skip
+    """Run *stream* through a warehouse under *directory*; what is unsound at its end is a finding.
+
+    *front*: blocks of each request that the engine's own memory holds. *advance* is told how many
+    requests more are done.
+    """
+    clock = TraceClock()
+    with scratch_warehouse(setup, clock, directory) as warehouse:
+        setup.prepare(warehouse)
+        run = _Run(stream, setup, warehouse, clock, front)
+        wall, cpu = time.perf_counter(), time.process_time()
+        for number in range(len(stream)):
+            run.request(number)
+            advance(1)
+        warehouse.operate("settle")
+        outcome = run.outcome
+        outcome.wall_s = time.perf_counter() - wall
+        outcome.cpu_s = time.process_time() - cpu
+        run.finish()
+    return outcome
+
+
+class _Run:
+    """A replay under way."""
+
+    def __init__(
+        self, stream: Stream, setup: Setup, warehouse: Warehouse, clock: TraceClock, front: IntArray
+    ) -> None:
+        self._stream = stream
+        self._setup = setup
+        self._warehouse = warehouse
+        self._clock = clock
+        self._payload_bytes = setup.unit_bytes - ALIGN
+        layouts = [
+            layout_for(name, self._payload_bytes, stream.block_tokens) for name in stream.models
+        ]
+        self._models: dict[tuple[int, int], Model] = {
+            (tenant, model): warehouse.open_model(
+                f"{stream.models[model] or 'model'}", layouts[model],
+                tenant=stream.tenants[tenant] or None,
+            )
+            for tenant, model in sorted(
+                set(zip(stream.tenant.tolist(), stream.model.tolist(), strict=True))
+            )
+        }  # fmt: skip
+        self._naming = Naming.of(stream, self._models)
+        self._classes = [setup.class_of(name) for name in stream.sessions]
+        self._reading = np.random.default_rng(0).random(len(stream)) < setup.read_part
+        count = len(stream)
+        self.outcome = Outcome(
+            front, np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.int64),
+            unit_bytes=setup.unit_bytes,
+        )  # fmt: skip
+
+    def _hint(self, number: int, *, ended: bool) -> Hint:
+        """What the engine says of a request's session, at its put or when it *ended*."""
+        session = int(self._stream.session[number])
+        stop = STOPS.get(self._stream.stop[number], Stop.OTHER) if ended else None
+        name = self._stream.sessions[session]
+        if not self._setup.hints:
+            name, stop = "", None
+        return Hint(name, self._classes[session], stop)
+
+    def request(self, number: int) -> None:
+        """Match one request, put what it lacks, say that it was used."""
+        stream, warehouse, outcome = self._stream, self._warehouse, self.outcome
+        chain = stream.chain(number)
+        if not len(chain):
+            return
+        self._clock.now_ms = BEGINNING_MS + int(stream.at_ms[number])
+        owner = (int(stream.tenant[number]), int(stream.model[number]))
+        model, names = self._models[owner], self._naming.names(chain, owner)
+        start = int(outcome.front[number])
+        before = time.perf_counter()
+        with warehouse.match(model, names, start=start) as match:
+            held = max(start, match.blocks)
+            outcome.match_s += time.perf_counter() - before
+            outcome.hits[number] = held
+            if self._reading[number] and held > start:
+                self._read(match, chain[start:held])
+            before = time.perf_counter()
+            if held < len(chain):
+                self._put(number, model, names.slice(held, len(chain)), chain[held:])
+            outcome.put_s += time.perf_counter() - before
+        before = time.perf_counter()
+        if self._setup.hints or (start and self._setup.touch):
+            warehouse.touch(model, names, self._hint(number, ended=True))
+        outcome.touch_s += time.perf_counter() - before
+
+    def _put(self, number: int, model: Model, names: Names, chain: IntArray) -> None:
+        """Store the blocks of *chain*, as many of the first as there is room for."""
+        hint = self._hint(number, ended=False)
+        for at in range(0, len(chain), PUT_BLOCKS):
+            part = chain[at : at + PUT_BLOCKS]
+            payloads = [payload_of(block, self._payload_bytes) for block in part.tolist()]
+            try:
+                done = self._warehouse.put(
+                    model, names.slice(at, at + len(part)), payloads, hint=hint
+                )
+            except WarehouseFull:
+                self.outcome.refused[number] += len(chain) - at
+                break
+            published = done.outcomes.count(PutOutcome.PUBLISHED)
+            self.outcome.published[number] += published
+            self.outcome.refused[number] += len(part) - published
+            if done.held < len(part):
+                self.outcome.refused[number] += len(chain) - at - len(part)
+                break
+        self._warehouse.operate("settle")
+
+    def _read(self, match: Any, chain: IntArray) -> None:
+        """Read what was matched and compare every byte; DeviceError if one is wrong."""
+        buffers = [np.empty(self._payload_bytes, np.uint8) for _ in chain]
+        report = match.read_into(buffers, first=match.blocks - len(chain))
+        for block, buffer, found in zip(chain.tolist(), buffers, report.outcomes, strict=True):
+            wrong = found is ReadOutcome.HIT and (buffer.view(np.uint64) != block).any()
+            if wrong or found is not ReadOutcome.HIT:
+                raise DeviceError(f"block {block} of the trace was read back as {found}")
+        self.outcome.read_blocks += len(chain)
+
+    def finish(self) -> None:
+        """Check the warehouse, and that what was counted here is what it holds."""
+        outcome, warehouse = self.outcome, self._warehouse
+        outcome.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        report = warehouse.check(data=True)
+        outcome.findings = [f"I{each.invariant}: {each.text}" for each in report.findings]
+        outcome.statistics = warehouse.statistics()
+        counters, space = outcome.statistics["counters"], warehouse.space()
+        outcome.evicted_blocks = counters["evicted_blocks"]
+        outcome.total_bytes = space.total_bytes
+        outcome.used_bytes = space.total_bytes - space.free_bytes
+        outcome.metadata_bytes = outcome.statistics["metadata"]["file_bytes"]
+        published = int(outcome.published.sum())
+        left = published - outcome.evicted_blocks - counters["removed_blocks"]
+        sums = {
+            "published blocks": (published, counters["published_blocks"]),
+            "blocks left": (left, report.blocks),
+            "used bytes": (left * outcome.unit_bytes, outcome.used_bytes),
+        }
+        outcome.findings += [
+            f"{what}: {mine:,} by the replay, {its:,} by the warehouse"
+            for what, (mine, its) in sums.items()
+            if mine != its
+        ] + self._usage()
+
+    def _usage(self) -> list[str]:
+        """Whether what `twfs du` says of tenants, models and sessions adds up to what is used."""
+        found = []
+        for by in By:
+            usage = msgspec.convert(self._warehouse.operate("du", by=by.value), Usage)
+            if not usage.adds_up or usage.used_bytes != self.outcome.used_bytes:
+                found.append(
+                    f"the rows by {by} do not add up to the {self.outcome.used_bytes:,} bytes "
+                    f"used, of which twfs du knows {usage.used_bytes:,}"
+                )
+        return found

@@ -1,0 +1,397 @@
+"""vLLM's KV in twfs: a connector, its spec, the scheduler's manager and the workers (0.32, 0.33).
+
+KV goes between the engine's blocks and the store without a CPU tier. A failed or late load is
+computed instead. For the configuration see docs/vllm.md.
+"""
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    OffloadingConnectorScheduler,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_offload.base import (
+    LoadStoreSpec,
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadingManager,
+    OffloadingSpec,
+    OffloadingWorker,
+    PrepareStoreOutput,
+    RequestOffloadingContext,
+    TransferResult,
+)
+
+from twfs.client import ARENA_BYTES
+from twfs.engines.attaching import PATIENCE_S, Attachment
+from twfs.engines.breakeven import BreakEven
+from twfs.engines.finding import Finder, Held
+from twfs.engines.requests import params_of
+from twfs.engines.transfers import Offer, Transfers, runs_of
+from twfs.engines.vllm_layout import layout_of, prepare
+from twfs.units import align_up
+
+KNOWN_SECONDS: Final = 60.0  # that a block which was stored is not offered again
+KNOWN_MAX: Final = 200_000  # of these; 60 bytes each
+
+
+@dataclass
+class LoadSpec(LoadStoreSpec):
+    """What a worker needs for a load."""
+
+    held: Held
+    timeout_s: float
+    fingerprint: bytes
+
+
+@dataclass
+class StoreSpec(LoadStoreSpec):
+    """What a worker needs for a store."""
+
+    offer: Offer
+    fingerprint: bytes
+
+
+@dataclass
+class _Request:
+    """A request as the scheduler knows it, the keys of its whole blocks, and its load."""
+
+    hashes: Sequence[bytes]
+    keys: list[bytes] = field(default_factory=list)
+    blocks: int | None = None  # that lookups may count on
+    loading: frozenset[int] = frozenset()  # the engine's blocks
+    load_tokens: int = 0
+    load_begun_s: float = 0.0
+
+
+class TwfsManager(OffloadingManager):
+    """The scheduler's side: which blocks of a request are held, which are to be stored."""
+
+    def __init__(self, spec: "TwfsSpec") -> None:
+        self.spec = spec
+        self.attachment = spec.attach(arena_bytes=0)
+        self.layout = spec.layout
+        self.finder = Finder(self.attachment, self.layout.block_tokens)
+        self.breakeven = BreakEven(tokens_min=spec.extra_config.get("min_load_tokens"))
+        self.requests: dict[str, _Request] = {}
+        self._hashes_per_block = self.layout.block_tokens // spec.tokens_per_hash
+        self._known: dict[bytes, float] = {}
+        self._storing_bytes = 0
+        self._events: list[OffloadingEvent] = []
+
+    def keys_of(self, request_id: str) -> list[bytes]:
+        """The keys of the request's whole blocks so far."""
+        request = self.requests[request_id]
+        step = self._hashes_per_block
+        request.keys.extend(request.hashes[step * len(request.keys) + step - 1 :: step])
+        return request.keys
+
+    def ready(self, request: Any, computed_tokens: int) -> bool:
+        """Ask for *request*, of which the engine holds some tokens; False: ask again next step."""
+        step = self.layout.block_tokens
+        known, keys = self.requests[request.request_id], self.keys_of(request.request_id)
+        start = computed_tokens // step
+        known.blocks = self.finder.ask(request.request_id, keys, start)
+        if known.blocks is None:
+            return False
+        tokens = known.blocks * step - computed_tokens
+        if known.blocks > start and not self.breakeven.pays(tokens):
+            self.finder.decline(request.request_id)
+            known.blocks = start
+        return True
+
+    def lookup(self, key: Any, req_context: Any) -> LookupResult:
+        """One key at a time, from what `ready` has found out."""
+        known = self.requests.get(req_context.req_id)
+        position = req_context.get_offload_key_position(key)
+        if known is None or known.blocks is None or position is None:
+            return LookupResult.MISS
+        held = position <= known.blocks * self.layout.block_tokens
+        return LookupResult.HIT if held else LookupResult.MISS
+
+    def prepare_load(self, keys: Collection[Any], req_context: Any) -> LoadSpec:
+        """Hand the lease over; one that was lost is a load that fails, and is computed."""
+        request_id, known = req_context.req_id, self.requests[req_context.req_id]
+        position = req_context.get_offload_key_position(next(iter(keys)))
+        first = position // self.layout.block_tokens - 1
+        held = self.finder.held(request_id, first, len(keys)) or Held(b"", first, len(keys))
+        known.load_tokens = len(keys) * self.layout.block_tokens
+        known.load_begun_s = time.monotonic()
+        timeout_s = self.breakeven.deadline_s(known.load_tokens)
+        return LoadSpec(held, timeout_s, self.layout.fingerprint)
+
+    def complete_load(self, keys: Collection[Any], req_context: Any) -> None:
+        """The workers have read: the lease is over, and the store's speed known."""
+        known = self.requests.get(req_context.req_id)
+        if known is not None:
+            known.loading = frozenset()
+            self.breakeven.loaded(known.load_tokens, time.monotonic() - known.load_begun_s)
+            self.finder.loaded(req_context.req_id)
+
+    def failed(self, block_ids: set[int]) -> None:
+        """Loads into these of the engine's blocks failed: their requests are computed."""
+        for request_id, known in self.requests.items():
+            if not known.loading.isdisjoint(block_ids):
+                self.finder.decline(request_id)
+
+    def prepare_store(self, keys: Collection[Any], req_context: Any) -> PrepareStoreOutput:
+        """Offer what is not known to be stored, as far as the workers' arenas have room."""
+        request_id, step = req_context.req_id, self.layout.block_tokens
+        epoch, known = self.finder.epoch(request_id), self.requests.get(request_id)
+        now_s = time.monotonic()
+        wanted: dict[int, Any] = {}
+        if epoch is not None and known is not None:
+            room = self.spec.arena_bytes - self._storing_bytes
+            most = max(0, room // align_up(self.layout.block_bytes()))
+            for key in keys:
+                index = req_context.get_offload_key_position(key) // step - 1
+                held = known.blocks is not None and index < known.blocks
+                fresh = now_s - self._known.get(key, -KNOWN_SECONDS) > KNOWN_SECONDS
+                if not held and fresh and len(wanted) < most:
+                    wanted[index] = key
+        params = self.finder.params(request_id)
+        chain = self.keys_of(request_id) if wanted else []
+        offer = Offer(runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint)
+        self._storing_bytes += len(wanted) * align_up(self.layout.block_bytes())
+        stored = [wanted[index] for index in sorted(wanted)]
+        return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint), [])
+
+    def complete_store(
+        self,
+        keys: Collection[Any],
+        req_context: Any,
+        success: bool = True,
+    ) -> None:
+        """The workers have read the blocks; whether they are held is the daemon's to say."""
+        self._storing_bytes -= len(keys) * align_up(self.layout.block_bytes())
+        if len(self._known) > KNOWN_MAX:
+            self._known.clear()
+        self._known.update(dict.fromkeys(keys, time.monotonic()))
+        if self.spec.config.enable_kv_cache_events:
+            event = OffloadingEvent(keys=list(keys), medium=Medium.STORAGE, removed=False)
+            self._events.append(event)
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        """What was stored since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
+        """Read the request's own parameters."""
+        params, wrong = params_of(req_context.kv_transfer_params)
+        for text in wrong:
+            self.attachment.complain("a parameter of a request is none", text)
+        self.finder.admit(req_context.req_id, params)
+        return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: Any) -> None:
+        """Touch the whole chain, also what came from the engine's own memory."""
+        if req_context.req_id in self.requests:
+            self.finder.finish(req_context.req_id, self.keys_of(req_context.req_id))
+            del self.requests[req_context.req_id]
+
+    def reset_cache(self) -> None:
+        """Weights were updated, or the engine sleeps: what was stored before is out of reach."""
+        self.finder.reset()
+        self._known.clear()
+        self._storing_bytes = 0
+
+    def shutdown(self) -> None:
+        """Release all leases."""
+        self.finder.close()
+        self.attachment.close()
+
+
+class TwfsWorker(OffloadingWorker):
+    """One rank's side: its rows of the engine's blocks, to and from the store."""
+
+    def __init__(self, spec: "TwfsSpec", kv_caches: Any) -> None:
+        self._per_block = spec.blocks_per_chunk
+        self._fingerprint = spec.layout.fingerprint
+        self._rows = [
+            t.tensor.numpy() if t.tensor.device.type == "cpu" else t.tensor
+            for t in kv_caches.tensors
+        ]
+        scratch = [row[0].copy() if hasattr(row, "copy") else row[0].clone() for row in self._rows]
+        self._scratch = scratch  # takes what a load brings and the engine does not want
+        shard = 0 if spec.config.replicated_layout else spec.config.parallel.rank
+        self.attachment = spec.attach(arena_bytes=spec.arena_bytes)
+        self.transfers = Transfers(self.attachment, shard=shard)
+        self.failed: set[int] = set()  # the engine's blocks that a load did not fill
+        self._loads: dict[int, list[list[int]]] = {}
+        found = sum(row[0].nbytes for row in self._rows) * self._per_block
+        self._usable = found == spec.layout.block_bytes()
+        if not self._usable:
+            text = f"blocks of {found} bytes, not {spec.layout.block_bytes()}: nothing is kept"
+            self.attachment.complain("this rank's KV is not as the scheduler's", text)
+
+    def _pieces(self, block_ids: Sequence[int | None]) -> list[Any]:
+        """The engine's memory of one stored block: of each of its blocks, all tensors' rows."""
+        return [
+            scratch if block is None else rows[block]
+            for block in block_ids
+            for rows, scratch in zip(self._rows, self._scratch, strict=True)
+        ]
+
+    def _cut(self, gpu: Any, first: int, count: int) -> list[list[int | None]]:
+        """The engine's blocks of each of *count* stored ones, None where it wants nothing."""
+        ids, at = gpu.block_ids.tolist(), gpu.block_indices[0]
+        every = range(first * self._per_block, (first + count) * self._per_block)
+        wanted = [ids[i - at] if 0 <= i - at < len(ids) else None for i in every]
+        step = self._per_block
+        return [wanted[i : i + step] for i in range(0, len(wanted), step)]
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, **more: Any) -> bool:
+        """Begin a load; *expedited* (0.33) is one that the step waits for."""
+        held = src_spec.held
+        cut = self._cut(dst_spec, held.first, held.count)
+        self._loads[job_id] = [[block for block in blocks if block is not None] for blocks in cut]
+        if not self._usable or src_spec.fingerprint != self._fingerprint:
+            held = Held(b"", held.first, held.count)
+        self.transfers.load(
+            job_id, held, [self._pieces(blocks) for blocks in cut], timeout_s=src_spec.timeout_s,
+            urgent=bool(more.get("expedited")),
+        )  # fmt: skip
+        return True
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        """Begin a store."""
+        ids, step = src_spec.block_ids.tolist(), self._per_block
+        payloads = [self._pieces(ids[i : i + step]) for i in range(0, len(ids), step)]
+        good = self._usable and dst_spec.fingerprint == self._fingerprint
+        self.transfers.store(job_id, dst_spec.offer if good else Offer((), -1), payloads)
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        """What has finished; a load that failed is told by `failed`, for others end the engine."""
+        results = []
+        for done in self.transfers.finished():
+            for blocks in self._loads.pop(done.job, [])[done.blocks :]:
+                self.failed.update(blocks)
+            results.append(TransferResult(done.job, True, done.payload_bytes, done.seconds))
+        return results
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Wait until these jobs use the engine's memory no more."""
+        self.transfers.wait(job_ids)
+
+    def shutdown(self) -> None:
+        """Wait for all jobs, and let go."""
+        self.transfers.close()
+        self.attachment.close()
+
+
+class TwfsSpec(OffloadingSpec):
+    """What `spec_name` names: makes manager and worker for one layout."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.replicated_layout = config.replicated_layout
+        self.layout = layout_of(config)
+        self.arena_bytes = int(self.extra_config.get("arena_bytes", ARENA_BYTES))
+        self._made: Any = None
+
+    def attach(self, *, arena_bytes: int) -> Attachment:
+        """A hold on the store, with a connection of its own."""
+        return Attachment(
+            self.extra_config["socket"], self.layout.model, self.layout, arena_bytes=arena_bytes,
+            patience_s=float(self.extra_config.get("patience_s", PATIENCE_S)),
+        )  # fmt: skip
+
+    def get_manager(self) -> TwfsManager:
+        """The scheduler's side."""
+        self._made = self._made or TwfsManager(self)
+        made: TwfsManager = self._made
+        return made
+
+    def get_worker(self, kv_caches: Any) -> TwfsWorker:
+        """The side of this rank."""
+        self._made = self._made or TwfsWorker(self, kv_caches)
+        made: TwfsWorker = self._made
+        return made
+
+
+class _Scheduler(OffloadingConnectorScheduler):
+    """Looks up all keys of a prefix in one go instead of one by one."""
+
+    def _maximal_prefix_lookup(
+        self, keys: Any, req_context: Any, req: Any, group_config: Any, start: int
+    ) -> int | None:
+        if self.manager.spec.kv_events_config.self_describing_kv_events:
+            found: int | None = super()._maximal_prefix_lookup(
+                keys, req_context, req, group_config, start
+            )
+            return found
+        blocks = self.manager.requests[req.request_id].blocks
+        return max(0, min(len(keys), (blocks or 0) - start))
+
+
+class TwfsConnector(OffloadingConnector):
+    """What `kv_connector` names: vLLM's own offloading connector, for which no load is fatal."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        prepare(vllm_config, ("TwfsSpec", "twfs.engines.vllm"))
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._step: tuple[float, int] = (0.0, 0)
+        stock: Any = getattr(self, "connector_scheduler", None)
+        if stock is not None:
+            self.manager: TwfsManager = stock.manager
+            self.connector_scheduler = _Scheduler(self.manager.spec, vllm_config, kv_cache_config)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Block outermost: a stored block is one run of memory where the attention allows it."""
+        return "BLHNC"
+
+    def on_new_request(self, request: Any) -> None:
+        """Note the request, whose hashes grow with it."""
+        self.manager.requests[request.request_id] = _Request(request.block_hashes)
+        super().on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """As vLLM's, once the store has answered; the scheduler asks again until then."""
+        if not self.manager.ready(request, num_computed_tokens):
+            return None, False
+        found: tuple[int | None, bool] = super().get_num_new_matched_tokens(
+            request, num_computed_tokens
+        )
+        return found
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note which of the engine's blocks are being loaded."""
+        if num_external_tokens:
+            ids = frozenset(i for group in blocks.get_block_ids() for i in group)
+            self.manager.requests[request.request_id].loading = ids
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """Note when a step begins, and how many tokens it computes."""
+        self._step = (time.monotonic(), scheduler_output.total_num_scheduled_tokens)
+        return super().build_connector_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Note how long the step took, and which loads failed."""
+        self.manager.breakeven.computed(self._step[1], time.monotonic() - self._step[0])
+        if connector_output.invalid_block_ids:
+            self.manager.failed(connector_output.invalid_block_ids)
+        super().update_connector_output(connector_output)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """The engine's blocks that a load did not fill, since the last call."""
+        worker = self.connector_worker and self.connector_worker.worker
+        if worker is None:
+            return set()
+        failed, worker.failed = worker.failed, set()
+        return failed
+
+    def unregister_kv_caches(self) -> None:
+        """Let no I/O be under way when the engine gives its memory back (sleep)."""
+        if self.connector_worker is not None and self.connector_worker.worker is not None:
+            self.connector_worker.worker.transfers.drain()
