@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 SESSION: Final = f"TWFS_TEST_SESSION={uuid.uuid4()}"
 SCRATCH_PREFIX: Final = f"twfs-tests-{os.getpid()}-"
 REQUIRED: Final = frozenset(filter(None, os.environ.get("TWFS_REQUIRE", "").split(",")))
-ENDING_S: Final = 10.0  # how long a process that was told to end may still be seen
+ENDING_S: Final = 30.0  # how long a process that was told to end may still be seen
 HELPERS_OF_PYTHON: Final = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 _slow_machine = [HealthCheck.too_slow, HealthCheck.data_too_large]

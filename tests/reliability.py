@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "tests" / "crash" / "results"
+FIGURES: Final = ROOT / "tests" / "bench" / "results"
 DOCUMENT: Final = ROOT / "RELIABILITY.md"
 CASE: Final = re.compile(r"^(tests/\S+?\.py)::(\w+)")
 HEAD: Final = """# Reliability
@@ -26,9 +28,18 @@ time; the commands of long runs are below `tests/crash/`.
 | fault | promise | how injected | times tried | result |
 | --- | --- | --- | --- | --- |
 """
-TAIL: Final = """
+TESTS: Final = """
 ## The tests of each row
 
+"""
+COST: Final = """
+## What looking for damage takes
+
+`twfs bench check` on 2 cores and a virtio disk (`tests/bench/results/`), beside dd (16 MiB, direct)
+and fio (4 in flight) that read all of the device. Seconds; in parentheses CPU seconds and memory.
+
+| warehouse | check | check --data | rebuild, with a check | dd | fio |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -47,13 +58,18 @@ def at(report: Any, place: str) -> Any:
     return report
 
 
+def times(wanted: str, there: Counter[str]) -> int:
+    """How many cases a test function, or those of a pattern, have; KeyError where that is none."""
+    found = sum(there[name] for name in there if fnmatchcase(name, wanted))
+    if not found:
+        raise KeyError(f"no test {wanted}")
+    return found
+
+
 def row_of(row: dict[str, Any], there: Counter[str]) -> str:
     """One line of the table; KeyError: a test is not there; ValueError: a run found something."""
-    for name in row["tests"]:
-        if not there[name]:
-            raise KeyError(f"no test {name}")
     tried = []
-    count = sum(there[name] for name in row["tests"])
+    count = sum(times(name, there) for name in row["tests"])
     if count:
         tried.append("1 case" if count == 1 else f"{count} cases")
     result = "each run passes"
@@ -70,11 +86,28 @@ def row_of(row: dict[str, Any], there: Counter[str]) -> str:
     return "| " + " | ".join(told) + " |\n"
 
 
+def costs() -> str:
+    """The lines of the last table, from the newest results of `twfs bench check`."""
+    rows: dict[tuple[int, int], dict[str, str]] = {}
+    for path in sorted(FIGURES.glob("*-check-*.json")):
+        for each in json.loads(path.read_text())["results"]:
+            told = f"{each['seconds']:.1f}"
+            if "cpu_seconds" in each:
+                told += f" ({each['cpu_seconds']:.0f}, {each['memory_MiB']:.0f} MiB)"
+            rows.setdefault((each["blocks"], each["block_bytes"]), {})[each["of"]] = told
+    text = ""
+    for (blocks, size), cell in rows.items():
+        named = f"{blocks:,} blocks of {size >> 10} KiB"
+        cells = [named, *(cell[of] for of in ("check", "check --data", "rebuild", "dd", "fio"))]
+        text += "| " + " | ".join(cells) + " |\n"
+    return text
+
+
 def document() -> str:
     """The whole of RELIABILITY.md."""
     rows = tomllib.loads((ROOT / "tests" / "faults.toml").read_text())["fault"]
     there = cases()
-    text = HEAD + "".join(row_of(row, there) for row in rows) + TAIL
+    text = HEAD + "".join(row_of(row, there) for row in rows) + COST + costs() + TESTS
     for row in rows:
         names = ", ".join(f"`{name}`" for name in row["tests"]) or "outside the suite"
         text += f"* **{row['fault']}**: {names}.\n"

@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +15,8 @@ import typer
 
 from twfs_tools.cli import app
 
-ROOT: Final = Path(__file__).parent.parent
+TESTS: Final = Path(__file__).parent
+ROOT: Final = TESTS.parent
 README_LINES_MAX: Final = 120
 FENCE: Final = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE: Final = re.compile(r"`([^`\n]+)`")
@@ -80,6 +83,24 @@ def test_gates_name_paths_that_hold_tests() -> None:
         found = [ROOT / path] if path.endswith(".py") else list((ROOT / path).rglob("test_*.py"))
         assert found, path
         assert all(each.is_file() for each in found), path
+
+
+def programs() -> set[str]:
+    """The programs beside the tests that documents and programs say how to run."""
+    texts = [text_of("HACKING.md"), *(path.read_text() for path in TESTS.rglob("*.md"))]
+    texts += [path.read_text() for path in TESTS.rglob("*.py")]
+    return {name for text in texts for name in re.findall(r"\bpython (tests/[\w/]+\.py)", text)}
+
+
+@pytest.mark.parametrize("program", sorted(programs() - {"tests/reliability.py"}))
+def test_every_program_beside_the_tests_runs_by_its_command_alone(program: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, program, "--help"], cwd=ROOT, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
 
 
 def test_paths_in_hacking_exist() -> None:

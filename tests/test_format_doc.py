@@ -129,6 +129,23 @@ def test_invariants_are_the_checkers_word_by_word() -> None:
         assert first == f"I{number}: {sentences[number]}"
 
 
+def test_every_invariant_that_is_not_of_one_state_names_the_tests_that_hold_it() -> None:
+    there = {
+        name
+        for path in Path(__file__).parent.rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    named = {
+        int(number): re.findall(r"`(test_\w+)`", text)
+        for number, text in re.findall(r"^\* I(\d+): (.+)$", DOCUMENT, re.MULTILINE)
+    }
+    numbers = {int(number) for number, _ in INVARIANT.findall(DOCUMENT)}
+    assert named.keys() == numbers - check.INVARIANTS.keys()
+    for number, names in named.items():
+        assert names, number
+        assert set(names) <= there, number
+
+
 def test_code_refers_only_to_invariants_that_exist() -> None:
     known = {int(number) for number, _ in INVARIANT.findall(DOCUMENT)}
     root = Path(__file__).parent.parent

@@ -7,7 +7,7 @@ module that acts on it; it is checked here, where it enters.
 
 import re
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -41,10 +41,35 @@ class RetentionSettings(Struct, frozen=True, forbid_unknown_fields=True):
     pinned: Class = Class()
 
 
+class EvictionSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[eviction]: which blocks of a class go first; see scoring.py."""
+
+    policy: Literal["reuse", "lru"] = "reuse"
+    attention_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+
+
+class AdmissionSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[admission]: which blocks are written at all; see admission.py."""
+
+    second_touch: tuple[Retention, ...] = ()  # classes whose blocks are kept if offered twice
+    remembered_names: Annotated[int, Meta(ge=1024, le=1 << 28)] = 1 << 20
+    bytes_per_day: Annotated[int, Meta(ge=1)] | None = None  # written to the devices
+    drive_writes_per_day: Annotated[float, Meta(gt=0, le=1000)] | None = None  # of their space
+
+    def budget_bytes_per_day(self, total_bytes: int) -> int | None:
+        """What may be written to *total_bytes* of devices in a day; None: as much as comes."""
+        budgets = [] if self.bytes_per_day is None else [self.bytes_per_day]
+        if self.drive_writes_per_day is not None:
+            budgets.append(max(1, int(self.drive_writes_per_day * total_bytes)))
+        return min(budgets, default=None)
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """All of the file."""
 
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    eviction: EvictionSettings = field(default_factory=EvictionSettings)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
 
 
 DEFAULT_TTL: Final = {
@@ -88,6 +113,12 @@ def parse(data: bytes, where: str = CONFIG_FILE) -> Config:
                 duration_ms(given.ttl)
             except InvalidInput as error:
                 raise InvalidInput(f"{where}: [retention.{retention}] ttl: {error}") from error
+    kept = {Retention.DURABLE, Retention.PINNED} & set(config.admission.second_touch)
+    if kept:
+        raise InvalidInput(
+            f"{where}: [admission] second_touch names {', '.join(sorted(kept))}: what is promised "
+            "is always let in; name ephemeral or standard"
+        )
     if config.retention.pinned.ttl not in {None, "never"}:
         raise InvalidInput(f"{where}: [retention.pinned] has a ttl, but pinned blocks never go")
     return config

@@ -19,6 +19,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import ledger, slots
+from twfs.admission import Gate
 from twfs.charges import Charges
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config
@@ -33,7 +34,7 @@ from twfs.limbo import Freed, Left
 from twfs.metadata import After, Job, Metadata
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
-from twfs.scoring import LRU, Policy
+from twfs.scoring import Policy, policy_of
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
@@ -67,7 +68,8 @@ class Core:
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
     erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
-    policy: Policy = LRU  # of eviction
+    policy: Policy = field(init=False)  # of eviction
+    gate: Gate = field(init=False)  # what is let in
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
@@ -85,6 +87,11 @@ class Core:
     _enrolled: bool = False  # anything since open
     erasers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "twfs-erase"))
     _pins: int = 0
+
+    def __post_init__(self) -> None:
+        given = self.config.eviction
+        self.policy = policy_of(given.policy, given.attention_tokens)
+        self.gate = Gate(self.config.admission, self.allocator.total_bytes, self.clock)
 
     @property
     def devices(self) -> dict[int, Device]:

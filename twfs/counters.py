@@ -19,6 +19,9 @@ class Counters:
     failed_blocks: int = 0
     no_room_blocks: int = 0
     over_quota_blocks: int = 0
+    worthless_blocks: int = 0  # not admitted: all that is held was worth more
+    first_touch_blocks: int = 0  # not admitted: nobody had asked for them before
+    worn_blocks: int = 0  # not admitted: the day's budget of writes is used up
     refused_puts: int = 0  # not one block fitted into the tenant's quota
     written_bytes: int = 0
     evicted_blocks: int = 0

@@ -5,52 +5,27 @@ middle (invariant I18 of FORMAT.md). Victims are chosen in one step under the lo
 the lease check, and are condemned there and then: nobody matches them any more.
 """
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
 
 from twfs import ledger, quotas, sharing
 from twfs import slots as states
+from twfs.choosing import Newcomer, choose_blocks, victims
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.layout import Layout
 from twfs.payload import read_payload
-from twfs.ranking import NEVER, STANDARD, Ranks, ranks
 from twfs.records import Block, BlockKey
-from twfs.scoring import Scores
-from twfs.slots import IntArray, Slots
 from twfs.tables import ReadView, WriteView
-from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
+from twfs.units import ByteCount, ModelId, PrefixHash
 
-SORTED_AT_ONCE: Final = 8192  # leaves: sorting a million would take 0.3 s under the lock
 VICTIMS_PER_COMMIT: Final = 2048  # about 30 ms of transaction: readers of the tables never notice
-LOW_WATER_PARTS: Final = 64  # 1/64 of the space is kept free ahead of demand
+LOW_WATER_PARTS: Final = 256  # of the space, kept free ahead of demand: what is free holds nothing
 LOW_WATER_BYTES_MAX: Final = 8 << 30
-
-_Turn = tuple[int, float, int, int]  # rank, score, -position, slot: the least goes first
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """In which order blocks go, by slot: the least (rank, score, -position, slot) first."""
-
-    rank: Ranks
-    score: Scores
-
-    @staticmethod
-    def of(core: Core) -> "Order":
-        """The order of now, by ranks and the warehouse's policy. Hold the lock."""
-        now_ms = core.clock()
-        return Order(ranks(core, now_ms), core.policy.scores(core.slots, now_ms))
-
-    @staticmethod
-    def none(slots: Slots) -> "Order":
-        """All may go, and only their depth decides."""
-        return Order(np.zeros(len(slots), np.uint8), np.zeros(len(slots)))
 
 
 def low_water_bytes(core: Core) -> int:
@@ -58,144 +33,25 @@ def low_water_bytes(core: Core) -> int:
     return min(core.allocator.allotted_bytes // LOW_WATER_PARTS, LOW_WATER_BYTES_MAX)
 
 
-def choose_victims(core: Core, wanted_bytes: int, payer: int | None = None) -> list[int]:
-    """Condemn slots worth *wanted_bytes*, in the order they are to go. Hold the lock.
-
-    What no match reaches first, then blocks of the tenants that hold most for their weight (see
-    quotas.py), or with *payer* only what that tenant is charged for. Of each, least rank first,
-    then least score; among equals the deepest. A parent follows its last child within the same
-    choice, in its turn.
-    """
-    core.expire()
-    leaves, slots = core.slots.leaves(), core.slots
-    order = Order.of(core)
-    if payer is not None:
-        mine = leaves[slots.payer[leaves] == payer]
-        return _choose(core, mine, order, bytes_max=wanted_bytes, payer=payer)
-    victims: list[int] = []
-    offline = list(core.standings.offline)
-    if offline:  # they make no room, and would be missed when their device is back
-        there = leaves[~np.isin(slots.device[leaves], offline)]
-        victims = _choose_fairly(core, there, order, wanted_bytes)
-        wanted_bytes -= _room_bytes(core, victims)
-        leaves = slots.leaves()
-    if wanted_bytes > 0:
-        victims += _choose_fairly(core, leaves, order, wanted_bytes)
-    return victims
-
-
-def _choose_fairly(core: Core, leaves: IntArray, order: Order, wanted_bytes: int) -> list[int]:
-    """Choose of *leaves* so that tenants give way by their weights; see quotas.py."""
-    slots = core.slots
-    useless = leaves[order.rank[leaves] < STANDARD]
-    victims = _choose(core, useless, order, bytes_max=wanted_bytes) if len(useless) else []
-    wanted_bytes -= _room_bytes(core, victims)
-    shares = dict(quotas.givers(core, wanted_bytes)) if wanted_bytes > 0 else {}
-    if shares:
-        apart = dict(quotas.by_payer(slots.payer, leaves[slots.state[leaves] == states.LIVE]))
-        for tenant, share in shares.items():
-            mine = apart.get(tenant)
-            if mine is not None and wanted_bytes > 0:
-                found = _choose(
-                    core, mine, order, bytes_max=min(share, wanted_bytes), payer=tenant
-                )  # fmt: skip
-                victims += found
-                wanted_bytes -= _room_bytes(core, found)
-    if wanted_bytes > 0:  # all are of one tenant, or those above the rest may not go
-        left = leaves[slots.state[leaves] == states.LIVE]
-        victims += _choose(core, left, order, bytes_max=wanted_bytes)
-    return victims
-
-
-def _room_bytes(core: Core, victims: list[int]) -> int:
-    """Bytes that may be allotted again once *victims* are gone; all, if nothing ever may."""
-    dry = list(core.standings.dry) if core.allocator.allotted_bytes else []
-    made = ~np.isin(core.slots.device[victims], dry)
-    return int(core.slots.units[victims][made].sum()) * ALIGN
-
-
-def _choose(
-    core: Core, leaves: IntArray, order: Order, *, bytes_max: int = 1 << 62,
-    blocks_max: int = 1 << 62, payer: int | None = None,
-) -> list[int]:  # fmt: skip
-    """Condemn *leaves*, and parents that become leaves, in *order*, until one limit is reached.
-
-    With *payer* the bytes are of its account, and no parent of another's goes.
-    """
-    slots = core.slots
-    rising: list[_Turn] = []  # parents whose last child has been condemned here
-    missing: dict[int, int] = {}
-    dry = core.standings.dry if core.allocator.allotted_bytes and payer is None else frozenset()
-    victims: list[int] = []
-    freed = 0
-    turns = _in_turn(slots, leaves, order)
-    leaf = next(turns, None)
-    while freed < bytes_max and len(victims) < blocks_max:
-        if rising and (leaf is None or rising[0] < leaf):
-            slot = heapq.heappop(rising)[3]
-        elif leaf is not None:
-            slot, leaf = leaf[3], next(turns, None)
-        else:
-            break
-        slots.state[slot] = states.CONDEMNED
-        victims.append(slot)
-        if slots.device[slot] not in dry:  # what is freed there makes no room
-            freed += int(slots.units[slot]) * ALIGN
-        parent = int(slots.parent[slot])
-        if parent == states.NONE:
-            continue
-        missing[parent] = missing.get(parent, int(slots.children[parent])) - 1
-        others = payer is not None and slots.payer[parent] != payer
-        if missing[parent] == 0 and not others and _may_go(slots, parent, order):
-            turn = (
-                int(order.rank[parent]), float(order.score[parent]),
-                -int(slots.position[parent]), parent,
-            )  # fmt: skip
-            heapq.heappush(rising, turn)
-    return victims
-
-
-def _may_go(slots: Slots, slot: int, order: Order) -> bool:
-    """Tell whether a block that has no child any more may be condemned."""
-    return bool(
-        not slots.leases[slot] and slots.state[slot] == states.LIVE and order.rank[slot] != NEVER
-    )
-
-
-def _in_turn(slots: Slots, leaves: IntArray, order: Order) -> Iterator[_Turn]:
-    """Yield *leaves* in the order they are to go; sorts few of many where few are wanted."""
-    ranks_of = order.rank[leaves]
-    for rank in np.unique(ranks_of).tolist():
-        if rank == NEVER:
-            break
-        waiting = leaves[ranks_of == rank]
-        scores, wanted = order.score[waiting], SORTED_AT_ONCE
-        while len(waiting):
-            some = np.ones(len(waiting), np.bool_)
-            if len(waiting) > wanted:
-                some = scores <= np.partition(scores, wanted)[wanted]
-            now, values = waiting[some], scores[some]
-            depth = -slots.position[now].astype(np.int64)
-            turn = np.lexsort((now, depth, values))
-            for score, minus, slot in zip(
-                values[turn].tolist(), depth[turn].tolist(), now[turn].tolist(), strict=True
-            ):
-                yield rank, score, minus, slot
-            waiting, scores, wanted = waiting[~some], scores[~some], 2 * wanted
-
-
 def submit_eviction(
-    core: Core, wanted_bytes: int, *, erase: bool = False, payer: int | None = None
-) -> "list[Future[ledger.Removed]]":
-    """Choose victims, with *payer* of that tenant's, and queue their removal.
+    core: Core, wanted_bytes: int, *, erase: bool = False, payer: int | None = None,
+    newcomer: Newcomer | None = None,
+) -> "list[Future[ledger.Removed]]":  # fmt: skip
+    """Choose victims worth *wanted_bytes* and queue their removal; see choosing.py.
 
-    One future per transaction.
+    One future per transaction. The lock is let go after every so many victims, unless the caller
+    holds it: nobody waits for longer than it takes to look at all blocks once, or to choose those.
     """
-    with core.lock:
-        keys = [core.slots.key_of(slot) for slot in choose_victims(core, wanted_bytes, payer)]
-        # One model's together, or victims of two models by turns would be a transaction each.
-        keys.sort(key=lambda key: key.model)
-        return submit_condemned(core, keys, evicted=True, erase=erase)
+    chosen = victims(core, wanted_bytes, payer=payer, newcomer=newcomer)
+    futures: list[Future[ledger.Removed]] = []
+    while True:
+        with core.lock:
+            keys = [core.slots.key_of(slot) for slot in islice(chosen, VICTIMS_PER_COMMIT)]
+            # One model's together, or victims of two models by turns would be a transaction each.
+            keys.sort(key=lambda key: key.model)
+            futures += submit_condemned(core, keys, evicted=True, erase=erase)
+        if len(keys) < VICTIMS_PER_COMMIT:
+            return futures
 
 
 def submit_condemned(
@@ -241,11 +97,17 @@ def keep_low_water(core: Core) -> None:
     """Begin to evict in the background if less than the low-water mark is free."""
     with core.lock:
         missing = low_water_bytes(core) - core.allocator.free_bytes
-        if missing > 0 and core.evicting == 0:
-            futures = submit_eviction(core, 2 * missing)
+        if missing <= 0 or core.evicting:
+            return
+        core.evicting += 1  # this choice, which others need not make too
+    try:
+        futures = submit_eviction(core, 2 * missing)
+        with core.lock:
             core.evicting += len(futures)
-            for future in futures:
-                future.add_done_callback(lambda _: _one_done(core))
+        for future in futures:
+            future.add_done_callback(lambda _: _one_done(core))
+    finally:
+        _one_done(core)
 
 
 def _one_done(core: Core) -> None:
@@ -269,7 +131,9 @@ def keep_quota(core: Core, tenant: int) -> None:
                 future.add_done_callback(done)
 
 
-def submit_own(core: Core, tenant: int, wanted_bytes: int) -> "list[Future[Any]]":
+def submit_own(
+    core: Core, tenant: int, wanted_bytes: int, newcomer: Newcomer | None = None
+) -> "list[Future[Any]]":
     """Begin to make room within the quota of *tenant*; what to wait for. Hold the lock.
 
     Charges pass to those who used a public block later, then its own blocks are evicted; what of
@@ -277,7 +141,7 @@ def submit_own(core: Core, tenant: int, wanted_bytes: int) -> "list[Future[Any]]
     """
     going, passing = sharing.let_go(core, tenant, wanted_bytes)
     if passing < wanted_bytes:
-        going += submit_eviction(core, wanted_bytes - passing, payer=tenant)
+        going += submit_eviction(core, wanted_bytes - passing, payer=tenant, newcomer=newcomer)
     return going or sharing.let_go(core, tenant, wanted_bytes, lent=False)[0]
 
 
@@ -377,8 +241,8 @@ def sweep_epochs(core: Core) -> ByteCount:
                 core.expire()
                 leaves = core.slots.leaves()
                 mine = leaves[core.slots.models()[leaves] == record.id]
-                victims = _choose(core, mine, Order.none(core.slots), blocks_max=VICTIMS_PER_COMMIT)
-                keys = [core.slots.key_of(slot) for slot in victims]
+                chosen = choose_blocks(core, mine, VICTIMS_PER_COMMIT)
+                keys = [core.slots.key_of(slot) for slot in chosen]
                 futures = submit_condemned(core, keys, evicted=True)
             if not futures:
                 break

@@ -24,7 +24,7 @@ class Retention(StrEnum):
     @property
     def rank(self) -> int:
         """The number in records and headers."""
-        return list(Retention).index(self)
+        return RANKS[self]
 
 
 class Stop(StrEnum):
@@ -37,7 +37,11 @@ class Stop(StrEnum):
     @property
     def code(self) -> int:
         """The number in the arrays in memory: from 1; 0 is a request that did not say."""
-        return list(Stop).index(self) + 1
+        return CODES[self]
+
+
+RANKS: Final = {each: number for number, each in enumerate(Retention)}
+CODES: Final = {each: number for number, each in enumerate(Stop, 1)}
 
 
 def flaw_of(session: object, return_ms: object) -> str:

@@ -33,6 +33,7 @@ from twfs.store import Explanation
 from twfs.tables import ReadView
 from twfs.tenants import EVERYBODY
 from twfs.units import ALIGN, ByteCount, ModelId, TokenCount
+from twfs.using import note_touch
 
 BATCH: Final = 512  # gets before looking whether the chain has ended
 
@@ -309,6 +310,8 @@ def _use(core: Core, used: "npt.NDArray[Any]", needed: list[Found]) -> None:
     """Stamp what was matched, and what is before it: the asker held that itself."""
     now = core.clock()
     core.slots.use(used, now)
+    core.slots.stop[used] = 0  # the session is back: how its request ends is not known yet
+    core.slots.back_ms[used] = 0
     for run in needed:
         if run.first and len(run.records):
             core.slots.use(core.slots.ancestors(int(run.records["slot"][0])), now)
@@ -334,7 +337,7 @@ def touch_blocks(
         if used:
             slots = np.concatenate(used)
             core.slots.use(slots, core.clock())
-            core.slots.stop[slots] = 0 if hint.stop is None else hint.stop.code
+            note_touch(core, model, names.hash_at(0), slots, hint, tenant=tenant)
 
 
 def join_located(core: Core, token: bytes, owner: int) -> Located:

@@ -138,6 +138,8 @@ class OpenNamespace:
                 "counters": asdict(core.counters),
                 "served": {name: asdict(served) for name, served in core.served.items()},
                 "slots": core.slots.statistics(),
+                "eviction": {"policy": core.policy.name},
+                "admission": core.gate.statistics(),
                 "leases": core.leases.statistics(),
                 "allocator": asdict(core.allocator.statistics()),
                 "records": view.counts(),

@@ -15,7 +15,9 @@ import numpy as np
 
 from twfs import ledger, reserving
 from twfs import slots as states
+from twfs.admission import Asked
 from twfs.checksums import host_sums_of
+from twfs.choosing import Newcomer
 from twfs.core import Core
 from twfs.errors import (
     DeviceError,
@@ -28,6 +30,7 @@ from twfs.evicting import keep_low_water, keep_quota
 from twfs.hints import NO_HINT, Hint
 from twfs.payload import aligned_buffer
 from twfs.prefix import Names, check_names
+from twfs.ranking import STANDARD
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
 from twfs.runs import Run, plan_runs
 from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
@@ -43,6 +46,7 @@ from twfs.units import (
     TokenCount,
     align_up,
 )
+from twfs.using import note_put
 
 PUT_BLOCKS_MAX: Final = 1 << 16  # a million tokens at 16 a block; more belongs in two puts
 
@@ -53,9 +57,10 @@ class Put:
     def __init__(
         self, core: Core, model: ModelRecord, names: Names, *, group: int, shard: int,
         retention: Retention, tenant: int = EVERYBODY, uid: int | None = None,
-        lengths: Sequence[int] = (),
+        lengths: Sequence[int] = (), hint: Hint = NO_HINT,
     ) -> None:  # fmt: skip
         self._core = core
+        self._hint = hint
         self._tenant = tenant
         self._share = core.tenants.shares.get(tenant, 0)
         self._uid = uid  # whose bound on reservations counts; None: there is none
@@ -145,6 +150,19 @@ class Put:
     def _own_key(self, index: int) -> bytes:
         return self._names.keys[index] if self._names.keys else b""
 
+    def admit(self, lacking: list[int]) -> list[int]:
+        """Those of *lacking* that are let in; the rest is not admitted. Hold the core's lock."""
+        needs = [ALIGN + align_up(self._lengths[index]) for index in lacking]
+        mix = (self._model.id * 1009 + self._group) * 1013 + self._shard
+        admitted = self._core.gate.admit(
+            Asked(self._names, lacking, needs, self._retention, mix * 0x9E3779B1)
+        )
+        for index in admitted.first_touch + admitted.worn:
+            self._outcomes[index] = PutOutcome.NOT_ADMITTED
+        self._core.counters.first_touch_blocks += len(admitted.first_touch)
+        self._core.counters.worn_blocks += len(admitted.worn)
+        return admitted.indices
+
     def reserve(self, lacking: list[int]) -> None:
         """Reserve extents for the longest leading part of *lacking* that fits, making room.
 
@@ -155,11 +173,23 @@ class Put:
             return
         core = self._core
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
-        extents, over = reserving.reserve(core, needs, tenant=self._tenant, uid=self._uid)
+        newcomer = Newcomer(
+            STANDARD,
+            core.policy.of_new(
+                self._names.positions[lacking[0]], self._hint.stop, self._hint.return_ms
+            ),
+            self._tenant,
+        )
+        extents, why = reserving.reserve(
+            core, needs, tenant=self._tenant, uid=self._uid, newcomer=newcomer
+        )
         try:
             self.lacking = lacking[: len(extents)]
             for index in lacking[len(extents) :]:
-                self._outcomes[index] = PutOutcome.OVER_QUOTA if over else PutOutcome.NO_ROOM
+                self._outcomes[index] = why
+            if why is PutOutcome.NOT_ADMITTED:
+                with core.lock:
+                    core.counters.worthless_blocks += len(lacking) - len(extents)
             self._number(extents)
         except BaseException:
             with core.lock:
@@ -172,6 +202,7 @@ class Put:
         now = self._core.clock()
         with self._core.lock:
             slots = self._core.slots.allot(len(extents))
+            self._core.gate.spend(sum(each.length for room in extents for each in room))
             self._reserved = {
                 index: Block(
                     generations[number], inos[number], slots[number], self._parent(index),
@@ -296,6 +327,7 @@ class Put:
             with self._core.lock:
                 self._committed = True
                 self._core.enter(done, now)
+                note_put(self._core, self._model.id, self._tenant, done, self._hint)
                 self._settle(candidates, done)
             if then is not None:
                 then(done.also)
@@ -365,6 +397,8 @@ class Put:
     def _forfeit(self, published: set[int], kept_slots: set[int] | None = None) -> None:
         """End the reservation of all blocks but *published*, and the put. Hold the core's lock."""
         core = self._core
+        unwritten = [self._reserved[i] for i in self._reserved.keys() - self._written.keys()]
+        core.gate.spend(-sum(block.device_bytes for block in unwritten))
         for index, block in self._reserved.items():
             core.count_reserved(self._uid, self._tenant, -block.device_bytes)
             if index not in published:
@@ -451,9 +485,9 @@ def begin_put(
             )
         put = Put(
             core, record, names, group=group, shard=shard, retention=hint.retention or retention,
-            tenant=tenant, uid=uid, lengths=lengths,
+            tenant=tenant, uid=uid, lengths=lengths, hint=hint,
         )  # fmt: skip
-        lacking = put.compare()
+        lacking = put.admit(put.compare())
         core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed
     try:
         put.reserve(lacking)

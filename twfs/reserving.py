@@ -12,10 +12,12 @@ import numpy as np
 
 from twfs import quotas
 from twfs import slots as states
+from twfs.choosing import Newcomer
 from twfs.core import Core
 from twfs.errors import WarehouseFull
 from twfs.evicting import submit_eviction, submit_own
 from twfs.records import Extent
+from twfs.store import PutOutcome
 from twfs.units import ByteCount
 
 ROOM_TRIES: Final = 32  # evict and try again: other puts may take what was freed for this one
@@ -25,12 +27,15 @@ Room = list[tuple[Extent, ...]]  # of one block each
 
 
 def reserve(
-    core: Core, needs: Sequence[ByteCount], *, tenant: int, uid: int | None
-) -> tuple[Room, bool]:
+    core: Core, needs: Sequence[ByteCount], *, tenant: int, uid: int | None,
+    newcomer: Newcomer | None = None,
+) -> tuple[Room, PutOutcome]:  # fmt: skip
     """Reserve blocks of *needs* bytes, as many leading ones as fit; may evict and wait.
 
-    Returns what was got, to be ended by `release` or a publish, and whether the quota is what cut
-    it short. WarehouseFull, or QuotaExceeded, if it is nothing.
+    Nothing that is worth more than *newcomer* is evicted for it. Returns what was got, to be ended
+    by `release` or a publish, and what becomes of the rest: NO_ROOM, OVER_QUOTA, or NOT_ADMITTED
+    for what is worth less than all that could go. WarehouseFull, or QuotaExceeded, if nothing was
+    got for one of the first two.
     """
     if not core.allocator.allotted_bytes:
         raise WarehouseFull(
@@ -42,18 +47,24 @@ def reserve(
         for _ in range(ROOM_TRIES):
             with core.lock:
                 wanted = leading(needs[len(room) :], _room_of(core, uid))
-                going = _take(core, room, wanted, tenant=tenant, uid=uid)
+                over_bytes, missing_bytes = _take(core, room, wanted, tenant=tenant, uid=uid)
+            going = _make_way(
+                core, over_bytes, missing_bytes, tenant=tenant, newcomer=newcomer
+            )  # fmt: skip
             if not going:
                 break
             wait(going)
-        over = len(room) < len(needs) and _is_over(
-            core, needs[len(room)], tenant=tenant, uid=uid, refused=not room
-        )
+        why = PutOutcome.NO_ROOM
+        if len(room) < len(needs):
+            kept_out = newcomer is not None and newcomer.kept_out
+            why = _why_short(
+                core, needs[len(room)], tenant=tenant, uid=uid, kept_out=kept_out, none=not room
+            )
     except BaseException:
         with core.lock:
             release(core, room, tenant=tenant, uid=uid)
         raise
-    return room, over
+    return room, why
 
 
 def leading(needs: Sequence[ByteCount], room_bytes: int) -> Sequence[ByteCount]:
@@ -64,25 +75,35 @@ def leading(needs: Sequence[ByteCount], room_bytes: int) -> Sequence[ByteCount]:
 
 def _take(
     core: Core, room: Room, wanted: Sequence[ByteCount], *, tenant: int, uid: int | None
-) -> Sequence[Future[Any]]:
-    """Add blocks of *wanted* bytes to *room*; begin to evict for the rest. Hold the lock.
+) -> tuple[int, int]:
+    """Add blocks of *wanted* bytes to *room*. Hold the lock.
 
-    Empty if there is no rest, or nothing to evict for it.
+    Returns bytes that must go first from what *tenant* is charged for, and from the devices.
     """
     left = quotas.room_bytes(core, tenant)
     allowed = leading(wanted, left)
     got = core.allocator.reserve(allowed)
     core.count_reserved(uid, tenant, sum(allowed[: len(got)]))
     room += got
+    over_bytes = sum(wanted) - left if len(allowed) < len(wanted) else 0
+    return over_bytes, sum(allowed[len(got) :])
+
+
+def _make_way(
+    core: Core, over_bytes: int, missing_bytes: int, *, tenant: int, newcomer: Newcomer | None
+) -> Sequence[Future[Any]]:
+    """Begin to evict; empty if nothing has to go, or nothing may."""
     going: list[Future[Any]] = []
-    if len(allowed) < len(wanted):
-        going += submit_own(core, tenant, sum(wanted) - left)
-    missing = sum(allowed[len(got) :])
-    if missing:
-        going += submit_eviction(core, missing)
-    short = len(got) < len(wanted) and not going
-    if short and _being_removed(core, None if missing else tenant):
-        going.append(core.metadata.submit(lambda _: None, settled=lambda _: None, urgent=True))
+    if over_bytes:
+        with core.lock:
+            going += submit_own(core, tenant, over_bytes, newcomer)
+    if missing_bytes:
+        going += submit_eviction(core, missing_bytes, newcomer=newcomer)
+    if (over_bytes or missing_bytes) and not going:
+        with core.lock:
+            if _being_removed(core, None if missing_bytes else tenant):
+                ended = core.metadata.submit(lambda _: None, settled=lambda _: None, urgent=True)
+                going.append(ended)
     return going
 
 
@@ -93,12 +114,19 @@ def _being_removed(core: Core, payer: int | None) -> bool:
     return bool((going if payer is None else going & (slots.payer[:here] == payer)).any())
 
 
-def _is_over(core: Core, need: int, *, tenant: int, uid: int | None, refused: bool) -> bool:
-    """Tell whether the quota has no room for *need* bytes; if the put is *refused*, raise why."""
+def _why_short(
+    core: Core, need: int, *, tenant: int, uid: int | None, kept_out: bool, none: bool
+) -> PutOutcome:  # fmt: skip
+    """Why there is no room for *need* bytes more; if there is *none* at all, raise it.
+
+    A put that was *kept out* by what is worth more is no failure.
+    """
+    if kept_out:
+        return PutOutcome.NOT_ADMITTED
     with core.lock:
         over = quotas.room_bytes(core, tenant) < need
-        if not refused:
-            return over
+        if not none:
+            return PutOutcome.OVER_QUOTA if over else PutOutcome.NO_ROOM
         if over:
             core.counters.refused_puts += 1
             raise quotas.exceeded(core, tenant, need)

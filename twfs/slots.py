@@ -20,6 +20,7 @@ from twfs.charges import Charges
 from twfs.errors import CorruptMetadata, NoSpaceForImage
 from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
 from twfs.units import ALIGN, ModelId, Slot
+from twfs.uses import SessionUses
 
 IntArray = npt.NDArray[Any]
 
@@ -36,7 +37,8 @@ KEY_BYTES: Final = BLOCK_KEY.size
 STAMP_BYTES: Final = 8
 ARRAYS: Final = (
     "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
-    "retention", "tenant", "payer", "other", "lent", "stop", "detached", "hole",
+    "retention", "tenant", "payer", "other", "lent", "stop", "back_ms", "session", "detached",
+    "hole",
 )  # fmt: skip
 
 
@@ -66,6 +68,9 @@ class Slots:
         self.other: IntArray = np.zeros(0, np.uint16)  # of a share group: who used it, not paying
         self.lent: IntArray = np.zeros(0, np.bool_)  # that one used it later than who is charged
         self.stop: IntArray = np.zeros(0, np.uint8)  # how the last request ended: Stop.code, or 0
+        self.back_ms: IntArray = np.zeros(0, np.uint64)  # when its session is expected, or 0
+        self.session: IntArray = np.zeros(0, np.uint32)  # that used it last: a number of `uses`
+        self.uses = SessionUses()
         self.detached: IntArray = np.zeros(0, np.bool_)
         self.hole: IntArray = np.zeros(0, np.bool_)
         self._grow(GROWTH_MIN)
@@ -135,6 +140,8 @@ class Slots:
         self.other[slot] = 0
         self.lent[slot] = False
         self.stop[slot] = 0
+        self.back_ms[slot] = 0
+        self.session[slot] = 0
         self.children[slot] = 0
         self.links[slot] = 0
         self.detached[slot] = detached
@@ -394,7 +401,7 @@ class Slots:
         figures = {f"slots_{name}": int(states[i]) for i, name in enumerate(names)}
         arrays = (self.stamp, *(getattr(self, name) for name in ARRAYS))
         return figures | {
-            "slots_bytes": sum(array.nbytes for array in arrays),
+            "slots_bytes": sum(array.nbytes for array in arrays) + self.uses.nbytes,
             "failed_persists": self._failed_persists,
         }
 

@@ -88,6 +88,7 @@ class PutOutcome(StrEnum):
     NO_ROOM = "no room"
     FAILED = "failed"  # its bytes did not reach the device, or not whole
     OVER_QUOTA = "over quota"  # no room in its tenant's quota
+    NOT_ADMITTED = "not admitted"  # not worth writing now: a miss, and no failure
 
 
 @dataclass(frozen=True, slots=True)

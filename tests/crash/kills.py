@@ -26,31 +26,40 @@ import threading
 import time
 import traceback
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-from support.crashing import Report, Survivor, received
-from support.victims import SETTLING, VICTIMS
-from support.warehouses import DEVICE_BYTES, MHA, chain_of, make_warehouse, payloads_of
-from twfs.client import Client, connect
-from twfs.errors import TwfsError
-
 REPOSITORY: Final = Path(__file__).parents[2]
+SOURCES: Final = [str(REPOSITORY / part) for part in ("", "tests", "mount", "tools")]
+sys.path[:0] = SOURCES
+
+from support.crashing import Report, Survivor, received  # noqa: E402
+from support.daemon import running_daemon  # noqa: E402
+from support.mounting import until  # noqa: E402
+from support.victims import SETTLING, VICTIMS, use  # noqa: E402
+from support.warehouses import DEVICE_BYTES, make_warehouse  # noqa: E402
+from twfs.client import Client, connect  # noqa: E402
+from twfs.errors import TwfsError  # noqa: E402
+
 # What changes a disk or a directory: between two others of a process nothing durable happens.
 SYSCALLS: Final = (
     "pwrite64,pwritev,pwritev2,write,fdatasync,fsync,msync,rename,unlink,unlinkat,mkdir,rmdir,"
-    "fallocate,ftruncate,ioctl"
+    "fallocate,ftruncate"
 )
-FIRST_REPORT_S: Final = 20.0
+# A client changes no disk: what it does to the daemon, and to the memory that both have.
+CLIENT_SYSCALLS: Final = "connect,sendto,sendmsg,recvfrom,recvmsg,ftruncate,preadv"
+FIRST_REPORT_S: Final = 60.0
 # Of each victim: so many reports at most are waited for, and then so many seconds at most, into the
 # midst of what follows.
 MOMENTS: Final = {
-    "writer": (10, 0.03), "daemon": (1, 0.3), "creator": (2, 0.05), "scrubber": (1, 0.1),
-    "drainer": (1, 0.2), "repairer": (1, 0.2), "rebuilder": (1, 0.5),
+    "writer": (10, 0.03), "daemon": (1, 0.3), "client": (10, 0.03), "creator": (2, 0.05),
+    "scrubber": (1, 0.1), "drainer": (1, 0.2), "repairer": (1, 0.2), "rebuilder": (1, 0.5),
 }  # fmt: skip
-TRACED_S: Final = 60.0
+TRACED_S: Final = 200.0  # a victim that makes no call for so long hangs, on a busy machine too
 
 
 def child(name: str, directory: Path, seed: int, pipe: Connection) -> None:
@@ -59,30 +68,43 @@ def child(name: str, directory: Path, seed: int, pipe: Connection) -> None:
 
 
 class Engine:
-    """The client of a daemon that is to be killed: puts chains until it is gone, and reports."""
+    """The client of a daemon that is to be killed: puts and reads until it is gone, and reports."""
 
     def __init__(self, directory: Path, seed: int) -> None:
         self.reports: list[Report] = []
-        self._rng = random.Random(seed)
         self._client: Client = connect(directory / "socket", arena_bytes=4 << 20)
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, args=(seed,))
         self._thread.start()
 
-    def _run(self) -> None:
+    def _run(self, seed: int) -> None:
         with suppress(TwfsError):
-            model = self._client.open_model("m", MHA)
-            while True:
-                own, blocks = self._rng.randrange(1, 40), self._rng.randrange(1, 9)
-                names = chain_of(model, blocks, own)
-                if self._client.put(model, names, payloads_of(MHA, names)).held != blocks:
-                    return
-                self.reports.append(("put", own, -1, blocks))
+            use(self._client, seed, self.reports.append)
 
     def end(self) -> list[Report]:
         """Wait for the end, which comes with the daemon's, and return what was durable."""
         self._thread.join()
         self._client.close()
         return self.reports
+
+
+@contextmanager
+def company(name: str, directory: Path) -> Iterator[None]:
+    """What victim *name* needs beside it: a client a daemon, which lets go of the dead one."""
+    if name != "client":
+        yield
+        return
+    with running_daemon(directory) as daemon:
+        yield
+        with daemon.client() as other:
+            until(partial(nothing_held, other), "what the dead client held is free")
+
+
+def nothing_held(client: Client) -> bool:
+    """Tell whether *client* is alone with its daemon: no lease, no reservation, no arena else."""
+    figures = client.statistics()
+    held: int = figures["leases"]["leased_bytes"] + client.space().reserved_bytes
+    alone: int = figures["server"]["clients"]
+    return alone == 1 and held == 0
 
 
 class Run:
@@ -103,12 +125,19 @@ class Run:
 
     def kill_one(self, name: str) -> None:
         """Start a victim, kill it at a random moment, look."""
-        here, there = self._context.Pipe(duplex=False)
         seed = self.chance.randrange(1 << 30)
+        reports: list[Report] = []
+        with self._noting(name, seed), company(name, self.directory):
+            self._start_and_kill(name, seed, reports)
+        self.kills[f"{name} at random"] += 1
+        self.look(name, seed, reports)
+
+    def _start_and_kill(self, name: str, seed: int, reports: list[Report]) -> None:
+        """Start a victim, kill it at a random moment; *reports* gets what is durable."""
+        here, there = self._context.Pipe(duplex=False)
         process = self._context.Process(target=child, args=(name, self.directory, seed, there))
         process.start()
         there.close()
-        reports: list[Report] = []
         engine = None
         reports_max, seconds_max = MOMENTS[name]
         for _ in range(1 if name == "daemon" else self.chance.randrange(reports_max + 1)):
@@ -124,38 +153,62 @@ class Run:
         process.join()
         if process.exitcode != -signal.SIGKILL:
             self._problem(name, f"ended by itself with {process.exitcode}", seed)
-        self.kills[f"{name} at random"] += 1
         reports += received(here)
         here.close()
-        self.look(name, seed, reports + ([] if engine is None else engine.end()))
+        reports += [] if engine is None else engine.end()
 
     def kill_at(self, name: str, number: int) -> bool:
         """Kill a victim at its *number*-th system call; False if it never came that far."""
-        command = [
-            "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={SYSCALLS}",
-            "-e", f"inject={SYSCALLS}:signal=SIGKILL:when={number}",
-            sys.executable, "-m", "support.victims", name, str(self.directory), str(number),
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=False, timeout=TRACED_S
-        )
-        killed = done.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}
+        reports: list[Report] = []
+        killed = False
+        with self._noting(name, number), company(name, self.directory):
+            killed = self._trace(name, number, reports)
         self.kills[f"{name} at a system call"] += killed
-        lines = [line.split() for line in done.stdout.splitlines()]
-        reports = [(kind, int(a), int(b), int(c)) for kind, a, b, c in lines]
         self.look(name, number, reports)
         return killed
 
+    def _trace(self, name: str, number: int, reports: list[Report]) -> bool:
+        """Run a victim under strace, which kills it; *reports* gets what is durable."""
+        calls = CLIENT_SYSCALLS if name == "client" else SYSCALLS
+        command = [
+            "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}",
+            "-e", f"inject={calls}:signal=SIGKILL:when={number}",
+            sys.executable, "-m", "support.victims", name, str(self.directory), str(number),
+        ]  # fmt: skip
+        engine = None
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            assert process.stdout is not None
+            if name == "daemon" and process.stdout.readline():
+                with suppress(TwfsError):
+                    engine = Engine(self.directory, number)
+            try:
+                printed, _ = process.communicate(timeout=TRACED_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # strace alone would leave it running
+                raise
+            lines = [line.split() for line in printed.splitlines()]
+        reports += [(kind, int(a), int(b), int(c)) for kind, a, b, c in lines]
+        reports += [] if engine is None else engine.end()
+        return process.returncode in {-signal.SIGKILL, 128 + signal.SIGKILL}
+
+    @contextmanager
+    def _noting(self, name: str, seed: int) -> Iterator[None]:
+        """Make a finding of whatever is raised meanwhile."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001 - whatever it is, it is a finding of this run
+            self._problem(name, traceback.format_exc(limit=-4), seed)
+
     def look(self, name: str, seed: int, reports: list[Report]) -> None:
         """Take *reports*, and see whether all that is durable is there."""
-        try:
+        with self._noting(name, seed):
             self.survivor.note([each for each in reports if each[0] in {"put", "gone"}])
             if name in SETTLING:
                 SETTLING[name](self.directory)
             if sum(self.kills.values()) % self.look_every == 0:
                 self.survivor.verify()
-        except Exception:  # noqa: BLE001 - whatever it is, it is a finding of this run
-            self._problem(name, traceback.format_exc(limit=-4), seed)
 
     def _problem(self, name: str, what: str, seed: int) -> None:
         self.problems.append({"victim": name, "seed": seed, "what": what})
@@ -206,9 +259,7 @@ def main() -> int:
         return run_together(given)
     began = time.monotonic()
     directory = given.directory or Path(tempfile.mkdtemp(prefix="twfs-kills-"))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        str(REPOSITORY / part) for part in ("", "tests", "mount", "tools")
-    )
+    os.environ["PYTHONPATH"] = os.pathsep.join(SOURCES)
     run = Run(directory / "warehouse", given.seed, given.look_every)
     names = given.victim or sorted(VICTIMS)
     for number in range(given.kills):

@@ -52,8 +52,9 @@ REPOSITORY: Final = Path(__file__).parents[2]
 SOURCES: Final = ("", "tests", "mount", "tools")  # for the processes started here
 DEVICE_MIB: Final = 128  # of each of two images; what is put is several times as much
 LEASE_MS: Final = 4000  # short, so that leases end while they are held
-END_SECONDS: Final = 10.0  # for every process to end once it is told to
-SETTLE_SECONDS: Final = 10.0  # for the daemon to let go of what dead clients had
+START_SECONDS: Final = 60.0  # for every client to begin: a busy machine imports slowly
+END_SECONDS: Final = 30.0  # for every process to end once it is told to
+SETTLE_SECONDS: Final = 30.0  # for the daemon to let go of what dead clients had
 TICK_SECONDS: Final = 0.05
 PAUSE_CLIENT_EVERY: Final = 3.0  # seconds between the stops of a client
 PAUSE_CLIENT_SECONDS: Final = 5.0  # longer than LEASE_MS, shorter than the daemon's patience
@@ -62,7 +63,7 @@ PAUSE_DAEMON_SECONDS: Final = 0.2  # longer than a client waits for a match
 LOOP_CALLS: Final = (
     "match", "lookup", "touch", "release", "renew", "join", "read_into", "read_async", "result",
 )  # fmt: skip
-LOOP_SECONDS_MAX: Final = 10.0  # one of these took longer: it hung, and not for want of a CPU
+LOOP_SECONDS_MAX: Final = 20.0  # one of these took longer: it hung, and not for want of a CPU
 PROBLEMS_MAX: Final = 50  # in the report
 SUSPECT: Final = re.compile(
     r"twfsd: (ERROR|CRITICAL)|Traceback|Error:|exception|Fatal", re.IGNORECASE
@@ -203,6 +204,7 @@ class Stress:
         self.start_daemon()
         try:
             self.clients = [self.start_client(number) for number in range(options.clients)]
+            self.await_clients()
             self.disturb(time.monotonic() + options.seconds)
         finally:
             self.stop_clients()
@@ -210,6 +212,15 @@ class Stress:
             self.stop_daemon()
         self.check()
         self.read_log()
+
+    def await_clients(self) -> None:
+        """Wait until every client works, or has ended: the time of the run counts from then."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and not all(
+            (self.records / f"{life}.json").exists() or client.poll() is not None
+            for life, client in enumerate(self.clients, 1)
+        ):
+            time.sleep(TICK_SECONDS)
 
     def disturb(self, end_s: float) -> None:
         """Kill and stop processes until *end_s*, each kind in its own rhythm."""

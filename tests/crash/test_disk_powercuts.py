@@ -20,7 +20,7 @@ from twfs.warehouse import Warehouse
 pytestmark = [pytest.mark.root, pytest.mark.fuse, needs_faults]
 
 PROGRAM = Path(__file__).with_name("disk_powercuts.py")
-PATIENT_S = 110.0
+PATIENT_S = 280.0
 
 
 def powercuts(directory: Path, *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -163,7 +163,8 @@ def test_a_read_that_hung_for_longer_than_its_lease_is_a_miss(
             pair.until_hung()
             until(lambda: not warehouse._core.leases.statistics()["leases"], "the lease ends")
         assert ended(stuck) == [ReadOutcome.LEASE_ENDED] * BLOCKS
-        assert read_all(warehouse, model, names) == BLOCKS
+    with open_warehouse(pair.directory) as warehouse:
+        assert read_all(warehouse, warehouse.open_model("m"), names) == BLOCKS
 
 
 @pytest.mark.parametrize("op", [Op.WRITE, Op.FLUSH], ids=["write", "flush"])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 PROGRAM = Path(__file__).with_name("stress.py")
-PATIENT_S = 100.0
+PATIENT_S = 280.0
 
 
 def stress(directory: Path, *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -6,7 +6,6 @@ from tests/fuzz/corpus/TARGET. What breaks the target is written there, shortene
 breaks it, so that tests/fuzz/test_fuzz.py repeats it for ever; the exit code is then 1.
 
 `--store` keeps the seeds and whatever reached new code in the corpus, at most KEPT_MAX inputs.
-Run it with the repository, mount, tools and tests on PYTHONPATH.
 """
 
 import argparse
@@ -25,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Final
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz.mutating import BYTES_MAX
 

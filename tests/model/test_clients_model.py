@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 
 from support.daemon import Daemon, running_daemon
 from support.modelling import MODEL_LAYOUTS, examples, fresh_payload, names_along, paths, which
+from support.mounting import until
 from twfs.client import Client
 from twfs.errors import LeaseEnded, NoSuchBlock, TwfsError
 from twfs.link import Link, RemotePut
@@ -237,7 +238,10 @@ class ClientsMachine(RuleBasedStateMachine):
         for held in [held for held in self.held if held.client is client]:
             assert not held.match.held
             self.held.remove(held)
-        self.clients[handle] = self.daemon.client(arena_bytes=1 << 20)
+        self.clients[handle] = client = self.daemon.client(arena_bytes=1 << 20)
+        until(  # the leases end behind the puts, which are abandoned by a thread
+            lambda: client.statistics()["server"]["clients"] == CLIENTS, "the old connection ends"
+        )
 
     @precondition(lambda self: self.held or self.puts)
     @rule()

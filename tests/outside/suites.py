@@ -19,9 +19,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from support.mounting import Mount, mounted, store
-from support.warehouses import MHA, SHARDED
-from twfs_tools.target import find_mount
+REPOSITORY: Final = Path(__file__).parents[2]
+SOURCES: Final = [str(REPOSITORY / part) for part in ("", "tests", "mount", "tools")]
+sys.path[:0] = SOURCES
+
+from support.mounting import Mount, mounted, store  # noqa: E402
+from support.warehouses import MHA, SHARDED  # noqa: E402
+from twfs_tools.target import find_mount  # noqa: E402
 
 STRESS_SECONDS: Final = 1
 GROUP_SECONDS_MAX: Final = 600.0

@@ -11,7 +11,7 @@ from typing import Any
 import lmdb  # noqa: TID251
 import pytest
 
-from twfs import evicting, ledger, metadata, putting
+from twfs import choosing, evicting, ledger, metadata, putting
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standings
@@ -136,11 +136,11 @@ class _Early:
         self._freed: set[int] = set()  # generations
         self._free = Core.free_space
 
-    def submit(self, core: Core, wanted_bytes: int) -> "list[Future[ledger.Removed]]":
+    def submit(self, core: Core, wanted_bytes: int, **_: Any) -> "list[Future[ledger.Removed]]":
         """In the place of submit_eviction."""
         futures = []
         with core.lock, core.metadata.read() as view:
-            for slot in evicting.choose_victims(core, wanted_bytes):
+            for slot in choosing.choose_victims(core, wanted_bytes):
                 key = core.slots.key_of(slot)
                 block = view.block(key)
                 assert block is not None

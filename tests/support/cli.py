@@ -24,7 +24,7 @@ LAYOUT = {
         {"layers": 2, "kv_heads": 2, "head_size": 16, "arrangement": "layer,kv,head,token,dim"}
     ],
 }
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0  # of one that hangs
 
 
 def twfs(*arguments: object, module: str = "twfs_tools.cli") -> subprocess.CompletedProcess[str]:

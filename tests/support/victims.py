@@ -14,10 +14,19 @@ from typing import Final
 import trio
 
 from support.crashing import FOREVER, Report, write
+from support.daemon import PATIENT_S
 from support.draining import drain_for_ever
 from support.mounting import until
-from support.warehouses import DEVICE_BYTES, MHA, open_warehouse, stop_tending
+from support.warehouses import (
+    DEVICE_BYTES,
+    MHA,
+    chain_of,
+    open_warehouse,
+    payloads_of,
+    stop_tending,
+)
 from twfs import repair
+from twfs.client import Client, connect
 from twfs.errors import CorruptMetadata, CorruptSuperblock, NoSuchWarehouse, WrongDevice
 from twfs.formatting import DeviceSpec
 from twfs.metadata import Metadata
@@ -48,6 +57,29 @@ def daemon(directory: Path, _: int, report: Reporting) -> None:
             report(("serving", 0, 0, 0))
 
     trio.run(run)
+
+
+def client(directory: Path, seed: int, report: Reporting) -> None:
+    """Be an engine of the daemon that whoever started it keeps running in *directory*."""
+    with connect(
+        directory / "socket", arena_bytes=4 << 20, connect_timeout_s=PATIENT_S,
+        match_timeout_s=PATIENT_S,
+    ) as engine:  # fmt: skip
+        use(engine, seed, report)
+
+
+def use(engine: Client, seed: int, report: Reporting) -> None:
+    """Put chains and read them until a put is not taken; reports what is durable. TwfsErrors."""
+    chance = random.Random(seed)
+    model = engine.open_model("m", MHA)
+    while True:
+        own, blocks = chance.randrange(1, 40), chance.randrange(1, 9)
+        names = chain_of(model, blocks, own)
+        if engine.put(model, names, payloads_of(MHA, names)).held != blocks:
+            return
+        report(("put", own, -1, blocks))
+        with engine.match(model, names) as found:
+            found.read_into([bytearray(MHA.block_bytes()) for _ in range(found.blocks)])
 
 
 def creator(directory: Path, _: int, report: Reporting) -> None:
@@ -126,6 +158,7 @@ def rebuilder(directory: Path, _: int, report: Reporting) -> None:
 VICTIMS: Final[dict[str, Callable[[Path, int, Reporting], None]]] = {
     "writer": writer,
     "daemon": daemon,
+    "client": client,
     "creator": creator,
     "scrubber": scrubber,
     "drainer": drainer,

@@ -63,6 +63,23 @@ def test_scrubbing_is_compared_with_none(directory: Path) -> None:
     assert_nothing_left(directory)
 
 
+def test_checking_and_rebuilding_are_compared_with_dd_and_fio(directory: Path) -> None:
+    report = document("bench", "check", "--quick", "--directory", directory)
+    rows = {(each["of"], each["block_bytes"]): each for each in report["results"]}
+    assert set(rows) == {
+        (of, block_bytes)
+        for of in ("check", "check --data", "rebuild", "dd", "fio")
+        for block_bytes in (4096, 2 << 20)
+    }
+    for (of, block_bytes), row in rows.items():
+        assert row["blocks"] == {4096: 64, 2 << 20: 4}[block_bytes]
+        if of not in ("dd", "fio"):
+            dd = rows["dd", block_bytes]["seconds"]
+            assert row["times_dd"] == pytest.approx(row["seconds"] / dd)
+            assert row["memory_MiB"] > 1
+    assert_nothing_left(directory)
+
+
 def test_matching_is_timed_in_every_state(directory: Path) -> None:
     report = document("bench", "match", "--quick", "--busy", "--cold", "--directory", directory)
     timed = [(each["state"], each["block_tokens"]) for each in report["results"] if "state" in each]

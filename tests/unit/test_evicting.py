@@ -25,13 +25,15 @@ from support.warehouses import (
     settle,
     waiting_for_commit,
 )
-from twfs import evicting, ledger
+from twfs import choosing, evicting, ledger
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import DeviceError, NoSuchBlock, NotEmpty
+from twfs.hints import Stop
 from twfs.metadata import BACKLOG_MAX
 from twfs.ranking import NEVER, ranks
-from twfs.slots import Slots
+from twfs.scoring import Scores
+from twfs.slots import IntArray, Slots
 from twfs.store import PutOutcome
 from twfs.units import ByteCount, Millis, PrefixHash
 
@@ -92,14 +94,20 @@ class Given:
 
     name = "given"
 
-    def __init__(self, scores: "npt.NDArray[np.float64]") -> None:
+    def __init__(self, scores: Scores) -> None:
         self._scores = scores
 
-    def scores(self, slots: Slots, now_ms: int) -> "npt.NDArray[np.float64]":  # noqa: ARG002
-        return self._scores[: len(slots)]
+    def scores(self, slots: Slots, which: IntArray, now_ms: int) -> Scores:  # noqa: ARG002
+        return self._scores[which]
+
+    def score(self, slots: Slots, slot: int, now_ms: int) -> float:  # noqa: ARG002
+        return float(self._scores[slot])
+
+    def of_new(self, position: int, stop: Stop | None, return_ms: int | None) -> float:  # noqa: ARG002
+        return 0.0
 
 
-def slow_order(core: Core, scores: "npt.NDArray[np.float64]") -> list[int]:
+def slow_order(core: Core, scores: Scores) -> list[int]:
     """All blocks in the order in which they are to go, by looking at every one each time."""
     slots, now = core.slots, 0
     rank = ranks(core, now)
@@ -118,11 +126,11 @@ def slow_order(core: Core, scores: "npt.NDArray[np.float64]") -> list[int]:
         left.discard(order[-1])
 
 
-@pytest.mark.parametrize("sorted_at_once", [1, 7, evicting.SORTED_AT_ONCE])
+@pytest.mark.parametrize("sorted_at_once", [1, 7, choosing.SORTED_AT_ONCE])
 def test_the_order_is_that_of_a_slow_reference(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, sorted_at_once: int
 ) -> None:
-    monkeypatch.setattr(evicting, "SORTED_AT_ONCE", sorted_at_once)
+    monkeypatch.setattr(choosing, "SORTED_AT_ONCE", sorted_at_once)
     random = np.random.default_rng(sorted_at_once)
     with open_warehouse(scratch) as warehouse:
         model, core = warehouse.open_model("m", MHA), warehouse._core
@@ -138,7 +146,7 @@ def test_the_order_is_that_of_a_slow_reference(
         assert len(wanted) > 30
         with core.lock:
             for count in (1, 3, 11, 1000):
-                found = evicting.choose_victims(core, count * BLOCK)
+                found = choosing.choose_victims(core, count * BLOCK)
                 for slot in found:  # as if all removals had failed
                     core.slots.state[slot] = states.LIVE
                 assert found == wanted[:count]
@@ -159,7 +167,7 @@ def test_what_may_never_go_stays_and_all_above_it(
             found[kept] = NEVER
             return found
 
-        monkeypatch.setattr(evicting, "ranks", but_one)
+        monkeypatch.setattr(choosing, "ranks", but_one)
         assert warehouse.evict(ByteCount(1 << 30)) == 2 * BLOCK
         assert read_all(warehouse, model, names) == 4
 

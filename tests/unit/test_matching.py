@@ -283,7 +283,7 @@ def test_ending_thousands_of_leases_over_limbo_never_waits_for_itself(scratch: P
 
 
 def test_leases_end_with_their_owner_and_with_time(scratch: Path) -> None:
-    with open_warehouse(scratch, lease_ms=50) as warehouse:
+    with open_warehouse(scratch) as warehouse:
         model = warehouse.open_model("m", MHA)
         names = chain_of(model, 3)
         put(warehouse, model, names)
@@ -295,6 +295,7 @@ def test_leases_end_with_their_owner_and_with_time(scratch: Path) -> None:
         with pytest.raises(LeaseEnded):
             warehouse.join(located.token)
         assert warehouse.evict(ByteCount(8192)) == 8192
+    with open_warehouse(scratch, lease_ms=50) as warehouse:
         match = warehouse.match(model, names)
         while match.held:
             pass

@@ -95,7 +95,7 @@ def test_engines_of_the_group_are_served_and_strangers_are_not(scratch: Path) ->
     with running_daemon(scratch / "w") as daemon:
         os.chown(daemon.socket, 0, GROUP)  # the daemon of these tests is told no group
         with as_user(ENGINE, [GROUP]):
-            client = connect(daemon.socket, arena_bytes=1 << 20)
+            client = daemon.client(arena_bytes=1 << 20)
             (scratch / "w" / "device0.img").open("rb").close()  # as cuFile does
             for private in ("meta", "secret", "heat"):
                 with pytest.raises(PermissionError):

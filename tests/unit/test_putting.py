@@ -305,7 +305,7 @@ def test_a_failure_while_reserving_leaks_nothing(
         model, core = warehouse.open_model("m", BIG), warehouse._core
         put(warehouse, model, chain_of(model, 2))
 
-        def failing(*_: object) -> None:
+        def failing(*_: object, **__: object) -> None:
             raise DeviceError("at the worst moment")
 
         with monkeypatch.context() as patch:

@@ -11,10 +11,11 @@ from support.cli import assert_refused, document, twfs
 from support.traces import request, write_agents, write_session
 from twfs import check, evicting
 from twfs.config import Config
-from twfs.errors import NoSpaceForImage
+from twfs.errors import DeviceError, NoSpaceForImage
 from twfs.hints import Retention
 from twfs.store import CheckReport, Finding
 from twfs_tools.replay import bounds, drive
+from twfs_tools.replay.naming import Payloads
 from twfs_tools.replay.options import class_map, tenants_made
 from twfs_tools.replay.streams import IntArray, Stream, make_stream
 from twfs_tools.replay.traces import read_traces
@@ -47,7 +48,7 @@ def test_recency_in_the_warehouse_is_the_exact_lru_request_by_request(
     stream: Stream, scratch: Path, capacity: int
 ) -> None:
     assert capacity < stream.unique_blocks
-    setup = drive.Setup(capacity, config=lru_config(), hints=False)
+    setup = drive.Setup(capacity, config=lru_config(), hints=drive.Hints.NONE)
     done = drive.replay(stream, setup, scratch, nothing(stream))
     [exact] = bounds.lru(stream, [capacity])
     assert done.findings == []
@@ -57,8 +58,11 @@ def test_recency_in_the_warehouse_is_the_exact_lru_request_by_request(
     assert (done.refused > 0).any() == (stream.lengths().max() > capacity)
 
 
-def test_all_is_kept_where_all_has_room_and_reads_back(stream: Stream, scratch: Path) -> None:
-    setup = drive.Setup(2 * stream.unique_blocks, read_part=1.0)
+@pytest.mark.parametrize("payload_bytes", [4096, 100_000])
+def test_all_is_kept_where_all_has_room_and_reads_back(
+    stream: Stream, scratch: Path, payload_bytes: int
+) -> None:
+    setup = drive.Setup(2 * stream.unique_blocks, payload_bytes, read_part=1.0)
     done = drive.replay(stream, setup, scratch, nothing(stream))
     assert done.findings == []
     assert (done.hits == bounds.ceiling(stream)).all()
@@ -86,6 +90,23 @@ def test_policies_see_the_time_of_the_trace(stream: Stream, scratch: Path) -> No
     assert stream.at_ms[-1] > 600_000
 
 
+def test_a_byte_that_is_read_back_wrong_ends_the_replay(
+    stream: Stream, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payloads = Payloads(100_000 // 4096 * 4096)
+    whole = np.concatenate([np.asarray(piece) for piece in payloads.of(7)])
+    assert payloads.is_of(7, whole)
+    for at in (0, len(whole) - 1):
+        spoilt = whole.copy()
+        spoilt[at] ^= 1
+        assert not payloads.is_of(7, spoilt)
+    assert not payloads.is_of(8, whole)
+    monkeypatch.setattr(Payloads, "is_of", lambda *_: False)
+    with pytest.raises(DeviceError, match="was read back"):
+        drive.replay(stream, drive.Setup(500, read_part=1.0), scratch, nothing(stream))
+    assert list(scratch.iterdir()) == []
+
+
 @pytest.mark.usefixtures("without_low_water")
 def test_what_the_engine_holds_itself_is_not_asked_for_and_touches_count(
     stream: Stream, scratch: Path
@@ -95,7 +116,12 @@ def test_what_the_engine_holds_itself_is_not_asked_for_and_touches_count(
     hits = {}
     for touch in (True, False):
         setup = drive.Setup(
-            60, config=lru_config(), hints=False, front_blocks=30, touch=touch, read_part=1.0
+            60,
+            config=lru_config(),
+            hints=drive.Hints.NONE,
+            front_blocks=30,
+            touch=touch,
+            read_part=1.0,
         )
         done = drive.replay(stream, setup, scratch, front)
         assert done.findings == []

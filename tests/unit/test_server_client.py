@@ -146,6 +146,8 @@ def test_a_lease_that_another_client_joined_outlives_its_first_holder(
         joined = second.join(match.token)
         first.close()
         assert not match.held
+        while second.statistics()["server"]["clients"] > 2:  # this one, and the fixture's
+            time.sleep(0.005)
         assert joined.held
         assert (joined.model, joined.names.hashes) == (model, names.hashes)
         assert same(read_all(joined, 4), payloads)
@@ -179,7 +181,8 @@ def test_a_lease_is_over_at_its_deadline(scratch: Path) -> None:
         report = match.read_into([np.zeros(model.layout.block_bytes(), np.uint8)])
         assert report.outcomes == (ReadOutcome.LEASE_ENDED,)
         assert not match.renew()
-        assert client.match(model, names).held
+        while not client.match(model, names).held:  # a busy machine may take longer than it lasts
+            time.sleep(0.005)
 
 
 def test_errors_of_the_daemon_arrive_as_their_class(client: Client, model: Model) -> None:
@@ -485,9 +488,10 @@ def test_a_join_given_up_takes_no_lease_away_from_another_match(scratch: Path) -
         model = patient.open_model("m", LAYOUT)
         names = names_of(model, 4)
         patient.put(model, names, payloads_of(model, 4))
-        with connect(daemon.socket, arena_bytes=0, match_timeout_s=1.0) as hasty:
+        with daemon.client(arena_bytes=0) as hasty:
             match = hasty.match(model, names)
             assert match.held
+            hasty._match_timeout_s = 0.2
             os.kill(daemon.pid, signal.SIGSTOP)
             with pytest.raises(LeaseEnded, match="in time"):
                 hasty.join(match.token)

@@ -6,6 +6,7 @@ scratch is removed and every daemon ended, also after an error.
 
 import typer
 
+from twfs_tools.bench.check import check
 from twfs_tools.bench.commit import commit
 from twfs_tools.bench.match import match
 from twfs_tools.bench.mount import mount
@@ -14,5 +15,5 @@ from twfs_tools.bench.scrub import scrub
 from twfs_tools.bench.write import write
 
 app = typer.Typer(help="Measure twfs on this machine, beside fio where there is a rival.")
-for command in (read, write, commit, match, mount, scrub):
+for command in (read, write, commit, match, mount, scrub, check):
     app.command(command.__name__)(command)

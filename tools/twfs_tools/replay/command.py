@@ -9,6 +9,7 @@ import typer
 from twfs.errors import CorruptMetadata, InvalidInput
 from twfs.store import Durability
 from twfs_tools.output import JsonFlag, Steps, parse_size, print_json, print_table, say, size
+from twfs_tools.replay.drive import Hints
 from twfs_tools.replay.options import DEFAULT_POLICY, numbers_of, seconds_of, seeds_of
 from twfs_tools.replay.plan import CAPACITIES, TOKEN_BYTES, Plan, run
 from twfs_tools.replay.plot import draw
@@ -85,8 +86,8 @@ Shared = Annotated[
     bool, typer.Option("--share-prefixes", help="Tools and system prompts alike are the same.")
 ]
 Touch = Annotated[bool, typer.Option("--touch/--no-touch", help="Report what --front served.")]
-Hints = Annotated[
-    bool, typer.Option("--hints/--no-hints", help="Sessions say who they are and how they ended.")
+HintsOption = Annotated[
+    Hints, typer.Option("--hints", help="When a session says who it is, and how a request ended.")
 ]
 BoundsOnly = Annotated[
     bool, typer.Option("--bounds", help="Only the marks that are computed, without a warehouse.")
@@ -113,11 +114,11 @@ def replay(  # noqa: PLR0917 - the command line
     read_part: ReadPart = 0.0,
     directory: Directory = Path("/var/tmp"),
     durability: DurabilityOption = Durability.STRICT,
+    hints: HintsOption = Hints.PUT,
     plot: Plot = None,
     *,
     share_prefixes: Shared = False,
     touch: Touch = True,
-    hints: Hints = True,
     bounds_only: BoundsOnly = False,
     as_json: JsonFlag = False,
 ) -> None:

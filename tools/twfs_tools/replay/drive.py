@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,15 +30,23 @@ from twfs.units import ALIGN, ByteCount, Millis, align_up
 from twfs.usage import By, Usage
 from twfs.warehouse import Warehouse
 from twfs_tools.output import size
-from twfs_tools.replay.naming import Naming, layout_for, payload_of
+from twfs_tools.replay.naming import Naming, Payloads, layout_for
 from twfs_tools.replay.streams import IntArray, Stream
 
 BEGINNING_MS: Final = 1_700_000_000_000  # when every replay begins; some day, not 1970
 METADATA_BYTES: Final = 2048  # of LMDB for a block, twice what is seen
 SLACK_BYTES: Final = 64 << 20
 PUT_BLOCKS: Final = 4096  # of one put: a prompt of a million tokens
-SETTLED_REQUESTS: Final = 1  # after so many, evictions in the background are waited for
+READ_BYTES: Final = 1 << 30  # read back at once
 STOPS: Final = {"tool_use": Stop.TOOL_USE, "end_turn": Stop.END_TURN}
+
+
+class Hints(StrEnum):
+    """When a session says who it is and how its request ended."""
+
+    NONE = "none"
+    TOUCH = "touch"  # who it is with the put; how the request ended when it has, by a touch
+    PUT = "put"  # all of it with the put already, as engines do that store at the end
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Setup:
     capacity_blocks: int
     payload_bytes: int = 4096  # at least; more where so few blocks are no device
     config: Config = field(default_factory=Config)
-    hints: bool = True  # sessions say who they are and how a request ended
+    hints: Hints = Hints.PUT
     front_blocks: int = 0  # of the engine's own memory
     touch: bool = True  # uses that the engine's memory served are reported
     read_part: float = 0.0  # of the requests, whose hits are read and compared
@@ -162,6 +171,7 @@ class _Run:
         self._warehouse = warehouse
         self._clock = clock
         self._payload_bytes = setup.unit_bytes - ALIGN
+        self._payloads = Payloads(self._payload_bytes)
         layouts = [
             layout_for(name, self._payload_bytes, stream.block_tokens) for name in stream.models
         ]
@@ -186,11 +196,11 @@ class _Run:
     def _hint(self, number: int, *, ended: bool) -> Hint:
         """What the engine says of a request's session, at its put or when it *ended*."""
         session = int(self._stream.session[number])
-        stop = STOPS.get(self._stream.stop[number], Stop.OTHER) if ended else None
-        name = self._stream.sessions[session]
-        if not self._setup.hints:
-            name, stop = "", None
-        return Hint(name, self._classes[session], stop)
+        if self._setup.hints is Hints.NONE:
+            return Hint(retention=self._classes[session])
+        known = ended or self._setup.hints is Hints.PUT
+        stop = STOPS.get(self._stream.stop[number], Stop.OTHER) if known else None
+        return Hint(self._stream.sessions[session], self._classes[session], stop)
 
     def request(self, number: int) -> None:
         """Match one request, put what it lacks, say that it was used."""
@@ -214,7 +224,7 @@ class _Run:
                 self._put(number, model, names.slice(held, len(chain)), chain[held:])
             outcome.put_s += time.perf_counter() - before
         before = time.perf_counter()
-        if self._setup.hints or (start and self._setup.touch):
+        if self._setup.hints is not Hints.NONE or (start and self._setup.touch):
             warehouse.touch(model, names, self._hint(number, ended=True))
         outcome.touch_s += time.perf_counter() - before
 
@@ -223,7 +233,7 @@ class _Run:
         hint = self._hint(number, ended=False)
         for at in range(0, len(chain), PUT_BLOCKS):
             part = chain[at : at + PUT_BLOCKS]
-            payloads = [payload_of(block, self._payload_bytes) for block in part.tolist()]
+            payloads = [self._payloads.of(block) for block in part.tolist()]
             try:
                 done = self._warehouse.put(
                     model, names.slice(at, at + len(part)), payloads, hint=hint
@@ -241,12 +251,15 @@ class _Run:
 
     def _read(self, match: Any, chain: IntArray) -> None:
         """Read what was matched and compare every byte; DeviceError if one is wrong."""
-        buffers = [np.empty(self._payload_bytes, np.uint8) for _ in chain]
-        report = match.read_into(buffers, first=match.blocks - len(chain))
-        for block, buffer, found in zip(chain.tolist(), buffers, report.outcomes, strict=True):
-            wrong = found is ReadOutcome.HIT and (buffer.view(np.uint64) != block).any()
-            if wrong or found is not ReadOutcome.HIT:
-                raise DeviceError(f"block {block} of the trace was read back as {found}")
+        step = max(1, READ_BYTES // self._payload_bytes)
+        buffers = [np.empty(self._payload_bytes, np.uint8) for _ in chain[:step]]
+        for at in range(0, len(chain), step):
+            part = chain[at : at + step]
+            into = buffers[: len(part)]
+            report = match.read_into(into, first=match.blocks - len(chain) + at)
+            for block, buffer, found in zip(part.tolist(), into, report.outcomes, strict=True):
+                if found is not ReadOutcome.HIT or not self._payloads.is_of(block, buffer):
+                    raise DeviceError(f"block {block} of the trace was read back as {found}")
         self.outcome.read_blocks += len(chain)
 
     def finish(self) -> None:

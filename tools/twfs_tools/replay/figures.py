@@ -95,7 +95,7 @@ class Marks:
         return {
             **self._run(policy, setup.capacity_blocks), "replayed": True, **self.part(outcome.hits),
             **self._written(published),
-            "hints": setup.hints,
+            "hints": str(setup.hints),
             "front_blocks": setup.front_blocks,
             "front_touch": setup.touch,
             "front_hit_rate": self.rate(front),
@@ -115,6 +115,7 @@ class Marks:
             "publishes_per_cpu_s": published / outcome.cpu_s,
             "peak_memory_bytes": outcome.peak_bytes,
             "findings": outcome.findings,
+            "counters": outcome.statistics["counters"],
             "tenants": self._by(stream.tenants, stream.tenant, outcome),
             "classes": self._by(*self._classes(setup), outcome),
         }  # fmt: skip

@@ -8,11 +8,12 @@ import numpy.typing as npt
 
 from twfs.layout import Arrangement, Group, Layout
 from twfs.prefix import Chain, Names, Root
-from twfs.store import Model
+from twfs.store import Model, Pieces
 from twfs.units import Digest, PrefixHash
 from twfs_tools.replay.streams import NO_PARENT, IntArray, Stream
 
 TOKEN_MASK: Final = 0xFFFFFFFF
+OWN_BYTES: Final = 64 << 10  # of a payload, unlike those of all others
 
 
 def layout_for(name: str, payload_bytes: int, block_tokens: int) -> Layout:
@@ -23,9 +24,27 @@ def layout_for(name: str, payload_bytes: int, block_tokens: int) -> Layout:
     return Layout(f"replay/{name}", (group,), block_tokens)
 
 
-def payload_of(block: int, payload_bytes: int) -> npt.NDArray[np.uint8]:
-    """The bytes of the block *block*: its number, over and over."""
-    return np.full(payload_bytes // 8, block, np.uint64).view(np.uint8)
+class Payloads:
+    """The bytes of every block: its number over and over in its own part, then what all share.
+
+    So a prompt of blocks of any size costs no more memory than one of them.
+    """
+
+    def __init__(self, payload_bytes: int) -> None:
+        self._own = min(payload_bytes, OWN_BYTES) // 8
+        rest = payload_bytes // 8 - self._own
+        self._shared = np.random.default_rng(0).integers(0, 1 << 63, rest, np.uint64)
+
+    def of(self, block: int) -> Pieces:
+        """The payload of *block*, in pieces."""
+        own = np.full(self._own, block, np.uint64).view(np.uint8)
+        return [own, self._shared.view(np.uint8)] if len(self._shared) else own
+
+    def is_of(self, block: int, payload: npt.NDArray[np.uint8]) -> bool:
+        """Tell whether *payload* is that of *block*, byte by byte."""
+        numbers = payload.view(np.uint64)
+        own, rest = numbers[: self._own], numbers[self._own :]
+        return bool((own == block).all()) and np.array_equal(rest, self._shared)
 
 
 @dataclass(frozen=True)

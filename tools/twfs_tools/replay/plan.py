@@ -43,7 +43,7 @@ class Plan:
     share_prefixes: bool = False
     front_bytes: int = 0
     touch: bool = True
-    hints: bool = True
+    hints: drive.Hints = drive.Hints.PUT
     classes: list[str] = field(default_factory=list)
     tenants: int = 0
     tenant_map: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Plan:
             "block_tokens": block_tokens_for(self.sessions, self.block_tokens),
             "token_bytes": self.token_bytes, "payload_bytes": self.payload_bytes,
             "share_prefixes": self.share_prefixes, "front_bytes": self.front_bytes,
-            "touch": self.touch, "hints": self.hints, "classes": self.classes,
+            "touch": self.touch, "hints": str(self.hints), "classes": self.classes,
             "tenants": self.tenants, "tenant_map": self.tenant_map, "quotas": self.quotas,
             "weights": self.weights, "config": self.config.decode(), "read_part": self.read_part,
             "durability": str(self.durability), "directory": str(self.directory),
