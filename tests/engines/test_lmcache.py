@@ -119,7 +119,7 @@ def assert_seen(daemon: Daemon, server: LMCacheServer, model: Path) -> None:
     keys = found["entries"] + more["entries"]
     assert len({each["key"]["chunk_hash_hex"] for each in keys}) == 2 * BLOCKS
     assert {each["key"]["model_name"] for each in keys} == {str(model)}
-    (status,) = server.ask("GET", "/status")["l2_adapters"]
+    (status,) = server.ask("GET", "/status")["storage_manager"]["l2_adapters"]
     assert status["is_healthy"]
 
 
