@@ -119,7 +119,8 @@ def assert_seen(daemon: Daemon, server: LMCacheServer, model: Path) -> None:
     keys = found["entries"] + more["entries"]
     assert len({each["key"]["chunk_hash_hex"] for each in keys}) == 2 * BLOCKS
     assert {each["key"]["model_name"] for each in keys} == {str(model)}
-    (status,) = server.ask("GET", "/status")["storage_manager"]["l2_adapters"]
+    assert len(server.curl(1)["entries"]) == 2 * BLOCKS
+    (status,) = server.curl(0)["storage_manager"]["l2_adapters"]
     assert status["is_healthy"]
 
 

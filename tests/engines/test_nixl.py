@@ -4,7 +4,6 @@ On an image file by the API, and on a block device by what getfattr says. The pa
 commands run as they stand.
 """
 
-import re
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +14,10 @@ import pytest
 import xxhash
 
 from support.daemon import running_daemon
-from support.engines import REPOSITORY, engine_environment, engine_python
+from support.engines import engine_environment, engine_python
 from support.loops import loop_device, needs_loops
 from support.mounting import mounted, shell, store
+from support.snippets import snippets_of
 from twfs.formatting import DeviceSpec
 from twfs.layout import Arrangement, Group, Layout
 from twfs.units import ByteCount
@@ -25,7 +25,6 @@ from twfs.warehouse import Warehouse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 
-PAGE: Final = (REPOSITORY / "docs/nixl.md").read_text()
 BLOCKS: Final = 6
 # Blocks of 69,120 bytes: no multiple of 4 KiB, so what is read is longer than the payload.
 LAYOUT: Final = Layout(
@@ -35,8 +34,7 @@ LAYOUT: Final = Layout(
 
 def program() -> str:
     """The page's Python, whole."""
-    (found,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    text: str = found
+    (text,) = snippets_of("nixl.md", "python")
     return text
 
 
@@ -88,9 +86,7 @@ print(xxhash.xxh3_128_hexdigest(memory[:size]))
 @pytest.mark.fuse
 @needs_loops
 def test_what_getfattr_says_is_enough_to_read_a_block(scratch: Path) -> None:
-    commands = [
-        line.split("#")[0].strip() for line in PAGE.splitlines() if line.startswith("getfattr")
-    ]
+    commands = snippets_of("nixl.md", "sh")[-1].splitlines()
     assert len(commands) == 2
     imports, _, rest = program().partition("\nsocket, name")
     function = "def read" + rest.partition("def read")[2].partition("\n\n\n")[0]
