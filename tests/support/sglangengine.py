@@ -1,7 +1,7 @@
 """SGLang as a process that a test drives: one JSON request a line in, one JSON answer a line out.
 
-`python -m support.sglangengine OPTIONS` runs in the engine's environment; OPTIONS are JSON, arguments
-of sglang.Engine. Requests: generate, flush. SGLang's own output goes to stderr.
+`python -m support.sglangengine OPTIONS` runs in the engine's environment; OPTIONS are JSON: what
+sglang.Engine is given. Requests: generate, flush. SGLang's own output goes to stderr.
 """
 
 import json
