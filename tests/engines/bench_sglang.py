@@ -1,8 +1,8 @@
 """How long a forward waits for the first layer of a load, against the whole of it.
 
-`tests/engines/bench_sglang.py [ROUNDS]`, in SGLang's environment with PYTHONPATH of the checkout and its
-tests: a daemon on an image file below TWFS_TEST_DIR, SGLang's own pool in CPU memory, the real
-linker, staged and layer by layer in turn; nothing but reads in between. Prints JSON.
+`PYTHONPATH=.:tests .engines/sglang/bin/python tests/engines/bench_sglang.py [ROUNDS]`: a daemon on an
+image file below TWFS_TEST_DIR, SGLang's own pool in CPU memory, the real linker, staged and layer by
+layer in turn; nothing but reads in between. Prints JSON.
 """
 
 import json
@@ -61,27 +61,29 @@ def measure(made: Any, keys: list[str]) -> dict[str, float]:
 def main(rounds: int) -> None:
     """Print medians and spreads."""
     found: dict[str, list[dict[str, float]]] = {"staged": [], "layerwise": []}
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TWFS_TEST_DIR")) as directory:
-        with running_daemon(Path(directory) / "warehouse", device_bytes=1 << 30) as daemon:
+    with (
+        tempfile.TemporaryDirectory(dir=os.environ.get("TWFS_TEST_DIR")) as directory,
+        running_daemon(Path(directory) / "warehouse", device_bytes=1 << 30) as daemon,
+    ):
             pool = MHATokenToKVPool(
-                2 * PAGES * TOKENS, page_size=TOKENS, dtype=torch.bfloat16, head_num=HEADS,
-                head_dim=DIM, layer_num=LAYERS, device="cpu", enable_memory_saver=False,
-            )  # fmt: skip
-            keys = [f"{index:064x}" for index in range(PAGES)]
-            linkers = {
-                name: linker(pool, daemon.socket, layerwise=name == "layerwise") for name in found
-            }
-            first = linkers["staged"]
-            slots = torch.arange(PAGES * TOKENS)
-            first.offload([PoolTransfer(name=PoolName.KV, keys=keys, device_indices=slots)])
-            while not first.num_completed_offloads():
-                time.sleep(0.01)
-            assert first.pop_completed_offload()
-            for _ in range(rounds):
-                for name, made in linkers.items():
-                    found[name].append(measure(made, keys))
-            for made in linkers.values():
-                made.close()
+            2 * PAGES * TOKENS, page_size=TOKENS, dtype=torch.bfloat16, head_num=HEADS,
+            head_dim=DIM, layer_num=LAYERS, device="cpu", enable_memory_saver=False,
+        )  # fmt: skip
+        keys = [f"{index:064x}" for index in range(PAGES)]
+        linkers = {
+            name: linker(pool, daemon.socket, layerwise=name == "layerwise") for name in found
+        }
+        first = linkers["staged"]
+        slots = torch.arange(PAGES * TOKENS)
+        first.offload([PoolTransfer(name=PoolName.KV, keys=keys, device_indices=slots)])
+        while not first.num_completed_offloads():
+            time.sleep(0.01)
+        assert first.pop_completed_offload()
+        for _ in range(rounds):
+            for name, made in linkers.items():
+                found[name].append(measure(made, keys))
+        for made in linkers.values():
+            made.close()
     report = {
         name: {
             what: {
