@@ -1,8 +1,8 @@
 """How long a forward waits for the first layer of a load, against the whole of it.
 
-`PYTHONPATH=.:tests .engines/sglang/bin/python tests/engines/bench_sglang.py [ROUNDS]`: a daemon on an
-image file below TWFS_TEST_DIR, SGLang's own pool in CPU memory, the real linker, staged and layer by
-layer in turn; nothing but reads in between. Prints JSON.
+`PYTHONPATH=.:tests .engines/sglang/bin/python tests/engines/bench_sglang.py [ROUNDS]`: a daemon on
+an image file below TWFS_TEST_DIR, SGLang's own pool in CPU memory, the real linker, staged and layer
+by layer in turn; nothing but reads in between. Prints JSON.
 """
 
 import json
@@ -65,7 +65,7 @@ def main(rounds: int) -> None:
         tempfile.TemporaryDirectory(dir=os.environ.get("TWFS_TEST_DIR")) as directory,
         running_daemon(Path(directory) / "warehouse", device_bytes=1 << 30) as daemon,
     ):
-            pool = MHATokenToKVPool(
+        pool = MHATokenToKVPool(
             2 * PAGES * TOKENS, page_size=TOKENS, dtype=torch.bfloat16, head_num=HEADS,
             head_dim=DIM, layer_num=LAYERS, device="cpu", enable_memory_saver=False,
         )  # fmt: skip
