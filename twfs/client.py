@@ -354,6 +354,8 @@ class Client(RemoteNamespace):
             raise InvalidInput(f"shard {shard} of {model.layout.shards}")
         outcomes: list[PutOutcome] = []
         written = 0
+        if copying is not None and len(names) > BLOCKS_MAX:
+            copying.begin()  # the last part ends it; the ones before read, too
         for first in range(0, len(names), BLOCKS_MAX):
             part = names.slice(first, first + BLOCKS_MAX)
             last = first + BLOCKS_MAX >= len(names)

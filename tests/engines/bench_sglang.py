@@ -1,7 +1,7 @@
 """How long a forward waits for the first layer of a load, against the whole of it.
 
-`PYTHONPATH=.:tests .engines/sglang/bin/python tests/engines/bench_sglang.py [ROUNDS]`: a daemon on
-an image file below TWFS_TEST_DIR, SGLang's own pool in CPU memory, the real linker, by layers and
+`tests/engines/bench_sglang.py [ROUNDS]`, run by SGLang's own Python with PYTHONPATH=.:tests. A daemon
+on an image file below TWFS_TEST_DIR, SGLang's pool in CPU memory, the real linker, by layers and
 staged in turn; nothing but reads in between. Prints JSON.
 """
 
