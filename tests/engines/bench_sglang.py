@@ -1,8 +1,8 @@
 """How long a forward waits for the first layer of a load, against the whole of it.
 
 `tests/engines/bench_sglang.py [ROUNDS]`, run by SGLang's own Python with PYTHONPATH=.:tests. The
-daemon has an image file below TWFS_TEST_DIR; SGLang's pool is in CPU memory, the linker the real one,
-by layers and staged in turn; nothing but reads in between. Prints JSON.
+daemon has an image file below TWFS_TEST_DIR; SGLang's pool is in CPU memory, the linker real, by
+layers and staged in turn; nothing but reads in between. Prints JSON.
 """
 
 import json

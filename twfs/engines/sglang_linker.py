@@ -64,6 +64,7 @@ class TwfsLinker(UnifiedCacheLinker):
         self.forward_stream = forward_stream
         pool = params.token_to_kv_pool_allocator.get_kvcache()
         self._layers = layers_of(pool, params, components)
+        self._on_gpu = bool(self._layers[0][0].is_cuda)
         self._block_tokens = int(params.page_size)
         self.pools = {PoolName.KV: pool}
         self.layer_done_counter = LayerWiseLoadCounter(len(self._layers))
@@ -186,7 +187,7 @@ class TwfsLinker(UnifiedCacheLinker):
             for layers in self._portions():
                 for load, slots in zip(loads, rows, strict=True):
                     self._fill(load, slots, layers)
-                if self.forward_stream is not None:
+                if self._on_gpu:  # the forward is on another stream
                     torch.cuda.current_stream().synchronize()
                 for layer in layers:
                     self.layer_done_counter.complete(index, layer)
