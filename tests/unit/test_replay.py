@@ -10,7 +10,7 @@ import pytest
 from support.cli import assert_refused, document, twfs
 from support.traces import request, write_agents, write_session
 from twfs import check, evicting
-from twfs.config import Config
+from twfs.config import Config, EvictionSettings
 from twfs.errors import DeviceError, NoSpaceForImage
 from twfs.hints import Retention
 from twfs.store import CheckReport, Finding
@@ -18,7 +18,7 @@ from twfs_tools.replay import bounds, drive
 from twfs_tools.replay.naming import Payloads
 from twfs_tools.replay.options import class_map, tenants_made
 from twfs_tools.replay.streams import IntArray, Stream, make_stream
-from twfs_tools.replay.traces import read_traces
+from twfs_tools.replay.traces import Agent, Request, Session, read_traces
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def nothing(stream: Stream) -> IntArray:
 
 def lru_config() -> Config:
     """Eviction by the last use alone."""
-    return Config()
+    return Config(eviction=EvictionSettings(policy="lru"))
 
 
 @pytest.mark.usefixtures("without_low_water")
@@ -255,3 +255,22 @@ def test_the_settings_of_the_warehouse_are_given_by_a_file(tmp_path: Path, scrat
     assert "ttl" in document(*arguments)["settings"]["config"]
     config.write_text("[nonsense]\n")
     assert "nonsense" in assert_refused(twfs(*arguments), 2)
+
+
+def test_puts_and_touches_come_when_the_answer_has_ended(scratch: Path) -> None:
+    ids = tuple(range(1, 9))
+    requests = (
+        Request(0.0, "", "m", ids[:4], 1024, 1, "tool_use", None, 7.0),
+        Request(20.0, "", "m", ids, 2048, 1, "end_turn", 13.0, 90.0),
+        Request(60.0, "", "m", ids, 2048, 1, "", 0.0),  # before the answer has ended, it seems
+    )
+    sessions = [Session("s", "s", 256, requests, {"": Agent()}, absolute=True)]
+    stream = make_stream(sessions, window_s=0.0, seed=1)
+    assert stream.moments() == [
+        (0, 0, False), (7000, 0, True), (20_000, 1, False), (59_999, 1, True),
+        (60_000, 2, False), (60_000, 2, True),
+    ]  # fmt: skip
+    setup = drive.Setup(500, hints=drive.Hints.ANSWER)
+    done = drive.replay(stream, setup, scratch, nothing(stream))
+    assert done.findings == []
+    assert (done.hits.tolist(), done.published.tolist()) == ([0, 4, 8], [4, 4, 0])
