@@ -114,7 +114,7 @@ def replay(  # noqa: PLR0917 - the command line
     read_part: ReadPart = 0.0,
     directory: Directory = Path("/var/tmp"),
     durability: DurabilityOption = Durability.STRICT,
-    hints: HintsOption = Hints.PUT,
+    hints: HintsOption = Hints.ANSWER,
     plot: Plot = None,
     *,
     share_prefixes: Shared = False,
