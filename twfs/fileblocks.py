@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Final
 
-from twfs import enrolling, evicting, filetables, ledger, listing, putting
+from twfs import enrolling, evicting, filetables, ledger, listing, retaining
+from twfs.beginning import begin_put
 from twfs.checksums import lanes_of, xxh3_of
 from twfs.core import Core
 from twfs.drafts import Draft
@@ -121,7 +122,7 @@ class FileBlocks:
     def _begin(self, row: FileRow, keys: Sequence[OwnKey], lengths: Sequence[int]) -> Put:
         core, operators = self._core, self._core.tenants.operators
         retention = Retention.PINNED if row.is_directory else RETENTIONS[row.retention]
-        put = putting.begin_put(
+        put = begin_put(
             core, self._known().id, self.names(keys), group=0, shard=0, retention=retention,
             uid=None if row.uid in operators else row.uid, lengths=lengths,
         )  # fmt: skip
@@ -223,7 +224,7 @@ class FileBlocks:
         """Give the blocks of a file a class; waits for a commit. NoSuchBlock."""
         names = self.names(names_of(row))
         head = names.hash_at(len(names) - 1)
-        listing.set_retention(self._core, self._known().id, head, retention)
+        retaining.set_retention(self._core, self._known().id, head, retention)
 
     # Removing
 
