@@ -59,7 +59,7 @@ class Setup:
     config: Config = field(default_factory=Config)
     hints: Hints = Hints.PUT
     front_blocks: int = 0  # of the engine's own memory
-    touch: bool = True  # uses that the engine's memory served are reported
+    touch: bool = True  # uses are reported, also those that the engine's memory served
     read_part: float = 0.0  # of the requests, whose hits are read and compared
     durability: Durability = Durability.STRICT
     class_of: Callable[[str], Retention | None] = lambda _: None  # of a session's name
@@ -229,10 +229,7 @@ class _Run:
             if held < len(chain):
                 self._put(number, model, names.slice(held, len(chain)), chain[held:])
             outcome.put_s += time.perf_counter() - before
-        before = time.perf_counter()
-        if self._setup.hints is not Hints.NONE or (start and self._setup.touch):
-            warehouse.touch(model, names, self._hint(number, ended=True))
-        outcome.touch_s += time.perf_counter() - before
+        self._touch(number, model, names)
 
     def arrive(self, number: int) -> None:
         """Match one request, whose answer ends later."""
@@ -263,9 +260,15 @@ class _Run:
         if held < len(chain):
             self._put(number, model, names.slice(held, len(chain)), chain[held:])
         self.outcome.put_s += time.perf_counter() - before
-        before = time.perf_counter()
-        self._warehouse.touch(model, names, self._hint(number, ended=True))
-        self.outcome.touch_s += time.perf_counter() - before
+        self._touch(number, model, names)
+
+    def _touch(self, number: int, model: Model, names: Names) -> None:
+        """Say that a request has used all its blocks, wherever they were, and how it ended."""
+        served = self._setup.front_blocks and self.outcome.front[number]
+        if self._setup.touch and (served or self._setup.hints is not Hints.NONE):
+            before = time.perf_counter()
+            self._warehouse.touch(model, names, self._hint(number, ended=True))
+            self.outcome.touch_s += time.perf_counter() - before
 
     def _named(self, number: int, chain: IntArray) -> tuple[Model, Names]:
         """The model of a request, and the names of its *chain* there."""
