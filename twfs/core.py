@@ -78,6 +78,8 @@ class Core:
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
+    to_doom: dict[int, int] = field(default_factory=dict)  # slots in limbo: a purge is to erase it
+    doomed: dict[Extent, int] = field(default_factory=dict)  # nobody reads it: how to erase it
     policy: Policy = field(init=False)  # of eviction
     gate: Gate = field(init=False)  # what is let in
     meter: Meter = field(default_factory=lambda: Meter(0))
@@ -372,6 +374,12 @@ class Core:
             self.slots.state[block.slot] = slots.LIVE
             self.to_erase.discard(block.slot)
 
+    def revive(self, keys: Sequence[BlockKey]) -> None:
+        """Let condemned *keys* live on, those that are not gone. Any thread."""
+        with self.lock:
+            for key in keys:
+                self._spare(key)
+
     def end_leases(self, ended: list[Ended]) -> None:
         """Count down the slots of leases that are over; frees limbo. Hold the lock."""
         for lease in ended:
@@ -425,7 +433,14 @@ class Core:
                 )  # fmt: skip
 
     def _add_freed(self, freed: Freed, slot: int, extents: tuple[Extent, ...]) -> None:
-        """Add what the block in *slot* had; whether it is to be erased ends with it."""
+        """Add what the block in *slot* had; whether it is to be erased ends with it.
+
+        What a purge is to erase is not free yet: that takes it from `doomed`.
+        """
+        if slot in self.to_doom:
+            self.doomed.update(dict.fromkeys(extents, self.to_doom.pop(slot)))
+            self.to_erase.discard(slot)
+            return
         freed.extents += extents
         if slot in self.to_erase:
             self.to_erase.discard(slot)
@@ -446,12 +461,13 @@ class Core:
         self.end_leases(self.leases.expire())
 
     def submit_removal(
-        self, model: ModelRecord, keys: list[BlockKey], *, evicted: bool
+        self, model: ModelRecord, keys: list[BlockKey], *, evicted: bool, doom: int | None = None
     ) -> "Future[ledger.Removed]":
         """Queue the removal of *keys*, condemned before and deepest first.
 
         Memory follows its commit, and the future ends once the space may be used. No lease begins
-        on a condemned block, so what is leased when the job runs is all that may go to limbo.
+        on a condemned block, so what is leased when the job runs is all that may go to limbo. With
+        *doom* (tables.TO_DISCARD, TO_OVERWRITE) all of it does, until a purge has erased it.
         """
 
         def job(view: WriteView) -> ledger.Removed:
@@ -459,19 +475,26 @@ class Core:
                 leased = frozenset(
                     block.slot
                     for block in map(view.block, keys)
-                    if block is not None and self.slots.leases[block.slot]
+                    if block is not None and (doom is not None or self.slots.leases[block.slot])
                 )
-            return ledger.remove(view, model, keys, to_limbo=leased, over=not evicted)
+            removed = ledger.remove(view, model, keys, to_limbo=leased, over=not evicted)
+            if doom is not None:
+                for extent in (each for _, block in removed.blocks for each in block.extents):
+                    view.add_limbo(extent, doom)
+            return removed
+
+        def after(removed: ledger.Removed) -> None:
+            with self.lock:
+                if doom is not None:
+                    self.to_doom.update((int(block.slot), doom) for _, block in removed.blocks)
+                self.leave(removed, evicted=evicted)
 
         def spare(ended: "Future[ledger.Removed]") -> None:
             if ended.exception() is not None:
-                with self.lock:
-                    for key in keys:
-                        self._spare(key)
+                self.revive(keys)
 
         future = self.metadata.submit(
-            job, lambda removed: self.leave(removed, evicted=evicted), settled=self.free_space,
-            urgent=True,
+            job, after, settled=self.free_space, urgent=True,
         )  # fmt: skip
         future.add_done_callback(spare)
         return future

@@ -3,6 +3,7 @@
 All calls block and are thread-safe. It knows superblocks, but nothing of blocks or free space.
 """
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -53,6 +54,10 @@ from twfs.units import (
 __all__ = ["Device", "DeviceSpec", "DeviceStatistics", "format_device", "identify", "inspect"]
 
 VECTORS_MAX: Final = 1000  # buffers of one preadv; the kernel's IOV_MAX is 1024
+KEEP_SIZE: Final = 1  # of fallocate(2), as the next
+ZERO_RANGE: Final = 16
+FALLOCATE: Final = ctypes.CDLL(None, use_errno=True).fallocate
+FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 REFUSALS: Final = frozenset({errno.EROFS, errno.EPERM, errno.EACCES})  # of a read-only device
 
 
@@ -406,6 +411,18 @@ class Device:
                 return False
         self._count(discards=1)
         return True
+
+    def clear(self, offset: ByteOffset, length: ByteCount) -> bool:
+        """Let a range of the data area read as zeros, or whatever the drive makes of a discard.
+
+        An image file keeps its blocks allocated. False if that cannot be done: overwrite it then.
+        """
+        if self.is_block:
+            return self.discard(offset, length)
+        with self._using("write") as descriptor:
+            done: int = FALLOCATE(descriptor, ZERO_RANGE | KEEP_SIZE, offset, length)
+        self._count(discards=done == 0)
+        return done == 0
 
     def open_for_reader(self) -> int:
         """Return a fresh read-only O_DIRECT descriptor, for the caller to pass on and close.

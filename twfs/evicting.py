@@ -216,7 +216,7 @@ def remove_session(
                 key
                 for group in range(len(layout.groups))
                 for shard in range(layout.shards)
-                for key in _condemn(core, view, own, BlockKey(model, head, group, shard))
+                for key in condemn(core, view, own, BlockKey(model, head, group, shard))
             ]
         futures = submit_condemned(core, keys, evicted=False, erase=erase)
         passing = _let_go_over(core, layout, standing, block)
@@ -255,14 +255,14 @@ def remove_chain(
     with core.lock:
         with core.metadata.read() as view:
             own = list(hashes)[::-1]
-            keys = _condemn(core, view, own, BlockKey(model, PrefixHash(bytes(16))))
+            keys = condemn(core, view, own, BlockKey(model, PrefixHash(bytes(16))))
         return submit_condemned(core, keys, evicted=False)
 
 
-def _condemn(core: Core, view: ReadView, own: list[PrefixHash], key: BlockKey) -> list[BlockKey]:
+def condemn(core: Core, view: ReadView, own: list[PrefixHash], key: BlockKey) -> list[BlockKey]:
     """Condemn the blocks named *own* of the group and shard of *key*, and all below them.
 
-    Returns those that there are, deepest first. Hold the lock.
+    Returns those that there are, deepest first, ready for removal. Hold the lock.
     """
     found = []
     waiting = [key.at(prefix_hash) for prefix_hash in own]  # the first block of the chain is last

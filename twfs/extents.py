@@ -335,6 +335,20 @@ class Allocator:
             for offset, length in device.by_offset.items():
                 yield Extent(device.index, ByteOffset(offset), ByteCount(length))
 
+    def free_from(
+        self, device: DeviceIndex, offset: int, length_max: int
+    ) -> Extent | None:  # fmt: skip
+        """The first free run of *device* from *offset* on, cut to *length_max*; None: no more."""
+        if device not in self._devices:
+            return None
+        runs = self._devices[device].by_offset
+        place = max(runs.bisect_right(offset) - 1, 0)
+        for start in runs.keys()[place : place + 2]:
+            at, end = max(start, offset), start + runs[start]
+            if at < end:
+                return Extent(device, ByteOffset(at), ByteCount(min(end - at, length_max)))
+        return None
+
     def largest_run(self) -> ByteCount:
         """Length of the largest free run that may be allotted, 0 if nothing is free."""
         return ByteCount(max((device.largest() for device in self._order), default=0))

@@ -18,7 +18,7 @@ from twfs.records import Block, BlockKey, Extent
 from twfs.sessions import NO_PARENT as NO_PARENT  # noqa: PLC0414 - of records
 from twfs.sessions import Covered, Ends, Request
 from twfs.store import PutOutcome
-from twfs.tables import ModelRecord, WriteView
+from twfs.tables import RETIRED, ModelRecord, WriteView
 from twfs.units import ByteCount, Generation, Millis, ModelId, PrefixHash
 
 Follows = Callable[[int, int], bool]  # of a parent's tenant and its child's
@@ -456,7 +456,7 @@ def spoil(view: WriteView, key: BlockKey, generation: int) -> tuple[Block, FileR
         return None
     view.put_block(key, replace(block, hole=True, extents=()))
     for extent in block.extents:
-        view.add_limbo(extent, retired=True)
+        view.add_limbo(extent, RETIRED)
     of_files = bool(block.key) and view.model_id(FILES_NAME) == key.model
     return block, filetables.lose(view, block.key) if of_files else None
 

@@ -48,7 +48,15 @@ from twfs.sessions import Covered, SessionKey
 from twfs.siblings import share_all, slot_of
 from twfs.slots import GROWTH_MIN, KEY_BYTES, SLOTS_MAX, Slots
 from twfs.store import Durability
-from twfs.tables import LENGTH, DeviceRecord, ModelRecord, ReadView, WriteView
+from twfs.tables import (
+    LENGTH,
+    TO_DISCARD,
+    TO_OVERWRITE,
+    DeviceRecord,
+    ModelRecord,
+    ReadView,
+    WriteView,
+)
 from twfs.tenants import Tenants
 from twfs.units import ALIGN, ByteCount, DeviceIndex, ModelId
 
@@ -228,6 +236,7 @@ def open_core(
             )
             records = view.models()
             unkept = _unkept(view, records)
+            doomed = {e: why for e, why in view.all_limbo() if why in {TO_DISCARD, TO_OVERWRITE}}
         lock = threading.RLock()
         operators = frozenset({0, os.geteuid()})
         leases = Leases(
@@ -245,6 +254,7 @@ def open_core(
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
         core.unkept = unkept
+        core.doomed = doomed
         core.models = {record.id: record for record in records}
         for record in sorted(records, key=lambda record: record.epoch):
             core.current[record.name] = record.id

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 # What concerns everybody's blocks, and not only the asker's.
 OPERATORS_ONLY: Final = (CheckAll, EvictBytes, Operate)
+OWNERS_TOO: Final = frozenset({"purge"})  # verbs: of their own tenants
 NAMING_A_TENANT: Final = (
     MatchNames, LookupNames, TouchNames, BeginPut, ExplainNames, ForgetSession,
     RetainNamed,
@@ -75,6 +76,8 @@ class Permitted:
             raise NoSuchModel("files are read and written through the mount")
         if isinstance(request, NAMING_A_TENANT):
             self._warehouse.tenants().check_act(self._uid, request.tenant)
+        elif isinstance(request, Operate) and request.verb in OWNERS_TOO:
+            return  # the verb looks for itself
         elif isinstance(request, OPERATORS_ONLY) and not self.operates:
             raise NotAllowed(
                 f"uid {self._uid} may not do this: only root and the daemon's own user operate it"
@@ -128,7 +131,9 @@ class Permitted:
     @property
     def verbs(self) -> Verbs:
         """See operating.py."""
-        return self._warehouse.verbs
+        if self.operates:
+            return self._warehouse.verbs
+        return self._warehouse.purger.verbs(self._uid)
 
     def evict(self, wanted_bytes: ByteCount) -> ByteCount:
         """See Namespace.evict. Blocks."""

@@ -44,7 +44,7 @@ from twfs.sessions import Ends, Session, SessionKey
 from twfs.slots import STAMP_BYTES
 from twfs.store import PutOutcome
 from twfs.survivors import Survivors, survivors
-from twfs.tables import LENGTH, DeviceRecord, ModelRecord, WriteView
+from twfs.tables import LENGTH, RETIRED, DeviceRecord, ModelRecord, WriteView
 from twfs.tenants import Tenants
 from twfs.units import ALIGN, ByteCount, DeviceIndex, ModelId, PrefixHash, align_up
 
@@ -449,7 +449,7 @@ def _retire(view: WriteView, sources: _Sources) -> None:
             if run.device == extent.device and start < end:
                 part = replace(extent, offset=start, length=ByteCount(end - start))
                 view.take_free(part)
-                view.add_limbo(part, retired=True)
+                view.add_limbo(part, RETIRED)
 
 
 def _write_heat(directory: Path, published_ms: Array) -> None:

@@ -415,14 +415,28 @@ def forget(core: Core, model: ModelId, tenant: int, session: str) -> ByteCount:
 
     StaleEpoch, NoSuchModel.
     """
-    record = core.model(model)
-    key = SessionKey.of(model, tenant, session)
+    core.model(model)
+    found = end_session(core, SessionKey.of(model, tenant, session))
+    if found is None:
+        return ByteCount(0)
+    with core.metadata.read() as view:
+        alone = view.is_head(model, found.head) and not ending_at(view, model, found.head)
+    if not alone:
+        return ByteCount(0)
+    with suppress(TwfsError):  # it was removed, or goes on, since
+        return remove_session(core, model, found.head)
+    return ByteCount(0)
+
+
+def end_session(core: Core, key: SessionKey) -> Session | None:
+    """Forget a session with an id, and its class on the devices; what was known of it."""
+    record = core.record(key.model)
     with core.lock:
         core.asked.pop(key, None)
     with core.metadata.read() as view:
         found = find(view, key)
     if found is None:
-        return ByteCount(0)
+        return None
 
     def job(view: WriteView) -> Covered:
         covered = Covered()
@@ -430,7 +444,7 @@ def forget(core: Core, model: ModelId, tenant: int, session: str) -> ByteCount:
         return covered
 
     def without(roster: Roster) -> Roster:
-        mine = (record.name, tenant, session)
+        mine = (record.name, key.tenant, key.id.decode())
         left = (c for c in roster.classes if (c.model, c.tenant, c.session) != mine)
         return replace(roster, classes=tuple(left))
 
@@ -440,10 +454,4 @@ def forget(core: Core, model: ModelId, tenant: int, session: str) -> ByteCount:
         core.metadata.submit(job, lambda covered: _follow(core, covered)).result()
     with core.lock:
         core.counters.forgotten_sessions += 1
-    with core.metadata.read() as view:
-        alone = view.is_head(model, found.head) and not ending_at(view, model, found.head)
-    if not alone:
-        return ByteCount(0)
-    with suppress(TwfsError):  # it was removed, or goes on, since
-        return remove_session(core, model, found.head)
-    return ByteCount(0)
+    return found

@@ -17,7 +17,7 @@ from uuid import UUID
 from twfs.errors import CorruptMetadata, TwfsError
 from twfs.metadata import peek
 from twfs.records import FORMAT_VERSION, Block, BlockKey, Extent
-from twfs.tables import LENGTH, DeviceRecord, ReadView, unpack_devices
+from twfs.tables import LENGTH, RETIRED, DeviceRecord, ReadView, unpack_devices
 from twfs.units import ByteCount, ByteOffset, DeviceIndex
 
 SECONDS_MIN: Final = 60.0  # a damaged tree may go round for ever
@@ -76,7 +76,6 @@ def _basics(view: ReadView) -> dict[str, Any]:
     version = LENGTH.unpack(view.meta("format_version") or bytes(8))[0]
     if version != FORMAT_VERSION:
         raise CorruptMetadata(f"format version {version}")
-    leased = set(view.leased_limbo())
     return {
         "warehouse": str(UUID(bytes=view.meta("warehouse") or b"")),
         "secret": (view.meta("secret") or b"").hex(),
@@ -85,8 +84,8 @@ def _basics(view: ReadView) -> dict[str, Any]:
         "counters": {name: view.counter(name) for name in COUNTERS},
         "retired": [
             (extent.device, extent.offset, extent.length)
-            for extent in view.runs("limbo")
-            if extent not in leased
+            for extent, why in view.all_limbo()
+            if why == RETIRED
         ],
     }
 

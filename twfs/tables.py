@@ -42,7 +42,11 @@ TABLES: Final = (
 MODEL_KEY: Final = struct.Struct(">I")
 PLACE_KEY: Final = struct.Struct(">HQ")  # device, offset: ordered by place
 LENGTH: Final = struct.Struct("<Q")
-LIMBO: Final = struct.Struct("<QQ")  # length; 0 = a lease may read it, 1 = retired
+LIMBO: Final = struct.Struct("<QQ")  # length; and one of the next
+LEASED: Final = 0  # a lease may read it
+RETIRED: Final = 1  # bytes were lost there
+TO_DISCARD: Final = 2  # a purge is to erase it before it is free
+TO_OVERWRITE: Final = 3  # the same, by overwriting
 ONLINE: Final = "online"
 DRAINING: Final = "draining"
 
@@ -310,10 +314,13 @@ class ReadView:
             yield extent
 
     def leased_limbo(self) -> Iterator[Extent]:
-        """The extents of limbo that are not retired; CorruptMetadata."""
-        for extent, (retired,) in self._places("limbo", LIMBO):
-            if not retired:
-                yield extent
+        """The extents of limbo that are free once no lease reads them; CorruptMetadata."""
+        return (extent for extent, why in self.all_limbo() if why == LEASED)
+
+    def all_limbo(self) -> Iterator[tuple[Extent, int]]:
+        """All extents of limbo, and why each is there; CorruptMetadata."""
+        for extent, (why,) in self._places("limbo", LIMBO):
+            yield extent, why
 
     def _places(self, table: str, form: struct.Struct) -> Iterator[tuple[Extent, tuple[int, ...]]]:
         """The extents of *table*, each with what follows its length."""
@@ -474,12 +481,10 @@ class WriteView(ReadView):
         length = LENGTH.unpack(cursor.value())[0]
         return Extent(DeviceIndex(device), ByteOffset(at), ByteCount(length))
 
-    def add_limbo(self, extent: Extent, *, retired: bool = False) -> None:
-        """Note an extent that belongs to no block and is not free: yet, or if *retired*, ever."""
+    def add_limbo(self, extent: Extent, why: int = LEASED) -> None:
+        """Note an extent that belongs to no block and is not free: yet, or if RETIRED, ever."""
         self._put(
-            "limbo",
-            PLACE_KEY.pack(extent.device, extent.offset),
-            LIMBO.pack(extent.length, retired),
+            "limbo", PLACE_KEY.pack(extent.device, extent.offset), LIMBO.pack(extent.length, why)
         )
 
     def forget_device(self, device: DeviceIndex) -> None:

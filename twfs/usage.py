@@ -15,7 +15,7 @@ from twfs import slots as states
 from twfs.core import Core
 from twfs.operating import Verb, Verbs
 from twfs.slots import KEY_BYTES, IntArray
-from twfs.tables import ModelRecord
+from twfs.tables import RETIRED, ModelRecord
 from twfs.units import ALIGN, DeviceIndex, ModelId
 
 ROWS_MAX: Final = 10_000  # of one answer; the rest is one sum
@@ -152,11 +152,10 @@ def _take(core: Core) -> _Taken:
         total = sum(each.record.data_area[1] for each in core.standings.all.values())
         free = sum(core.allocator.free_bytes_of(DeviceIndex(index)) for index in core.standings.all)
         taken.names = {int(n): core.tenants.name_of(int(n)) for n in np.unique(taken.payer)}
-        limbo = sum(extent.length for extent in view.runs("limbo"))
-        leased = sum(extent.length for extent in view.leased_limbo())
+        retired = sum(extent.length for extent, why in view.all_limbo() if why == RETIRED)
         taken.lines = {
-            "limbo_bytes": sum(extent.length for extent in [*left, *removed]),
-            "retired_bytes": limbo - leased,
+            "limbo_bytes": sum(extent.length for extent in [*left, *removed, *core.doomed]),
+            "retired_bytes": retired,
             "reserved_bytes": core.reserved_bytes,
             "used_bytes": total - free,
             "total_bytes": total,

@@ -47,6 +47,7 @@ from twfs.meter import check_prefill
 from twfs.namespace import OpenNamespace
 from twfs.operating import Verbs
 from twfs.prefix import Names
+from twfs.purging import Purger
 from twfs.putting import Put
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.scrubbing import Scrubber
@@ -88,9 +89,10 @@ class Warehouse(OpenNamespace):
         self._busy = 0  # calls under way that close has to wait for
         self.scrubber = Scrubber(core)
         self.files = Files(core)
+        self.purger = Purger(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
-            **tenancy.verbs(core), **usage.verbs(core),
+            **tenancy.verbs(core), **usage.verbs(core), **self.purger.verbs(),
         }  # fmt: skip
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
@@ -211,6 +213,7 @@ class Warehouse(OpenNamespace):
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
             self.files.tend()
+            self.purger.tend()
             evicting.keep_quotas(self._core)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
@@ -230,6 +233,7 @@ class Warehouse(OpenNamespace):
 
     def close(self) -> None:
         """Finish what is under way and let go of everything. Blocks; idempotent."""
+        self.purger.stop()
         with self._idle:
             if self._closed:
                 return
@@ -242,6 +246,7 @@ class Warehouse(OpenNamespace):
             retaining.flush(self._core)
             retaining.keep_classes(self._core)
         self._members.close()
+        self.purger.close()
         self.files.close()
         self._puts.shutdown()
         self._sources.close()

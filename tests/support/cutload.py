@@ -22,7 +22,7 @@ from twfs.prefix import Names
 from twfs.putting import Put
 from twfs.records import BlockKey, Extent
 from twfs.store import Durability, Model, PutOutcome
-from twfs.tables import WriteView
+from twfs.tables import RETIRED, WriteView
 from twfs.units import ByteCount, ByteOffset
 from twfs.warehouse import Warehouse
 
@@ -46,7 +46,7 @@ def shrink(directory: Path) -> None:
                 ByteCount(run.length - USABLE_BYTES),
             )  # fmt: skip
             view.take_free(rest)
-            view.add_limbo(rest, retired=True)
+            view.add_limbo(rest, RETIRED)
 
     tables.submit(job).result()
     tables.close()

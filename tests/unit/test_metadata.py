@@ -27,7 +27,7 @@ from twfs.metadata import BACKLOG_MAX, JOBS_PER_COMMIT_MAX, Metadata
 from twfs.metafile import refuse_unverified
 from twfs.records import FORMAT_VERSION, BlockKey, Extent
 from twfs.store import Durability
-from twfs.tables import LENGTH, DeviceRecord, WriteView
+from twfs.tables import LENGTH, RETIRED, DeviceRecord, WriteView
 from twfs.units import ByteCount, ByteOffset, DeviceIndex, ModelId, PrefixHash
 
 ALL = Extent(DeviceIndex(0), ByteOffset(1 << 20), ByteCount(64 << 12))
@@ -458,7 +458,7 @@ def test_free_runs_are_cut_and_merged(metadata: Metadata) -> None:
 def test_limbo_tells_retired_extents_from_leased_ones(metadata: Metadata) -> None:
     def job(view: WriteView) -> None:
         view.add_limbo(extent(0, 2))
-        view.add_limbo(extent(4, 2), retired=True)
+        view.add_limbo(extent(4, 2), RETIRED)
 
     metadata.submit(job).result()
     with metadata.read() as view:

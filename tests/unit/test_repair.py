@@ -32,7 +32,7 @@ from twfs.payload import read_payload
 from twfs.prefix import Names
 from twfs.records import BlockKey, Extent, Header
 from twfs.subject import offline
-from twfs.tables import MODEL_KEY, PLACE_KEY, WriteView
+from twfs.tables import LEASED, MODEL_KEY, PLACE_KEY, RETIRED, WriteView
 from twfs.units import ALIGN, ByteCount, ByteOffset, DeviceIndex, Slot
 from twfs.warehouse import Warehouse
 
@@ -171,7 +171,7 @@ def test_limbo_of_leases_is_freed_and_what_is_retired_stays(scratch: Path) -> No
     def job(view: WriteView) -> None:
         for run in runs:
             view.take_free(run)
-            view.add_limbo(run, retired=run is runs[1])
+            view.add_limbo(run, RETIRED if run is runs[1] else LEASED)
 
     change(scratch, job)
     assert repair.run(scratch).left == ()

@@ -23,6 +23,7 @@ from twfs_tools.explain import explain
 from twfs_tools.ls import ls
 from twfs_tools.model import app as model_app
 from twfs_tools.output import JsonFlag, complain
+from twfs_tools.purge import purge
 from twfs_tools.rebuild import rebuild
 from twfs_tools.replay import replay
 from twfs_tools.retain import pin, retain
@@ -46,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    create, serve, mount, unmount, status, ls, du, evict, explain, pin, retain, check, scrub,
+    create, serve, mount, unmount, status, ls, du, evict, purge, explain, pin, retain, check, scrub,
     rebuild, replay,
 ):  # fmt: skip
     app.command(command.__name__)(command)
