@@ -32,6 +32,7 @@ from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
 from twfs.limbo import Freed, Left
 from twfs.metadata import After, Job, Metadata
+from twfs.recording import Recorder
 from twfs.records import BlockKey, Extent
 from twfs.roster import Roster, write_roster
 from twfs.scoring import Policy, policy_of
@@ -70,6 +71,7 @@ class Core:
     erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
     policy: Policy = field(init=False)  # of eviction
     gate: Gate = field(init=False)  # what is let in
+    recorder: Recorder = field(init=False)  # of requests; opening.py sets it
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move

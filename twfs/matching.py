@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from twfs import slots as states
+from twfs.accesses import Kind
 from twfs.core import Core
 from twfs.errors import InvalidInput, LeaseEnded
-from twfs.hints import NO_HINT, Hint
+from twfs.hints import NO_HINT, Hint, Retention
 from twfs.layout import GroupKind, Layout
 from twfs.leases import Leases, Located
 from twfs.prefix import Names
@@ -272,6 +273,7 @@ def match_located(
         core.counters.matches += 1
         core.counters.asked_blocks += len(names) - start
         stop, needed = gather(core, model, names, start, tenant)
+        note_match(core, model, names, needed, tenant=tenant, start=start, stop=stop)
         if stop <= start:
             return None
         rows, extents = rows_of(names, needed)
@@ -295,6 +297,20 @@ def match_located(
         _use(core, used, needed)
         core.slots.note_user(used, tenant, core.tenants.shares.get(tenant, 0))
         return located
+
+
+def note_match(
+    core: Core, model: ModelId, names: Names, needed: list[Found], *, tenant: int, start: int,
+    stop: int,
+) -> None:  # fmt: skip
+    """Enter a match in the access record, under the class of the deepest block found."""
+    retention = Retention.STANDARD.rank
+    if stop > start and len(needed[-1].records):
+        retention = int(core.slots.retention[needed[-1].records["slot"][-1]])
+    core.recorder.note(
+        Kind.MATCH, model, core.models[model].layout, names.hashes, tenant=tenant,
+        retention=retention, start=start, stop=stop,
+    )  # fmt: skip
 
 
 def _fitting(
@@ -338,6 +354,10 @@ def touch_blocks(
             slots = np.concatenate(used)
             core.slots.use(slots, core.clock())
             note_touch(core, model, names.hash_at(0), slots, hint, tenant=tenant)
+            core.recorder.note(
+                Kind.TOUCH, model, core.models[model].layout, names.hashes, tenant=tenant,
+                retention=int(core.slots.retention[slots[-1]]),
+            )  # fmt: skip
 
 
 def join_located(core: Core, token: bytes, owner: int) -> Located:

@@ -17,6 +17,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import enrolling, ledger, modes
+from twfs.accesses import RECORD_DIRECTORY
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config
 from twfs.core import Core
@@ -38,6 +39,7 @@ from twfs.formatting import DeviceSpec, format_device
 from twfs.leases import Leases
 from twfs.metadata import FIRST_INO, Metadata
 from twfs.metafile import scout
+from twfs.recording import Recorder, remove_record
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.roster import Roster, write_roster
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
@@ -121,6 +123,7 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         end = superblock.size_bytes - ALIGN
         free.append(Extent(index, start, ByteCount(end - start)))
     (directory / HEAT_FILE).unlink(missing_ok=True)
+    remove_record(directory / RECORD_DIRECTORY)
     meta.mkdir(modes.OWN_DIRECTORY)
     undo.callback(shutil.rmtree, meta, ignore_errors=True)
     secret = make_secret()
@@ -232,6 +235,7 @@ def open_core(
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
             clock, config or Config(),
         )  # fmt: skip
+        core.recorder = Recorder(directory / RECORD_DIRECTORY, core.config.record, clock, secret)
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
         core.models = {record.id: record for record in records}
@@ -243,6 +247,7 @@ def open_core(
 
 def close_core(core: Core) -> None:
     """Finish what is under way and let go of everything."""
+    core.recorder.flush(core.counters.written_bytes + core.counters.moved_bytes)
     core.erasers.shutdown()
     core.metadata.close()
     with core.lock:
