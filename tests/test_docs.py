@@ -69,7 +69,7 @@ def test_every_twfs_command_in_a_document_exists_with_its_options(document: str)
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_verb_of_run_in_a_document_exists(document: str) -> None:
-    verbs = set(re.findall(r"^    (\w+)\) ", text_of("run"), re.MULTILINE))
+    verbs = set(re.findall(r"^    ([\w-]+)\) ", text_of("run"), re.MULTILINE))
     assert {"setup", "check", "test", "demo", "bench"} <= verbs
     for line in commands_in(text_of(document)):
         if line.startswith("./run "):

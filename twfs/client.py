@@ -68,7 +68,7 @@ from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.remote import RemoteNamespace
 from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retention, Served
 from twfs.tenants import EVERYBODY
-from twfs.units import ByteCount, ModelId
+from twfs.units import ByteCount, DeviceIndex, ModelId
 from twfs.upload import check_payloads, upload
 from twfs.wire import BLOCKS_MAX
 
@@ -150,6 +150,12 @@ class Client(RemoteNamespace):
         self, request: Request, timeout_s: float | None
     ) -> Iterator[AnyReply | None]:
         return self._connector.link().channel.pieces(request, timeout_s)
+
+    def device_paths(self) -> dict[DeviceIndex, Path]:
+        """See Namespace.device_paths; as the last table of the daemon's has them."""
+        devices = self._connector.devices
+        rows = () if devices is None else devices.rows
+        return {DeviceIndex(row.index): Path(row.path) for row in rows if row.passed}
 
     def close(self) -> None:
         """End all leases, wait for reads and puts under way, let go of everything. Idempotent."""
@@ -348,6 +354,8 @@ class Client(RemoteNamespace):
             raise InvalidInput(f"shard {shard} of {model.layout.shards}")
         outcomes: list[PutOutcome] = []
         written = 0
+        if copying is not None and len(names) > BLOCKS_MAX:
+            copying.begin()  # the last part ends it; the ones before read, too
         for first in range(0, len(names), BLOCKS_MAX):
             part = names.slice(first, first + BLOCKS_MAX)
             last = first + BLOCKS_MAX >= len(names)

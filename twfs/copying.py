@@ -15,17 +15,31 @@ class Copying:
 
     def __init__(self, when_done: Callable[[], None] = lambda: None) -> None:
         self._when_done = when_done
+        self._lock = threading.Lock()
+        self._begun = False
         self._done = threading.Event()
-        self.given_up = False  # the put ends with PutGivenUp where it next waits for room
+        self.given_up = False  # the put ends with GivenUp where it next waits for room
+
+    def begin(self) -> bool:
+        """Say that reading begins; False if the caller has given up, and nothing may be read."""
+        with self._lock:
+            self._begun = self._begun or not self.given_up
+            return self._begun
 
     def give_up(self) -> None:
-        """Let the put fail rather than wait for room in the arena; `done` comes soon then."""
-        self.given_up = True
+        """Let the put fail rather than wait for room; `done` at once unless reading has begun."""
+        with self._lock:
+            self.given_up = True
+            begun = self._begun
+        if not begun:
+            self.finish()
 
     def finish(self) -> None:
         """Say that the payloads are read no more; called by whoever puts. Idempotent."""
-        if not self._done.is_set():
+        with self._lock:
+            first = not self._done.is_set()
             self._done.set()
+        if first:
             self._when_done()
 
     def wait(self, timeout_s: float | None = None) -> bool:

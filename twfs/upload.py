@@ -84,6 +84,8 @@ def upload(
     """
     copying = copying or Copying()
     try:
+        if not copying.begin():
+            raise GivenUp("the caller wanted its memory back before it was read")
         windows = _windows_of(port.lacking, align_up(layout.block_bytes(group)), arena.byte_count)
         if any(on_device(piece) for payload in payloads for piece in pieces_of(payload)):
             arena.pin()

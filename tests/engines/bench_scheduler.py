@@ -1,8 +1,6 @@
 """Scheduler-thread time that twfs takes of each of vLLM's steps, with simulated requests.
 
-Run in the engine's environment, with a daemon of this repository's own:
-
-    TWFS_ENGINES=/work/engines tests/engines/bench.sh scheduler [--tokens 122880] [--waiting 64]
+Run in the engine's environment by `python -m engines.bench_vllm scheduler` (see there).
 
 The real manager, its real answers over the real socket; what is simulated is vLLM around it. Each
 step asks for every waiting request as vLLM's scheduler does, lets one begin its load and end the

@@ -55,9 +55,10 @@ def answer(llm: Any, request: dict[str, Any]) -> Any:
                 if hasattr(metric, "value")
             }
         case "connector":  # what our side counts, where the engine is in this process
-            core = llm.llm_engine.engine_core.engine_core
-            manager = core.scheduler.connector.manager
-            return manager.attachment.statistics()
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            worker: Any = get_kv_transfer_group()
+            return worker.connector_worker.worker.attachment.statistics()
         case _:
             pass
     raise ValueError(request)

@@ -59,7 +59,8 @@ class Vllm:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env=engine_environment(
                 VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="INFO",
-                VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment or {},
+                VLLM_ENABLE_V1_MULTIPROCESSING="0",
+                VLLM_CPU_OMP_THREADS_BIND="nobind", **environment or {},
             ),
         )  # fmt: skip
         assert self._answer() == "ready"

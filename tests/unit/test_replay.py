@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.merge_replays import merged
 from support.cli import assert_refused, document, twfs
 from support.traces import request, write_agents, write_session
 from twfs import check, evicting
-from twfs.config import Config
+from twfs.config import Config, EvictionSettings
 from twfs.errors import DeviceError, NoSpaceForImage
 from twfs.hints import Retention
 from twfs.store import CheckReport, Finding
 from twfs_tools.replay import bounds, drive
 from twfs_tools.replay.naming import Payloads
 from twfs_tools.replay.options import class_map, tenants_made
+from twfs_tools.replay.plan import Plan
+from twfs_tools.replay.plan import run as run_plan
 from twfs_tools.replay.streams import IntArray, Stream, make_stream
 from twfs_tools.replay.traces import read_traces
 
@@ -39,7 +42,7 @@ def nothing(stream: Stream) -> IntArray:
 
 def lru_config() -> Config:
     """Eviction by the last use alone."""
-    return Config()
+    return Config(eviction=EvictionSettings(policy="lru"))
 
 
 @pytest.mark.usefixtures("without_low_water")
@@ -82,9 +85,9 @@ def test_policies_see_the_time_of_the_trace(stream: Stream, scratch: Path) -> No
     clock = drive.TraceClock()
     setup = drive.Setup(stream.unique_blocks, prepare=look)
     with drive.scratch_warehouse(setup, clock, scratch) as warehouse:
-        run = drive._Run(stream, setup, warehouse, clock, nothing(stream))
+        under_way = drive._Run(stream, setup, warehouse, clock, nothing(stream))
         for number in range(len(stream)):
-            run.request(number)
+            under_way.request(number)
             heat = warehouse._core.slots.stamp
             assert int(heat.max()) == drive.BEGINNING_MS + int(stream.at_ms[number])
     assert stream.at_ms[-1] > 600_000
@@ -250,8 +253,32 @@ def test_the_settings_of_the_warehouse_are_given_by_a_file(tmp_path: Path, scrat
     traces.mkdir()
     write_agents(traces, sessions=2, turns=2)
     config = tmp_path / "twfs.toml"
-    config.write_text("[retention.durable]\nttl = '1h'\n")
+    config.write_text("[retention.durable]\nttl = '1h'\n[admission]\nsecond_touch = ['standard']\n")
     arguments = ("replay", traces, "--capacity", "100%", "--directory", scratch, "--config", config)
-    assert "ttl" in document(*arguments)["settings"]["config"]
+    report = document(*arguments)
+    assert "ttl" in report["settings"]["config"]
+    [run] = [each for each in report["runs"] if each["replayed"]]
+    assert run["counters"]["first_touch_blocks"] > 0, "what is asked for once is not written"
+    assert run["written_per_unique"] < 1
     config.write_text("[nonsense]\n")
     assert "nonsense" in assert_refused(twfs(*arguments), 2)
+
+
+def test_documents_of_seeds_that_ran_apart_are_as_those_of_one_run(tmp_path: Path) -> None:
+    write_agents(tmp_path, sessions=6, turns=6)
+    plan = Plan(read_traces([tmp_path]), ["agents"], capacities=["5%", "50%"], warehouse=False)
+    apart = [run_plan(replace(plan, seeds=[seed]), lambda _: None) for seed in (2, 1, 2)]
+    together = run_plan(replace(plan, seeds=[1, 2]), lambda _: None)
+    document = merged(apart)
+    assert document["settings"]["seeds"] == [1, 2]
+
+    def by_key(rows: list[dict[str, Any]]) -> dict[tuple[str, float], tuple[float, float]]:
+        return {
+            (row["policy"], row["capacity_part"]): (row["hit_rate"], row["hit_rate_sd"])
+            for row in rows
+        }
+
+    mine, its = by_key(document["summary"]), by_key(together["summary"])
+    assert mine.keys() == its.keys()
+    assert all(mine[key] == pytest.approx(its[key]) for key in its)
+    assert len(document["runs"]) == len(together["runs"]) == 8

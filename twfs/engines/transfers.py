@@ -259,14 +259,18 @@ class Transfers:
 
         A store that has not been copied after a moment is given up, for it may wait for room.
         """
-        with self._changed:
-            deadline_s = time.monotonic() + GRACE_S
-            while under_way := [self._jobs[job] for job in jobs if job in self._jobs]:
+        deadline_s = time.monotonic() + GRACE_S
+        while True:
+            with self._changed:
+                under_way = [self._jobs[job] for job in jobs if job in self._jobs]
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0:
-                    for each in under_way:
-                        each.copying.give_up()
-                self._changed.wait(left_s if left_s > 0 else None)
+                if not under_way:
+                    return
+                if left_s > 0 or all(each.copying.given_up for each in under_way):
+                    self._changed.wait(left_s if left_s > 0 else None)
+                    continue
+            for each in under_way:  # without the lock: one that has not begun ends in the call
+                each.copying.give_up()
 
     def drain(self) -> None:
         """Wait for all jobs: whoever gives memory back to its device must call this first."""

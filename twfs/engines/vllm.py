@@ -26,6 +26,7 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
     TransferResult,
 )
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from twfs.client import ARENA_BYTES
 from twfs.engines.attaching import PATIENCE_S, Attachment
@@ -35,6 +36,7 @@ from twfs.engines.requests import params_of
 from twfs.engines.transfers import Offer, Transfers, runs_of
 from twfs.engines.vllm_layout import layout_of, prepare
 from twfs.units import align_up
+from twfs.upload import PIECES_MAX
 
 KNOWN_SECONDS: Final = 60.0  # that a block which was stored is not offered again
 KNOWN_MAX: Final = 200_000  # of these; 60 bytes each
@@ -63,7 +65,8 @@ class _Request:
 
     hashes: Sequence[bytes]
     keys: list[bytes] = field(default_factory=list)
-    blocks: int | None = None  # that lookups may count on
+    start: int = 0  # blocks that the engine held itself when it asked
+    blocks: int | None = None  # that lookups may count on, from there
     loading: frozenset[int] = frozenset()  # the engine's blocks
     load_tokens: int = 0
     load_begun_s: float = 0.0
@@ -81,7 +84,7 @@ class TwfsManager(OffloadingManager):
         self.requests: dict[str, _Request] = {}
         self._hashes_per_block = self.layout.block_tokens // spec.tokens_per_hash
         self._known: dict[bytes, float] = {}
-        self._storing_bytes = 0
+        self._storing: set[bytes] = set()  # blocks that take the workers' room
         self._events: list[OffloadingEvent] = []
 
     def keys_of(self, request_id: str) -> list[bytes]:
@@ -95,7 +98,7 @@ class TwfsManager(OffloadingManager):
         """Ask for *request*, of which the engine holds some tokens; False: ask again next step."""
         step = self.layout.block_tokens
         known, keys = self.requests[request.request_id], self.keys_of(request.request_id)
-        start = computed_tokens // step
+        start = known.start = computed_tokens // step
         known.blocks = self.finder.ask(request.request_id, keys, start)
         if known.blocks is None:
             return False
@@ -140,41 +143,48 @@ class TwfsManager(OffloadingManager):
                 self.finder.decline(request_id)
 
     def prepare_store(self, keys: Collection[Any], req_context: Any) -> PrepareStoreOutput:
-        """Offer what is not known to be stored, as far as the workers' arenas have room."""
+        """Offer what is not known to be stored, as far as the workers' arenas have room.
+
+        What the engine held itself when it asked is mostly stored already, so it counts for no
+        room; the daemon says which of it is lacking.
+        """
         request_id, step = req_context.req_id, self.layout.block_tokens
         epoch, known = self.finder.epoch(request_id), self.requests.get(request_id)
         now_s = time.monotonic()
         wanted: dict[int, Any] = {}
         if epoch is not None and known is not None:
-            room = self.spec.arena_bytes - self._storing_bytes
-            most = max(0, room // align_up(self.layout.block_bytes()))
+            room = self.spec.arena_bytes // align_up(self.layout.block_bytes()) - len(self._storing)
             for key in keys:
                 index = req_context.get_offload_key_position(key) // step - 1
-                held = known.blocks is not None and index < known.blocks
-                fresh = now_s - self._known.get(key, -KNOWN_SECONDS) > KNOWN_SECONDS
-                if not held and fresh and len(wanted) < most:
-                    wanted[index] = key
+                if known.start <= index < (known.blocks or 0) or (
+                    now_s - self._known.get(key, -KNOWN_SECONDS) < KNOWN_SECONDS
+                ):
+                    continue
+                if index >= known.start:
+                    if room <= 0:
+                        break
+                    room -= 1
+                    self._storing.add(key)
+                wanted[index] = key
         params = self.finder.params(request_id)
         chain = self.keys_of(request_id) if wanted else []
         offer = Offer(runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint)
-        self._storing_bytes += len(wanted) * align_up(self.layout.block_bytes())
         stored = [wanted[index] for index in sorted(wanted)]
         return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint), [])
 
-    def complete_store(
-        self,
-        keys: Collection[Any],
-        req_context: Any,
-        success: bool = True,
-    ) -> None:
+    def complete_store(self, keys: Collection[Any], req_context: Any, success: bool = True) -> None:
         """The workers have read the blocks; whether they are held is the daemon's to say."""
-        self._storing_bytes -= len(keys) * align_up(self.layout.block_bytes())
+        self._storing.difference_update(keys)
         if len(self._known) > KNOWN_MAX:
             self._known.clear()
         self._known.update(dict.fromkeys(keys, time.monotonic()))
         if self.spec.config.enable_kv_cache_events:
             event = OffloadingEvent(keys=list(keys), medium=Medium.STORAGE, removed=False)
             self._events.append(event)
+
+    def get_load_source(self, key: Any, req_context: Any) -> CacheHitSource:
+        """For vLLM's statistics of where cached tokens came from."""
+        return CacheHitSource.DISK
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """What was stored since the last call."""
@@ -191,15 +201,17 @@ class TwfsManager(OffloadingManager):
 
     def on_request_finished(self, req_context: Any) -> None:
         """Touch the whole chain, also what came from the engine's own memory."""
-        if req_context.req_id in self.requests:
-            self.finder.finish(req_context.req_id, self.keys_of(req_context.req_id))
-            del self.requests[req_context.req_id]
+        request_id = req_context.req_id
+        self.finder.finish(
+            request_id, self.keys_of(request_id) if request_id in self.requests else []
+        )
+        self.requests.pop(request_id, None)
 
     def reset_cache(self) -> None:
         """Weights were updated, or the engine sleeps: what was stored before is out of reach."""
         self.finder.reset()
         self._known.clear()
-        self._storing_bytes = 0
+        self._storing.clear()
 
     def shutdown(self) -> None:
         """Release all leases."""
@@ -225,9 +237,13 @@ class TwfsWorker(OffloadingWorker):
         self.failed: set[int] = set()  # the engine's blocks that a load did not fill
         self._loads: dict[int, list[list[int]]] = {}
         found = sum(row[0].nbytes for row in self._rows) * self._per_block
-        self._usable = found == spec.layout.block_bytes()
+        pieces = len(self._rows) * self._per_block
+        self._usable = found == spec.layout.block_bytes() and pieces <= PIECES_MAX
         if not self._usable:
-            text = f"blocks of {found} bytes, not {spec.layout.block_bytes()}: nothing is kept"
+            text = (
+                f"blocks of {found} bytes in {pieces} pieces, not {spec.layout.block_bytes()} in "
+                f"{PIECES_MAX} at most: nothing is kept"
+            )
             self.attachment.complain("this rank's KV is not as the scheduler's", text)
 
     def _pieces(self, block_ids: Sequence[int | None]) -> list[Any]:

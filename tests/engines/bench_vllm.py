@@ -1,0 +1,284 @@
+"""vLLM on twfs against vLLM without: time to first token, and agents' sessions through the server.
+
+    export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED=vllm PYTHONPATH=tests
+    python -m engines.bench_vllm ttft [--rounds 7]
+    python -m engines.bench_vllm agents
+    python -m engines.bench_vllm scheduler [--rounds STEPS]
+
+For a quiet machine, as root (the page cache is dropped before each warm answer). Prints JSON.
+
+*ttft*: four engines side by side, one at a time at work, in interleaved rounds: the direct
+connector, twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, and none. Each round
+answers a prompt of each length that nobody has seen (cold), then one that is held (warm) with the
+engine's own KV reset and its CPU tier flushed by the cold ones. *agents*: sessions of several turns
+at once, whose KV is more than three times the engine's; with and without, turn about. *scheduler*:
+bench_scheduler.py, with a daemon.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from support.daemon import Daemon, running_daemon
+from support.engines import engine_environment, engine_python
+from support.vllmengine import prompt_of
+from support.vllms import LOG, Vllm, random_model, transfer_config
+
+LENGTHS: Final = (2000, 4000, 8000)
+LAYERS: Final = 12
+HIDDEN: Final = 512
+THREADS: Final = 4  # readers of either tier
+TIER_BYTES: Final = 120 << 20  # of the CPU tier: a prompt of 8,000 tokens has 96 MiB
+PORT: Final = 18742
+SESSIONS: Final = 8
+TURNS: Final = 4
+FIRST_TOKENS: Final = 1500
+TURN_TOKENS: Final = 500
+ANSWER_TOKENS: Final = 32
+BLOCK_TOKENS: Final = 64
+KV_TOKENS: Final = 8192  # of the engine's own; all sessions have 8 x 3,100
+
+
+def tier_config(daemon: Daemon, secondary: dict[str, Any]) -> dict[str, Any]:
+    """The CPU tier with *secondary* below it."""
+    config = transfer_config(daemon.socket)
+    config["kv_connector"] = "TwfsTierConnector"
+    config["kv_connector_module_path"] = "twfs.engines.vllm_tier"
+    config["kv_connector_extra_config"] = {
+        "block_size": 256, "offload_prompt_only": False, "cpu_bytes_to_use": TIER_BYTES,
+        "spec_name": "CpuTieringSpec", "spec_module_path": "support.vllmtier",
+        "secondary_tiers": [secondary],
+    }  # fmt: skip
+    return config
+
+
+def drop_caches() -> None:
+    """Let nothing come from the page cache."""
+    subprocess.run(["sync"], check=True)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def settle(vllm: Vllm) -> None:
+    """Give stores time to be published; the engine steps while it answers."""
+    for _ in range(10):
+        vllm.generate({"seed": 999, "tokens": 20}, out=1)
+        time.sleep(0.1)
+
+
+def ttft(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds to the first token by engine, length and temperature."""
+    with ExitStack() as stack:
+        daemon = stack.enter_context(running_daemon(folder / "w", device_bytes=8 << 30))
+        twfs_tier = {
+            "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier",
+            "socket": str(daemon.socket), "patience_s": 5.0,
+        }  # fmt: skip
+        fs_tier = {
+            "type": "fs", "root_dir": str(folder / "fs"), "n_read_threads": THREADS,
+            "n_write_threads": THREADS,
+        }  # fmt: skip
+        options: dict[str, Any] = {"max_model_len": 8448, "max_num_batched_tokens": 8448}
+        engines = {
+            name: stack.enter_context(Vllm("vllm", model, config, **options))
+            for name, config in (
+                ("direct", transfer_config(daemon.socket, arena_bytes=128 << 20)),
+                ("twfs tier", tier_config(daemon, twfs_tier)),
+                ("fs tier", tier_config(daemon, fs_tier)),
+                ("none", None),
+            )
+        }
+        for vllm in engines.values():
+            for seed, length in enumerate(LENGTHS):
+                vllm.generate({"seed": seed, "tokens": length}, out=1)
+            settle(vllm)
+        seconds: dict[tuple[str, int, str], list[float]] = {}
+        held: dict[tuple[str, int], list[int]] = {}
+        for number in range(rounds):
+            for length in LENGTHS:
+                for name, vllm in engines.items():
+                    fresh = {"seed": 1000 + 10 * number + length // 1000, "tokens": length}
+                    cold = vllm.generate(fresh, out=1)
+                    settle(vllm)
+                    seconds.setdefault((name, length, "cold"), []).append(cold["seconds"])
+            for seed, length in enumerate(LENGTHS):
+                for name, vllm in engines.items():
+                    assert vllm.ask(do="reset")
+                    drop_caches()
+                    warm = vllm.generate({"seed": seed, "tokens": length}, out=1)
+                    seconds.setdefault((name, length, "warm"), []).append(warm["seconds"])
+                    held.setdefault((name, length), []).extend(warm["cached"])
+        return {
+            "rounds": rounds, "layers": LAYERS, "hidden": HIDDEN,
+            "held": {f"{name} {length}": min(found) for (name, length), found in held.items()},
+            "seconds": {
+                f"{name} {length} {kind}": spread(found)
+                for (name, length, kind), found in sorted(seconds.items())
+            },
+        }  # fmt: skip
+
+
+def spread(found: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {
+        "median": round(statistics.median(found), 4), "least": round(min(found), 4),
+        "most": round(max(found), 4),
+    }  # fmt: skip
+
+
+@contextmanager
+def server(model: Path, config: dict[str, Any] | None) -> Iterator[None]:
+    """VLLM's OpenAI server with little KV of its own."""
+    extra = [] if config is None else ["--kv-transfer-config", json.dumps(config)]
+    with Path(LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [engine_python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+             "--served-model-name", "m", "--port", str(PORT), "--host", "127.0.0.1",
+             "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager",
+             "--disable-hybrid-kv-cache-manager", "--block-size", str(BLOCK_TOKENS),
+             "--max-num-batched-tokens", "512",
+             "--num-gpu-blocks-override", str(KV_TOKENS // BLOCK_TOKENS), *extra],
+            env=engine_environment(
+                VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
+                VLLM_CPU_OMP_THREADS_BIND="nobind",
+            ),
+            stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
+                        break
+                except OSError:
+                    time.sleep(0.5)
+            assert process.poll() is None, "the server has ended"
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+
+class Sessions:
+    """All sessions of one run, and what they saw."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.first: list[float] = []
+        self.between: list[float] = []
+        self.tokens = 0
+        self._lock = threading.Lock()
+
+    def run(self) -> float:
+        """Run all at once; seconds."""
+        begun_s = time.perf_counter()
+        threads = [threading.Thread(target=self._session, args=(i,)) for i in range(SESSIONS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - begun_s
+
+    def _session(self, number: int) -> None:
+        ids = prompt_of(self.seed + number, FIRST_TOKENS)
+        for turn in range(TURNS):
+            ids += self._turn(ids)
+            ids += prompt_of(5000 + self.seed + 10 * number + turn, TURN_TOKENS)
+
+    def _turn(self, ids: list[int]) -> list[int]:
+        body = {
+            "model": "m", "prompt": ids, "max_tokens": ANSWER_TOKENS, "temperature": 0,
+            "stream": True, "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{PORT}/v1/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        answer: list[int] = []
+        last_s = begun_s = time.perf_counter()
+        with urllib.request.urlopen(request) as stream:
+            for line in stream:
+                if not line.startswith(b"data: {"):
+                    continue
+                now_s = time.perf_counter()
+                with self._lock:
+                    if last_s == begun_s:
+                        self.first.append(now_s - begun_s)
+                    else:
+                        self.between.append(now_s - last_s)
+                    self.tokens += 1
+                last_s = now_s
+                answer += json.loads(line[6:])["choices"][0].get("token_ids") or []
+        return answer
+
+
+def agents(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Throughput and latency with and without the connector, turn about."""
+    found: dict[str, list[dict[str, float]]] = {"twfs": [], "none": []}
+    with running_daemon(folder / "w", device_bytes=4 << 30) as daemon:
+        for number in range(rounds):
+            for name, config in (("none", None), ("twfs", transfer_config(daemon.socket))):
+                with server(model, config):
+                    sessions = Sessions(100 * (number + 1))
+                    seconds = sessions.run()
+                first, between = sorted(sessions.first), sorted(sessions.between)
+                found[name].append(
+                    {
+                        "output_tokens_per_s": sessions.tokens / seconds,
+                        "ttft_p50_s": statistics.median(first),
+                        "ttft_p99_s": first[int(0.99 * len(first))],
+                        "itl_p50_s": statistics.median(between),
+                        "itl_p99_s": between[int(0.99 * len(between))],
+                    }
+                )
+    return {
+        "sessions": SESSIONS, "turns": TURNS, "kv_tokens": KV_TOKENS, "rounds": rounds,
+        **{
+            name: {key: spread([run[key] for run in runs]) for key in runs[0]}
+            for name, runs in found.items()
+        },
+    }  # fmt: skip
+
+
+def scheduler(folder: Path, steps: int) -> list[Any]:
+    """What bench_scheduler.py finds in the engine's environment."""
+    with running_daemon(folder / "w", device_bytes=2 << 30) as daemon:
+        done = subprocess.run(
+            [engine_python("vllm"), Path(__file__).with_name("bench_scheduler.py"), daemon.socket,
+             "--steps", str(steps)],
+            check=True, env=engine_environment(), stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def main() -> None:
+    """Measure one of them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["ttft", "agents", "scheduler"])
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="twfs-bench-", dir=given.folder))
+    try:
+        if given.what == "scheduler":
+            result: Any = scheduler(folder, given.rounds or 1000)
+        else:
+            model = random_model("vllm", folder / "model", 0, LAYERS, HIDDEN)
+            measure, rounds = (ttft, 7) if given.what == "ttft" else (agents, 3)
+            result = measure(model, folder, given.rounds or rounds)
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
