@@ -195,6 +195,7 @@ def _tenants(
             "curve": [
                 {"bytes": each, "hit_rate": found.hits(each, share["asked_tokens"], where)}
                 for each in capacities
+                if where.any()
             ],
         })  # fmt: skip
     return rows

@@ -23,6 +23,7 @@ from twfs.units import ALIGN
 ROWS_MAX: Final = 400_000  # looked at, one after the other: some 20 s
 SAMPLES_MAX: Final = 6_000_000  # looked at: 0.5 GB
 NEVER: Final = np.inf  # the distance of a block that was not used before
+USUAL_DEVIATIONS: Final = 1.5  # from how many uses a sample should have; found on three traces
 CONTINUES_PARTS: Final = 2  # a chain that shares half of what the one before had is its session
 
 Floats = npt.NDArray[np.float64]
@@ -37,6 +38,7 @@ class Distances:
     bytes: Floats  # (a,) NEVER if the block was not used before
     tokens: Floats  # (a,) that each sample stands for
     row: Ints  # (a,) whose it is
+    block: Ints  # (a,) which block it is, as a small number
     size: Floats  # (a,) bytes of the block itself
     found: Bools  # (a,) it was held when it was asked for
     session: Ints  # (n,) rows that went on where another ended have its number
@@ -48,13 +50,24 @@ class Distances:
     ) -> float:
         """The part of *asked_tokens* that an LRU of that capacity holds; of the samples *where*.
 
-        What is estimated are the misses, of which no block has many. A block that all requests
-        begin with may be sampled or not; what is known exactly is how many tokens were asked for.
+        A sample has a bit more or less of all uses than its rate; how much is known exactly. Of
+        what is usual for a sample of these blocks the same part are hits as of them (a regression
+        on the uses of each block). More is missing if a block that very many requests begin with
+        is not in the sample: those are hits. 0 if there are no samples.
         """
+        tokens, blocks = self.tokens[where], self.block[where]
+        if not len(tokens) or not asked_tokens:
+            return 0.0
         needed = self.bytes[where] + self.size[where]
-        missed = (needed > capacity_bytes) | np.isinf(needed)
-        tokens = float(self.tokens[where][missed].sum()) / self.rate
-        return min(1.0, max(0.0, 1 - tokens / asked_tokens)) if asked_tokens else 0.0
+        held = (needed <= capacity_bytes) & np.isfinite(needed)
+        uses = np.bincount(blocks, weights=tokens)
+        hits = np.bincount(blocks, weights=tokens * held, minlength=len(uses))
+        spread = float(uses @ uses)
+        off = asked_tokens - float(uses.sum()) / self.rate
+        usual = USUAL_DEVIATIONS * (spread * (1 - self.rate)) ** 0.5 / self.rate
+        ordinary = max(-usual, min(usual, off))
+        found = float(hits.sum()) / self.rate + float(uses @ hits) / spread * ordinary
+        return float(min(1.0, max(0.0, (found + off - ordinary) / asked_tokens)))
 
 
 def within_bounds(record: Group) -> Group:
@@ -125,7 +138,8 @@ class _Stack:
         mine = owner[asked]
         found = index[asked] < rows["stop"][mine]
         return Distances(
-            distances[asked], rows["tokens"][mine].astype(np.float64), mine, self._size[mine],
+            distances[asked], rows["tokens"][mine].astype(np.float64), mine, self._block[asked],
+            self._size[mine],
             found, self._session, self._footprint * self._scale, 1 / self._scale,
         )  # fmt: skip
 

@@ -248,16 +248,16 @@ def test_the_warehouse_notes_matches_puts_and_touches(scratch: Path) -> None:
         assert warehouse.statistics()["record"]["bytes"] > 0
     with Warehouse.open(scratch) as warehouse, warehouse.match(warehouse.open_model("m"), names):
         pass
-    found = read_record(scratch / "record")
+    noted = read_record(scratch / "record")
     columns = ["kind", "start", "stop", "count", "samples"]
-    assert [tuple(row) for row in found.rows[columns].tolist()] == [
+    assert [tuple(row) for row in noted.rows[columns].tolist()] == [
         (Kind.MATCH, 0, 0, 6, 6),
         (Kind.MATCH, 2, 6, 6, 6),
         (Kind.PUT, 0, 0, 3, 3),
         (Kind.TOUCH, 0, 0, 5, 5),
         (Kind.MATCH, 0, 6, 6, 6),
     ]
-    assert found.written_bytes == 9 * 8192
+    assert noted.written_bytes == 9 * 8192
 
 
 def test_a_new_warehouse_has_no_record_of_the_one_before(scratch: Path) -> None:

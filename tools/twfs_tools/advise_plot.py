@@ -21,7 +21,8 @@ def draw(path: Path, document: Mapping[str, Any]) -> None:
     curve = document["curve"]
     sizes = [each["bytes"] for each in curve]
     axes.plot(sizes, [100 * each["hit_rate"] for each in curve], marker="o", label="all")
-    tenants = sorted(document["tenants"], key=lambda each: -each["asked_tokens"])
+    tenants = [each for each in document["tenants"] if each["curve"]]
+    tenants.sort(key=lambda each: -each["asked_tokens"])
     if len(tenants) > 1:
         for tenant in tenants[:TENANTS_MAX]:
             rates = [100 * each["hit_rate"] for each in tenant["curve"]]
