@@ -21,7 +21,7 @@ from twfs.tables import TABLES
 from twfs.units import ALIGN, EXTENTS_MAX, NAME_BYTES_MAX
 
 DOCUMENT = Path(next(iter(twfs.__path__)), "FORMAT.md").read_text()
-RECORDS = ("SUPERBLOCK", "ROSTER", "EXTENT", "HEADER", "BLOCK_KEY", "BLOCK_FIXED")
+RECORDS = ("SUPERBLOCK", "ROSTER", "EXTENT", "HEADER", "BLOCK_KEY", "BLOCK_FIXED", "SESSION")
 SEALED = ("SUPERBLOCK", "HEADER")  # padded to 4 KiB, with a sum in the last 8 bytes
 INVARIANT = re.compile(r"^\| I(\d+) \| (.+) \|$", re.MULTILINE)
 

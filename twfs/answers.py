@@ -36,6 +36,7 @@ from twfs.messages import (
     Operate,
     Operated,
     RemoveSession,
+    RetainNamed,
     RetainSession,
     SessionRows,
     SpaceFigures,
@@ -125,6 +126,12 @@ def _retain(warehouse: Permitted, request: RetainSession) -> AnyReply:
     return Done(request.id)
 
 
+def _retain_named(warehouse: Permitted, request: RetainNamed) -> AnyReply:
+    model = ModelId(request.model)
+    warehouse.retain(model, request.session, request.retention, tenant=request.tenant)
+    return Done(request.id)
+
+
 def _forget(warehouse: Permitted, request: ForgetSession) -> AnyReply:
     freed = warehouse.forget_session(ModelId(request.model), request.session, request.tenant)
     return Counted(request.id, freed)
@@ -172,6 +179,7 @@ ANSWERS: Final[Mapping[type[Any], Callable[[Permitted, Any], AnyReply]]] = {
     InfoOfBlock: _info,
     RemoveSession: _remove,
     RetainSession: _retain,
+    RetainNamed: _retain_named,
     ForgetSession: _forget,
     EvictBytes: _evict,
     ExplainNames: _explain,

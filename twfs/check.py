@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from twfs.covering import flaws, wrong_in_memory
 from twfs.proving import prove_headers, prove_payloads
 from twfs.records import Superblock
 from twfs.roster import newest_roster
@@ -27,7 +28,7 @@ from twfs.snapshot import (
     take_snapshot,
 )
 from twfs.store import CheckReport, Finding
-from twfs.subject import Subject
+from twfs.subject import Live, Subject
 from twfs.units import ALIGN, EXTENTS_MAX
 
 FINDINGS_MAX: Final = 1000  # of one run; who has more needs no more of them
@@ -328,6 +329,17 @@ def roster_agrees(subject: Subject, taken: Snapshot) -> Iterator[str]:
             yield f"the roster has model {name} {_epoch(has)}, the metadata {_epoch(wanted)}"
 
 
+def sessions_end_somewhere(_: Subject, taken: Snapshot) -> Iterator[str]:
+    """I23: a session ends at a block that stands for its prefix hash; the ends say where."""
+    yield from flaws(taken)
+
+
+def classes_are_highest(subject: Subject, taken: Snapshot) -> Iterator[str]:
+    """I24: in memory a block has the highest class of the sessions over it."""
+    if isinstance(subject, Live):
+        yield from wrong_in_memory(subject.core, taken)
+
+
 def _epoch(of: tuple[int, bytes] | None) -> str:
     """An epoch and layout in words."""
     return "not" if of is None else f"in epoch {of[0]} with layout {of[1].hex()[:8]}"
@@ -351,6 +363,8 @@ INVARIANTS: Final[dict[int, Callable[[Subject, Snapshot], Iterator[str]]]] = {
     15: free_runs_are_merged,
     16: chains_have_no_gap,
     22: roster_agrees,
+    23: sessions_end_somewhere,
+    24: classes_are_highest,
 }
 DATA_INVARIANT: Final = 12  # reads every payload: only when asked to
 

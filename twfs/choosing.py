@@ -9,7 +9,7 @@ beginning, and each again when its turn has come. One that was used meanwhile st
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -17,7 +17,8 @@ import numpy as np
 from twfs import quotas
 from twfs import slots as states
 from twfs.core import Core
-from twfs.ranking import NEVER, STANDARD, Ranks, ranks
+from twfs.ranking import EXPIRED, NEVER, Ranks, only, ranks
+from twfs.retention import PINNED, expired
 from twfs.scoring import LRU, Policy
 from twfs.slots import IntArray, Slots
 from twfs.units import ALIGN
@@ -34,6 +35,7 @@ class Order:
     rank: Ranks  # by slot
     policy: Policy
     now_ms: int
+    pinned_too: bool = False
 
     @staticmethod
     def of(core: Core) -> "Order":
@@ -44,7 +46,7 @@ class Order:
     @staticmethod
     def none(slots: Slots) -> "Order":
         """All may go, the least recently used first."""
-        return Order(np.zeros(len(slots), np.uint8), LRU, 0)
+        return Order(np.zeros(len(slots), np.uint8), LRU, 0, pinned_too=True)
 
 
 @dataclass(slots=True)
@@ -67,9 +69,10 @@ def victims(
 ) -> Iterator[int]:
     """Condemn slots worth *wanted_bytes* one by one, in order. Hold the lock at each step.
 
-    What no match reaches first, then blocks of the tenants that hold most for their weight (see
-    quotas.py), or with *payer* only what that tenant is charged for. None goes for a *newcomer* of
-    the same rank and no higher score, but those by which another tenant is above its share.
+    What no match reaches and what is expired first, then blocks of the tenants that hold most for
+    their weight (see quotas.py), or with *payer* only what that tenant is charged for. None goes
+    for a *newcomer* of the same rank and no higher score, but those by which another tenant is
+    above its share.
     """
     core.expire()
     leaves, slots = core.slots.leaves(), core.slots
@@ -106,7 +109,7 @@ def _choose_fairly(
             found.append(slot)
             yield slot
 
-    useless = leaves[order.rank[leaves] < STANDARD]
+    useless = leaves[order.rank[leaves] <= EXPIRED]
     if len(useless):
         yield from taken(_choose(core, useless, order, bytes_max=wanted_bytes))
         wanted_bytes -= _room_bytes(core, found)
@@ -133,6 +136,13 @@ def _room_bytes(core: Core, victims: list[int]) -> int:
     dry = list(core.standings.dry) if core.allocator.allotted_bytes else []
     made = ~np.isin(core.slots.device[victims], dry)
     return int(core.slots.units[victims][made].sum()) * ALIGN
+
+
+def choose_expired(core: Core, leaves: IntArray, blocks_max: int) -> list[int]:
+    """Condemn up to *blocks_max* of *leaves*, and of what is above them, whose time is over."""
+    order = Order.of(core)
+    over = only(order.rank, expired(core.slots, core.terms, order.now_ms))
+    return list(_choose(core, leaves, replace(order, rank=over), blocks_max=blocks_max))
 
 
 def choose_blocks(core: Core, leaves: IntArray, blocks_max: int) -> list[int]:
@@ -166,7 +176,9 @@ def _choose(
             newcomer.kept_out = True
             break
         slot = turn[3]
-        if not _may_go(slots, slot, turn, missing):
+        if not _may_go(slots, slot, turn, missing) or (
+            slots.retention[slot] == PINNED and not order.pinned_too  # since the order was made
+        ):
             continue
         slots.state[slot] = states.CONDEMNED
         if slots.device[slot] not in dry:  # what is freed there makes no room

@@ -30,12 +30,15 @@ from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed
 from twfs.extents import Allocator
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
-from twfs.limbo import Freed, Left
+from twfs.limbo import Freed, Left, unpin_left
 from twfs.metadata import After, Job, Metadata
 from twfs.recording import Recorder
 from twfs.records import BlockKey, Extent
+from twfs.retention import Promises, Terms
 from twfs.roster import Roster, write_roster
 from twfs.scoring import Policy, policy_of
+from twfs.sessions import Covered, SessionKey, Touch
+from twfs.siblings import is_alone, share_classes
 from twfs.slots import Slots
 from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
@@ -64,6 +67,12 @@ class Core:
     lock: threading.RLock  # the one that guards the standings too
     clock: Clock = wall_ms
     config: Config = field(default_factory=Config)
+    terms: Terms = field(init=False)
+    promises: Promises = field(default_factory=Promises)
+    promised_bytes: int = 0  # of pins under way, which the arrays do not show yet
+    unkept: set[SessionKey] = field(default_factory=set)  # their class is to enter the roster
+    asked: dict[SessionKey, Touch] = field(default_factory=dict)  # by touches, not committed yet
+    next_expiry_ms: int = 0  # no block's time to live is over before that
     models: dict[ModelId, ModelRecord] = field(default_factory=dict)
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
@@ -91,6 +100,7 @@ class Core:
     _pins: int = 0
 
     def __post_init__(self) -> None:
+        self.terms = Terms.of(self.config)
         given = self.config.eviction
         self.policy = policy_of(given.policy, given.attention_tokens)
         self.gate = Gate(self.config.admission, self.allocator.total_bytes, self.clock)
@@ -262,13 +272,32 @@ class Core:
                 self._enter_one(entered, now_ms)
             self.leave_places(published.replaced)
             self.counters.replaced_blocks += len(published.replaced)
+            changed: list[int] = []
             for child, parent in published.adopted:
                 if self.slots.parent[child] == slots.NONE:
-                    self.slots.adopt(child, parent)
+                    changed += self.slots.adopt(child, parent)
             if published.attached:
                 self.slots.detached[published.attached] = False
             self.slots.move_heads(published.heads.added, published.heads.dropped)
+            self.cover(published.covered, changed, [each.key for each in published.entered])
             self.changes += 1
+
+    def cover(
+        self, covered: Covered, changed: Sequence[int] = (), entered: Sequence[BlockKey] = (),
+        gone: Sequence[BlockKey] = (),
+    ) -> None:  # fmt: skip
+        """Let classes follow what a transaction changed of sessions. Hold the lock.
+
+        *changed* are slots whose class did so already, *entered* and *gone* blocks new and removed.
+        """
+        moved = [*changed, *self.slots.cover(covered.marks)]
+        if any(not is_alone(model) for model in self.models.values()):
+            with self.metadata.read() as view:
+                share_classes(view, self.slots, self.models, moved, entered=entered, gone=gone)
+        self.counters.refused_sessions += covered.refused
+        self.unkept.update(covered.unkept)
+        if moved:
+            self.next_expiry_ms = 0
 
     def _enter_one(self, entered: ledger.Entered, now_ms: Millis) -> None:
         block = entered.block
@@ -290,7 +319,11 @@ class Core:
     def leave(self, removed: ledger.Removed, *, evicted: bool) -> None:
         """Let memory follow a removal that is committed; its space waits for `free_space`."""
         with self.lock:
+            if evicted and removed.blocks and self.is_current(removed.blocks[0][0].model):
+                gone = [int(block.slot) for _, block in removed.blocks]
+                self.promises.judge(self.slots, self.terms, gone, self.clock())
             self.slots.move_heads(removed.heads.added, removed.heads.dropped)
+            self.cover(removed.covered, gone=[key for key, _ in removed.blocks])
             for key in removed.kept:
                 self._spare(key)
             over = Freed()  # limbo whose last lease ended while the commit was under way
@@ -353,7 +386,7 @@ class Core:
         over = Freed()
         for slot in pinned.tolist():
             if slot in self.left:
-                over.extents += self._unpin_left(slot, pin)
+                over.extents += unpin_left(self.left, slot, pin)
             if slot in self.limbo and self.slots.leases[slot] == 0:
                 self._add_freed(over, slot, self.limbo.pop(slot))
                 self.slots.give_back(slot)
@@ -373,22 +406,6 @@ class Core:
             else:
                 over.extents += extents
         self._free_limbo(over)
-
-    def _unpin_left(self, slot: int, pin: int) -> list[Extent]:
-        """Count *pin* off the places left by *slot*'s block; returns those nobody reads now."""
-        over: list[Extent] = []
-        kept = []
-        for left in self.left[slot]:
-            left.holders -= pin <= left.last_pin
-            if left.holders:
-                kept.append(left)
-            else:
-                over += left.extents
-        if kept:
-            self.left[slot] = kept
-        else:
-            del self.left[slot]
-        return over
 
     def _free_limbo(self, over: Freed) -> None:
         """Queue the end of *over*'s time in limbo; it is free once that is certain (I19)."""
@@ -464,7 +481,7 @@ class Core:
                     for block in map(view.block, keys)
                     if block is not None and self.slots.leases[block.slot]
                 )
-            return ledger.remove(view, model, keys, to_limbo=leased)
+            return ledger.remove(view, model, keys, to_limbo=leased, over=not evicted)
 
         def spare(ended: "Future[ledger.Removed]") -> None:
             if ended.exception() is not None:

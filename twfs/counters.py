@@ -28,6 +28,12 @@ class Counters:
     evicted_bytes: int = 0
     removed_blocks: int = 0
     erased_blocks: int = 0  # of these two: headers overwritten
+    expired_blocks: int = 0  # of those evicted: their time to live was over, and nobody wanted room
+    refused_sessions: int = 0  # not entered: there are too many
+    touched_sessions: int = 0
+    lost_touches: int = 0  # what they said of sessions, not what they said of uses
+    forgotten_sessions: int = 0
+    unkept_classes: int = 0  # could not be written to the devices: a rebuild would lose them
     holes: int = 0
     moved_blocks: int = 0
     moved_bytes: int = 0
@@ -35,3 +41,17 @@ class Counters:
     reports: int = 0
     mount_reads: int = 0
     mount_read_bytes: int = 0
+
+    def count_put(
+        self, *, published: int, present: int, collisions: int, failed: int, no_room: int,
+        over_quota: int, written_bytes: int,
+    ) -> None:  # fmt: skip
+        """Add what became of the blocks of one put."""
+        self.puts += 1
+        self.published_blocks += published
+        self.present_blocks += present
+        self.collisions += collisions
+        self.failed_blocks += failed
+        self.no_room_blocks += no_room
+        self.over_quota_blocks += over_quota
+        self.written_bytes += written_bytes

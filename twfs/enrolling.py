@@ -3,7 +3,7 @@
 Also the look at both when a warehouse is opened. All of it blocks.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from uuid import UUID
 
@@ -13,9 +13,11 @@ from twfs.device import Device
 from twfs.errors import CorruptMetadata
 from twfs.layout import Layout
 from twfs.metadata import Metadata
-from twfs.roster import Roster, RosterModel, rosters_of, write_roster
+from twfs.roster import Roster, RosterClass, RosterModel, rosters_of, write_roster
+from twfs.sessions import Ends, Session, SessionKey, enter, every, find
 from twfs.tables import LENGTH, ModelRecord, ReadView, WriteView
 from twfs.tenants import Tenants, pack_tenants, unpack_tenants
+from twfs.units import ModelId
 
 
 def enter_model(core: Core, name: str, layout: Layout, *, anew: bool) -> ModelRecord:
@@ -58,7 +60,10 @@ def enter_tenants(core: Core, change: Callable[[Roster], Roster]) -> None:
 
 
 def roster_of(view: ReadView, sequence: int, before: Roster) -> Roster:
-    """The roster that says what the metadata says; tenants and numbers are those of *before*."""
+    """The roster that says what the metadata says; tenants and numbers are those of *before*.
+
+    Of the classes it has those that are kept for sessions which are there still.
+    """
     newest: dict[str, ModelRecord] = {}
     for record in view.models():
         if record.name not in newest or newest[record.name].epoch < record.epoch:
@@ -72,7 +77,46 @@ def roster_of(view: ReadView, sequence: int, before: Roster) -> Roster:
             RosterModel(name, record.epoch, record.layout, record.created_ms)
             for name, record in sorted(newest.items())
         ),
+        classes=_classes_of(view, newest),
     )
+
+
+def _classes_of(view: ReadView, newest: dict[str, ModelRecord]) -> tuple[RosterClass, ...]:
+    """The classes that the roster keeps, of models in their present epoch."""
+    names = {record.id: record.name for record in newest.values()}
+    found = [
+        RosterClass(
+            names[key.model], key.tenant, key.id.decode() if key.named else "", session.head,
+            session.retention,
+        )
+        for key, session in every(view)
+        if session.kept and key.model in names
+    ]  # fmt: skip
+    return tuple(sorted(found, key=RosterClass.place))
+
+
+def enter_classes(view: WriteView, classes: Iterable[RosterClass]) -> None:
+    """Give sessions the classes that a roster says; those that are not there begin where it says.
+
+    A row whose block is gone says nothing. A session that has gone on since keeps its place.
+    """
+    records = {record.id: record for record in view.models()}
+    for row in classes:
+        record = records.get(view.model_id(row.model) or ModelId(0))
+        if record is None:
+            continue
+        ends = Ends.of(view, record)
+        key = (
+            SessionKey.of(record.id, row.tenant, row.session)
+            if row.session
+            else SessionKey.without_id(record.id, row.tenant, row.head)
+        )
+        before = find(view, key)
+        head = row.head if before is None else before.head
+        block = ends.standing(head)
+        if block is not None and (row.session or block.tenant == row.tenant):
+            used_ms = 0 if before is None else before.used_ms
+            enter(view, key, Session(head, row.retention, kept=True, used_ms=used_ms))
 
 
 def settle(
@@ -142,7 +186,7 @@ def _with_tenants(view: ReadView, found: Roster | None, known: int) -> Roster:
 
 
 def _take_over(view: WriteView, roster: Roster) -> None:
-    """Let the metadata have the epochs and number ends of *roster*, and its sequence."""
+    """Let the metadata have the epochs, classes and number ends of *roster*, and its sequence."""
     for model in roster.models:
         record = next(
             (
@@ -154,6 +198,7 @@ def _take_over(view: WriteView, roster: Roster) -> None:
         )
         if record is not None:
             ledger.next_model(view, model.name, record.layout, model.created_ms, anew=True)
+    enter_classes(view, roster.classes)
     for name, end in (("generation", roster.generation_end), ("ino", roster.ino_end)):
         view.set_counter(name, max(view.counter(name), end))
     view.set_meta("roster", LENGTH.pack(roster.sequence))

@@ -110,6 +110,12 @@ class WarehouseFull(TwfsError):
     exit_code = 14
 
 
+class PromiseRefused(WarehouseFull):
+    """More would be pinned than may be: what was asked for is not promised, and not done."""
+
+    exit_code = 35
+
+
 class QuotaExceeded(WarehouseFull):
     """A tenant is at its quota, and nothing of its own may be evicted to make room for a put."""
 

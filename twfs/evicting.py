@@ -14,17 +14,19 @@ import numpy as np
 
 from twfs import ledger, quotas, sharing
 from twfs import slots as states
-from twfs.choosing import Newcomer, choose_blocks, victims
+from twfs.choosing import Newcomer, choose_blocks, choose_expired, victims
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
 from twfs.layout import Layout
 from twfs.payload import read_payload
 from twfs.records import Block, BlockKey
+from twfs.retention import PINNED
 from twfs.tables import ReadView, WriteView
 from twfs.units import ByteCount, ModelId, PrefixHash
 
 VICTIMS_PER_COMMIT: Final = 2048  # about 30 ms of transaction: readers of the tables never notice
 LOW_WATER_PARTS: Final = 256  # of the space, kept free ahead of demand: what is free holds nothing
+LOOK_MS_MAX: Final = 60_000  # between two looks for blocks whose time to live is over
 LOW_WATER_BYTES_MAX: Final = 8 << 30
 
 
@@ -115,6 +117,36 @@ def _one_done(core: Core) -> None:
         core.evicting -= 1
 
 
+def sweep_expired(core: Core) -> "list[Future[ledger.Removed]]":
+    """Begin to evict blocks whose time to live is over; a transaction's worth of them.
+
+    Between two looks that found something it only asks the clock. Blocks of devices that are
+    offline stay: they make no room, and are found again.
+    """
+    with core.lock:
+        now_ms = core.clock()
+        if now_ms < core.next_expiry_ms or core.evicting:
+            return []
+        core.expire()
+        slots = core.slots
+        leaves = slots.leaves()
+        there = ~np.isin(slots.device[leaves], list(core.standings.offline))
+        leaves = leaves[there & (slots.retention[leaves] != PINNED)]
+        ends = core.terms.ends(slots, leaves)
+        over = ends <= np.uint64(now_ms)
+        core.next_expiry_ms = now_ms + LOOK_MS_MAX
+        if not over.any():
+            if len(ends):
+                core.next_expiry_ms = min(core.next_expiry_ms, int(ends.min()))
+            return []
+        core.next_expiry_ms = 0
+        gone = choose_expired(core, leaves[over], VICTIMS_PER_COMMIT)
+        core.counters.expired_blocks += len(gone)
+        keys = [slots.key_of(slot) for slot in gone]
+        keys.sort(key=lambda key: key.model)
+        return submit_condemned(core, keys, evicted=True)
+
+
 def keep_quota(core: Core, tenant: int) -> None:
     """Begin to evict of *tenant* in the background if its quota is nearly used up, or was cut."""
 
@@ -155,7 +187,7 @@ def keep_quotas(core: Core) -> None:
 def remove_session(
     core: Core, model: ModelId, head: PrefixHash, *, erase: bool = False, below: bool = False
 ) -> ByteCount:
-    """Unpublish a session from the tail up, every block that no other head uses.
+    """Unpublish a session from the tail up, every block that no other session uses.
 
     What hangs below them (incomplete, so under no head) goes too. With *below* it is the block
     *head*, which need be none, and what goes on from it. Leased blocks wait in limbo.
@@ -176,7 +208,7 @@ def remove_session(
                 else [
                     core.slots.key_of(slot).prefix_hash
                     for slot in core.slots.ancestors(block.slot)
-                    if core.slots.links[slot] == 1 and core.slots.state[slot] == states.LIVE
+                    if core.slots.over[slot].sum() == 1 and core.slots.state[slot] == states.LIVE
                 ]
             )
             keys = [

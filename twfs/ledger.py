@@ -7,16 +7,18 @@ nothing but the view.
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from itertools import takewhile
+from typing import Any
 
 from twfs.errors import StaleEpoch
 from twfs.layout import GroupKind, Layout
 from twfs.records import Block, BlockKey, Extent
+from twfs.sessions import NO_PARENT as NO_PARENT  # noqa: PLC0414 - of records
+from twfs.sessions import Covered, Ends, Request
 from twfs.store import PutOutcome
 from twfs.tables import ModelRecord, WriteView
 from twfs.units import ByteCount, Generation, Millis, ModelId, PrefixHash
 
-NO_PARENT: Final = bytes(16)
 Follows = Callable[[int, int], bool]  # of a parent's tenant and its child's
 
 
@@ -26,6 +28,8 @@ class HeadMoves:
 
     added: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
+    ceased: list[PrefixHash] = field(default_factory=list)  # of those dropped, by growth
+    fresh: list[PrefixHash] = field(default_factory=list)  # of those added, by growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class Published:
     heads: HeadMoves = field(default_factory=HeadMoves)
     replaced: list[tuple[int, tuple[Extent, ...]]] = field(default_factory=list)  # slot, old place
     also: Any = None  # the result of what else the transaction did
+    covered: Covered = field(default_factory=Covered)
 
 
 @dataclass(slots=True)
@@ -60,6 +65,7 @@ class Removed:
     limbo: set[int] = field(default_factory=set)  # slots whose extents a lease may still read
     erase: list[Extent] = field(default_factory=list)  # begin with headers to be overwritten
     heads: HeadMoves = field(default_factory=HeadMoves)
+    covered: Covered = field(default_factory=Covered)
 
 
 def starts_chain(block: Block, layout: Layout) -> bool:
@@ -110,6 +116,7 @@ class _Chains:
         self.id = model.id
         self.layout = model.layout
         self.heads = heads
+        self.ends = Ends.of(view, model)
         self._required = required(model.layout)
         # Blocks entered in this transaction: the next one's parent need not be read back.
         self.recent: dict[PrefixHash, Block] = {}
@@ -147,10 +154,14 @@ class _Chains:
             self.id, prefix_hash
         ):
             self.heads.added.append(block.slot)
+            self.heads.fresh.append(prefix_hash)
+            self.ends.look(prefix_hash, block)
         if not starts_chain(block, self.layout) and self.view.drop_head(self.id, block.parent):
             parent = self.standing(block.parent)
             assert parent is not None, block.parent
             self.heads.dropped.append(parent.slot)
+            self.heads.ceased.append(block.parent)
+            self.ends.look(block.parent, parent)
 
     def attach(self, key: BlockKey) -> list[tuple[BlockKey, Block]]:
         """Clear the detached flag of all that hangs below *key*; returns those blocks."""
@@ -173,6 +184,7 @@ class _Chains:
 def publish(
     view: WriteView, model: ModelRecord, candidates: Sequence[tuple[BlockKey, Block]],
     offline: Collection[int] = (), follows: Follows = same_tenant,
+    *, asked: Request | None = None,
 ) -> Published:  # fmt: skip
     """Make *candidates* (of one group and shard) visible, in chain order; one outcome each.
 
@@ -180,7 +192,9 @@ def publish(
     COLLISION; but one on a device of *offline* is replaced as if it were a hole, and its old place
     goes to limbo. *follows* tells whether a block of a tenant may hang below one of another. What
     would make the tree untrue (itself its parent, a position not behind its
-    parent's) is FAILED. StaleEpoch if the epoch has ended since the put began.
+    parent's) is FAILED. Sessions without id go on with their chains, and that of *asked* moves to
+    the last of its blocks, but for those of this put that came to nothing. StaleEpoch if the epoch
+    has ended since the put began.
     """
     if view.model_id(model.name) != model.id:
         raise StaleEpoch(
@@ -207,6 +221,18 @@ def publish(
         # Where one block makes complete, the middle of a chain of this batch has nothing to settle.
         if not (simple and prefix_hash in inner and parent_of.get(prefix_hash) in parent_of):
             chains.settle(prefix_hash)
+    for ceased in done.heads.ceased:
+        chains.ends.grow(ceased, done.heads.fresh)
+    if asked is not None:
+        good = {PutOutcome.PUBLISHED, PutOutcome.PRESENT}
+        bad = {
+            key.prefix_hash
+            for (key, _), outcome in zip(candidates, done.outcomes, strict=True)
+            if outcome not in good
+        }
+        reach = list(takewhile(lambda head: head not in bad, asked.reach))
+        chains.ends.advance(replace(asked, reach=reach))
+    done.covered.note(chains.ends)
     return done
 
 
@@ -318,12 +344,14 @@ def _fits(
 
 
 def remove(
-    view: WriteView, model: ModelRecord, keys: Sequence[BlockKey], *, to_limbo: frozenset[int]
-) -> Removed:
+    view: WriteView, model: ModelRecord, keys: Sequence[BlockKey], *, to_limbo: frozenset[int],
+    over: bool = False,
+) -> Removed:  # fmt: skip
     """Take out blocks, those deeper in a chain first.
 
-    The extents of slots in *to_limbo* wait in limbo, all others are free. A block that has a child
-    is kept: its child was published after it was chosen.
+    The sessions that end there go up their chains; if *over*, as somebody wants them gone, they
+    end. The extents of slots in *to_limbo* wait in limbo, all others are free. A block that has a
+    child is kept: its child was published after it was chosen.
     """
     done = Removed()
     chains = _Chains(view, model, done.heads)
@@ -334,16 +362,20 @@ def remove(
             done.kept.append(key)
             continue
         standing = chains.standing(key.prefix_hash)
+        if standing is not None and key == chains.standing_key(key.prefix_hash):
+            chains.ends.lift(key.prefix_hash, standing, over=over)
         view.delete_block(key)
         # Without a block of a window or state group it is still complete, and so still a head.
         if not chains.complete(key.prefix_hash) and view.drop_head(key.model, key.prefix_hash):
             assert standing is not None, key
             done.heads.dropped.append(standing.slot)
+            chains.ends.look(key.prefix_hash, standing)
         if not starts_chain(block, model.layout):
             view.drop_child(key.at(block.parent), key.prefix_hash)
             above = chains.may_be_head(block.parent)
             if above is not None and view.add_head(key.model, block.parent):
                 done.heads.added.append(above.slot)
+                chains.ends.look(block.parent, above)
         if block.slot in to_limbo:
             done.limbo.add(block.slot)
             for extent in block.extents:
@@ -353,6 +385,8 @@ def remove(
         done.blocks.append((key, block))
     for run in merged(freed):
         view.add_free(run)
+    chains.ends.land()
+    done.covered.note(chains.ends)
     return done
 
 
@@ -429,24 +463,6 @@ def charge_to(view: WriteView, passed: Sequence[tuple[BlockKey, int, int]]) -> l
         if block is not None and same:
             view.put_block(key, replace(block, payer=0 if now == block.tenant else now))
     return done
-
-
-def set_retention(
-    view: WriteView, keys: Sequence[BlockKey], alone: set[PrefixHash], rank: int
-) -> list[tuple[int, int]]:
-    """Give blocks the class *rank*: exactly, where *alone* says so, at least, elsewhere.
-
-    Returns slot and class of those that changed.
-    """
-    changed = []
-    for key in keys:
-        block = view.block(key)
-        if block is not None:
-            wanted = rank if key.prefix_hash in alone else max(rank, block.retention)
-            if wanted != block.retention:
-                view.put_block(key, replace(block, retention=wanted))
-                changed.append((int(block.slot), wanted))
-    return changed
 
 
 def next_model(

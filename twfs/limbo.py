@@ -20,3 +20,20 @@ class Left:
     extents: tuple[Extent, ...]
     last_pin: int
     holders: int  # of these pins, how many have not ended
+
+
+def unpin_left(places: dict[int, list[Left]], slot: int, pin: int) -> list[Extent]:
+    """Count *pin* off the places left by *slot*'s block; returns those nobody reads now."""
+    over: list[Extent] = []
+    kept = []
+    for left in places[slot]:
+        left.holders -= pin <= left.last_pin
+        if left.holders:
+            kept.append(left)
+        else:
+            over += left.extents
+    if kept:
+        places[slot] = kept
+    else:
+        del places[slot]
+    return over

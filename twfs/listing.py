@@ -5,18 +5,19 @@ Reads only; short enough for an event loop, and in bounded pieces where there ma
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
-from twfs import ledger
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BlockGone, CorruptMetadata, InvalidInput, NoSuchBlock
 from twfs.payload import read_payload
 from twfs.records import TENANT, TENANT_OFFSET, Block, BlockKey
+from twfs.sessions import ending_at
 from twfs.store import BlockInfo, ModelInfo, Retention, SessionInfo, Space
-from twfs.tables import ReadView, WriteView
+from twfs.tables import ReadView
 from twfs.units import ALIGN, ByteCount, Millis, ModelId, PrefixHash, TokenCount
 
 PIECE_MAX: Final = 10_000  # heads or sessions of one answer
@@ -108,7 +109,13 @@ def chain_of(core: Core, model: ModelId, prefix_hash: PrefixHash) -> list[BlockI
                     block = view.block(key)
                     if block is not None:
                         found.append(
-                            BlockInfo(key, block, index, Millis(stamps[index]), links[index])
+                            BlockInfo(
+                                key,
+                                _as_now(core, block),
+                                index,
+                                Millis(stamps[index]),
+                                links[index],
+                            )
                         )
     return found
 
@@ -122,6 +129,12 @@ def block_info(core: Core, key: BlockKey) -> BlockInfo:
         return _info(core, view, key, block)
 
 
+def _as_now(core: Core, block: Block) -> Block:
+    """*block* with the class that it has now; its record has that of its publish."""
+    now = int(core.slots.retention[block.slot])
+    return block if now == block.retention else replace(block, retention=now)
+
+
 def _info(core: Core, view: ReadView, key: BlockKey, block: Block) -> BlockInfo:
     slots = core.slots
     layout = core.models[key.model].layout
@@ -129,7 +142,11 @@ def _info(core: Core, view: ReadView, key: BlockKey, block: Block) -> BlockInfo:
     slot = block.slot if standing is None else standing.slot
     depth = 0 if block.detached else len(slots.ancestors(slot)) - 1
     return BlockInfo(
-        key, block, depth, Millis(int(slots.stamp[block.slot])), max(1, int(slots.links[slot]))
+        key,
+        _as_now(core, block),
+        depth,
+        Millis(int(slots.stamp[block.slot])),
+        max(1, int(slots.links[slot])),
     )
 
 
@@ -185,8 +202,9 @@ def session(core: Core, model: ModelId, head: PrefixHash) -> SessionInfo:
             len(slots), ByteCount(payload), ByteCount(own),
             ByteCount(int(units.sum()) * ALIGN - own),
             Millis(int(core.slots.stamp[slots[-1]])), block.published_ms,
-            RETENTIONS[min(block.retention, len(RETENTIONS) - 1)],
+            RETENTIONS[int(core.slots.retention[slots[-1]])],
             core.tenants.name_of(block.tenant),
+            tuple(key.id.decode() for key in ending_at(view, model, head) if key.named),
         )  # fmt: skip
 
 
@@ -206,28 +224,6 @@ def _all_units(
                     units[place] += block.device_bytes // ALIGN
                     payload += block.payload_bytes
     return units, payload
-
-
-def set_retention(core: Core, model: ModelId, head: PrefixHash, retention: Retention) -> None:
-    """Give a session's blocks at least this class, and those under it alone exactly this.
-
-    NoSuchBlock, NoSuchModel, StaleEpoch.
-    """
-    with core.lock, core.metadata.read() as view:
-        slots = chain_slots(core, view, model, head)
-        alone = {core.slots.key_of(s).prefix_hash for s in slots if core.slots.links[s] <= 1}
-    keys = [info.key for info in chain_of(core, model, head)]
-
-    def job(write: WriteView) -> list[tuple[int, int]]:
-        return ledger.set_retention(write, keys, alone, retention.rank)
-
-    def after(changed: list[tuple[int, int]]) -> None:
-        with core.lock:
-            for slot, rank in changed:
-                core.slots.classify([slot], rank)
-            core.changes += 1
-
-    core.metadata.submit(job, after).result()
 
 
 def read_block(core: Core, info: BlockInfo) -> memoryview:
@@ -266,7 +262,11 @@ def space(core: Core) -> Space:
     with core.lock, core.metadata.read() as view:
         limbo = sum(extent.length for extent in view.runs("limbo"))
         here = len(core.slots)
-        free_to_go = (core.slots.state[:here] == states.LIVE) & (core.slots.leases[:here] == 0)
+        free_to_go = (
+            (core.slots.state[:here] == states.LIVE)
+            & (core.slots.leases[:here] == 0)
+            & (core.slots.retention[:here] != Retention.PINNED.rank)
+        )  # fmt: skip
         return Space(
             core.allocator.total_bytes,
             core.allocator.free_bytes,

@@ -30,12 +30,15 @@ from twfs.records import (
     TENANT_OFFSET,
     Block,
 )
+from twfs.retention import PINNED
+from twfs.sessions import STANDARD, Request, SessionKey, Touch
 from twfs.store import Explanation
 from twfs.tables import ReadView
 from twfs.tenants import EVERYBODY
-from twfs.units import ALIGN, ByteCount, ModelId, TokenCount
+from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash, TokenCount
 from twfs.using import note_touch
 
+TOUCHES_MAX: Final = 65_536  # of sessions, between two commits: a second's worth and more
 BATCH: Final = 512  # gets before looking whether the chain has ended
 
 
@@ -348,7 +351,7 @@ def touch_blocks(
     with core.lock:
         if not core.is_current(model):
             return
-        _, needed = gather(core, model, names, 0, tenant)
+        held, needed = gather(core, model, names, 0, tenant)
         used = [run.records["slot"] for run in needed if len(run.records)]
         if used:
             slots = np.concatenate(used)
@@ -358,6 +361,32 @@ def touch_blocks(
                 Kind.TOUCH, model, core.models[model].layout, names.hashes, tenant=tenant,
                 retention=int(core.slots.retention[slots[-1]]),
             )  # fmt: skip
+        if held and (hint.session or hint.retention is not None):
+            note_session(core, model, tenant, names.hash_at(held - 1), hint)
+
+
+def note_session(core: Core, model: ModelId, tenant: int, head: PrefixHash, hint: Hint) -> None:
+    """Remember what a touch says of its session, for one commit with many others. Hold the lock."""
+    named = bool(hint.session)
+    key = (
+        SessionKey.of(model, tenant, hint.session)
+        if named
+        else SessionKey.without_id(model, tenant, head)
+    )
+    if key not in core.asked and len(core.asked) >= TOUCHES_MAX:
+        core.counters.lost_touches += 1
+        return
+    before = core.asked.get(key)
+    wanted = None if hint.retention is None else hint.retention.rank
+    if wanted is None and before is not None:
+        wanted = before.wanted
+    # What is to be pinned has to be promised first: that is done when the class is set.
+    retention = STANDARD if wanted is None or wanted == PINNED else wanted
+    asked = Request(
+        tenant, hint.session, retention, [head], core.clock(), core.tenants.shares.get(tenant, 0),
+        only_named=True,
+    )  # fmt: skip
+    core.asked[key] = Touch(asked, wanted)
 
 
 def join_located(core: Core, token: bytes, owner: int) -> Located:

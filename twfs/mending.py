@@ -11,6 +11,7 @@ import numpy as np
 
 from twfs.charges import astray
 from twfs.check import RETENTION_MAX, layout_bytes
+from twfs.covering import meant_ends, sound_sessions
 from twfs.records import BLOCK_DTYPE, EXTENT, FLAG_DETACHED, FLAG_HOLE
 from twfs.roster import Roster
 from twfs.slots import KEY_BYTES, SLOTS_MAX, IntArray
@@ -76,6 +77,8 @@ def mended(
     meant.rows["flags"][wanted] |= np.uint8(FLAG_DETACHED)
     meant = replace(meant)
     meant.children, meant.heads = meant.meant_children(), meant.meant_heads(wanted)
+    meant.sessions = sound_sessions(meant)
+    meant.ends = meant_ends(meant.sessions)
     _lay_out(subject, taken, meant, verdicts)
     return meant
 
@@ -233,6 +236,14 @@ def differences(before: Snapshot, meant: Snapshot, verdicts: Verdicts, done: lis
         changes, done, "names",
         {name.encode(): MODEL_KEY.pack(number) for name, number in before.names.items()},
         {name.encode(): MODEL_KEY.pack(number) for name, number in meant.names.items()},
+    )  # fmt: skip
+    _pairs(
+        changes, done, "sessions",
+        {key.pack(): session.pack() for key, session in before.sessions.items()},
+        {key.pack(): session.pack() for key, session in meant.sessions.items()},
+    )  # fmt: skip
+    _pairs(
+        changes, done, "ends", dict.fromkeys(before.ends, b""), dict.fromkeys(meant.ends, b"")
     )  # fmt: skip
     for name in COUNTERS:
         if meant.counters[name] != before.counters[name]:

@@ -232,6 +232,15 @@ class RetainSession(Request, frozen=True):
     retention: Retention
 
 
+class RetainNamed(Request, frozen=True):
+    """Namespace.retain."""
+
+    model: U32
+    session: SessionName
+    retention: Retention
+    tenant: U16 = EVERYBODY
+
+
 class EvictBytes(Request, frozen=True):
     """Namespace.evict."""
 
@@ -430,7 +439,7 @@ AnyRequest = (
     | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut | ListModels
     | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
     | RemoveSession | RetainSession | EvictBytes | ExplainNames | AskSpace | CheckAll | AskStatus
-    | AskChanges | AskDevices | Operate | ForgetSession
+    | AskChanges | AskDevices | Operate | ForgetSession | RetainNamed
 )  # fmt: skip
 AnyReply = (
     Welcome | DeviceTable | Failed | Done | Opened | Counted | LocatedBlocks | PutBegun | PutDone

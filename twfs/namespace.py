@@ -11,15 +11,17 @@ from typing import Any
 
 import msgspec
 
-from twfs import check, evicting, listing, matching, metering
+from twfs import check, evicting, listing, matching, metering, retaining
 from twfs.arena import Arena
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError
+from twfs.hints import check_session
 from twfs.listing import Mine, anyones
 from twfs.members import Members
 from twfs.operating import Verbs, operate
 from twfs.prefix import Names
 from twfs.records import BlockKey
+from twfs.retention import figures as retention_figures
 from twfs.scrubbing import Scrubber
 from twfs.sources import Sources
 from twfs.store import BlockInfo, CheckReport, Explanation, ModelInfo, Retention, SessionInfo, Space
@@ -93,7 +95,14 @@ class OpenNamespace:
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention. Blocks."""
         with self._using():
-            listing.set_retention(self._core, model, head, retention)
+            retaining.set_retention(self._core, model, head, retention)
+
+    def retain(
+        self, model: ModelId, session: str, retention: Retention, *, tenant: int = EVERYBODY
+    ) -> None:
+        """See Namespace.retain. Blocks."""
+        with self._using():
+            retaining.retain(self._core, model, tenant, check_session(session), retention)
 
     def evict(self, wanted_bytes: ByteCount) -> ByteCount:
         """See Namespace.evict. Blocks."""
@@ -147,6 +156,11 @@ class OpenNamespace:
                 "changes": core.changes,
                 "tenants": metering.figures(core),
             }
+            figures["retention"] = retention_figures(
+                core.slots, core.terms, core.promises, core.allocator.total_bytes
+            )
+            figures["sessions"] = view.count("sessions")
+            figures["promises_refused"] = core.promises.refused
         figures["space"] = asdict(self.space())
         figures["metadata"] = core.metadata.statistics()
         figures["devices"] = self._members.listed()

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -16,9 +16,9 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import enrolling, ledger, modes
+from twfs import enrolling, ledger, modes, sessions
 from twfs.accesses import RECORD_DIRECTORY
-from twfs.clocks import Clock, wall_ms
+from twfs.clocks import Clock, Steady, wall_ms
 from twfs.config import Config
 from twfs.core import Core
 from twfs.device import Device
@@ -36,6 +36,7 @@ from twfs.errors import (
 )
 from twfs.extents import Allocator
 from twfs.formatting import DeviceSpec, format_device
+from twfs.hints import Retention
 from twfs.leases import Leases
 from twfs.metadata import FIRST_INO, Metadata
 from twfs.metafile import scout
@@ -43,11 +44,13 @@ from twfs.recording import Recorder, remove_record
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.roster import Roster, write_roster
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
+from twfs.sessions import Covered, SessionKey
+from twfs.siblings import share_all, slot_of
 from twfs.slots import GROWTH_MIN, KEY_BYTES, SLOTS_MAX, Slots
 from twfs.store import Durability
-from twfs.tables import DeviceRecord, ReadView, WriteView
+from twfs.tables import LENGTH, DeviceRecord, ModelRecord, ReadView, WriteView
 from twfs.tenants import Tenants
-from twfs.units import ALIGN, ByteCount, DeviceIndex
+from twfs.units import ALIGN, ByteCount, DeviceIndex, ModelId
 
 META_DIRECTORY: Final = "meta"
 GONE_DIRECTORY: Final = "meta.gone"  # of the warehouse that is being created over
@@ -213,6 +216,8 @@ def open_core(
         with metadata.read() as view:
             units = sum(each.record.data_area[1] // ALIGN for each in standings.values())
             load_slots(view, slots, units)
+        steady = Steady(clock, slots.latest())
+        _know_uses(metadata, slots, steady)
         secret = metadata.secret()
         roster = enrolling.settle(metadata, devices, secret, warehouse)
         metadata.submit(_begin).result()
@@ -223,6 +228,7 @@ def open_core(
                 view.runs("free"),
             )
             records = view.models()
+            unkept = _unkept(view, records)
         lock = threading.RLock()
         operators = frozenset({0, os.geteuid()})
         leases = Leases(
@@ -233,14 +239,17 @@ def open_core(
         core = Core(
             directory, warehouse, metadata, Standings(lock, allocator, standings.values()),
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
-            clock, config or Config(),
+            steady, config or Config(),
         )  # fmt: skip
-        core.recorder = Recorder(directory / RECORD_DIRECTORY, core.config.record, clock, secret)
+        core.recorder = Recorder(directory / RECORD_DIRECTORY, core.config.record, steady, secret)
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
+        core.unkept = unkept
         core.models = {record.id: record for record in records}
         for record in sorted(records, key=lambda record: record.epoch):
             core.current[record.name] = record.id
+        with core.lock, metadata.read() as view:
+            core.cover(Covered(marks=_marks_of_kept(view, core)))
         undo.pop_all()
         return core
 
@@ -297,10 +306,60 @@ def load_slots(view: ReadView, slots: Slots, units: int) -> None:
     for model in models:
         first = records["position"] == model.layout.block_tokens
         starts |= first & (records["key_bytes"] == 0) & (owner == model.id)
-    slots.load(bytes(keys), records, starts, heads)
+    slots.load(bytes(keys), records, starts, heads, _ends_of(view, spines))
+    packed_keys = np.frombuffer(bytes(keys), f"S{KEY_BYTES}")
+    share_all(slots, packed_keys, spines, records["slot"].astype(np.int64))
     for number in np.flatnonzero(records["extent_count"] > 1).tolist():
         packed = bytes(keys[number * KEY_BYTES : (number + 1) * KEY_BYTES])
         block = view.block(BlockKey.unpack(packed))
         assert block is not None
         slots.units[block.slot] = block.device_bytes // ALIGN
     slots.charge_all()
+
+
+def _ends_of(view: ReadView, spines: Mapping[ModelId, int]) -> dict[bytes, int]:
+    """The highest class of the sessions that end at a block, by its packed key."""
+    found: dict[bytes, int] = {}
+    for key, session in sessions.every(view):
+        packed = BlockKey(key.model, session.head, spines.get(key.model, 0), 0).pack()
+        found[packed] = max(found.get(packed, 0), min(session.retention, Retention.PINNED.rank))
+    return found
+
+
+def _unkept(view: ReadView, models: Sequence[ModelRecord]) -> set[SessionKey]:
+    """Sessions whose class is neither in the roster nor that of their head's header."""
+    spines = {record.id: record.layout.spine for record in models}
+    found = set()
+    for key, session in sessions.every(view):
+        block = view.block(BlockKey(key.model, session.head, spines.get(key.model, 0), 0))
+        if block is not None and not session.kept and session.retention != block.retention:
+            found.add(key)
+    return found
+
+
+def _marks_of_kept(view: ReadView, core: Core) -> list[tuple[int, int]]:
+    """Where sessions end whose class the roster has: a crash may have left it there alone.
+
+    It has entered the tables after the arrays were made of them.
+    """
+    found = []
+    for key, session in sessions.every(view):
+        model = core.models.get(key.model)
+        if session.kept and model is not None:
+            slot = slot_of(view, BlockKey(key.model, session.head, model.layout.spine, 0))
+            if slot is not None:
+                found.append((slot, sessions.own_class(view, key.model, session.head)))
+    return found
+
+
+def _know_uses(metadata: Metadata, slots: Slots, clock: Clock) -> None:
+    """Learn from when on last uses are known; the file of them that was lost is noted durably.
+
+    Else what was used an hour before would count as never used, and its time to live as over.
+    """
+    with metadata.read() as view:
+        known = int.from_bytes(view.meta("uses_from") or b"", "little")
+    if slots.find_lost_stamps():
+        known = max(known, clock())
+        metadata.submit(lambda view: view.set_meta("uses_from", LENGTH.pack(known))).result()
+    slots.known_from_ms = known

@@ -19,6 +19,7 @@ from twfs.messages import (
     MatchNames,
     Operate,
     ReportBlock,
+    RetainNamed,
     TouchNames,
 )
 from twfs.operating import Verbs
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 OPERATORS_ONLY: Final = (CheckAll, EvictBytes, Operate)
 NAMING_A_TENANT: Final = (
     MatchNames, LookupNames, TouchNames, BeginPut, ExplainNames, ForgetSession,
+    RetainNamed,
 )  # fmt: skip
 REPORTS_PER_SECOND: Final = 16.0  # each makes the daemon read a block
 REPORTS_AT_ONCE: Final = 256.0  # a device that dies under a match of many blocks
@@ -195,6 +197,13 @@ class Permitted:
         """See Namespace.set_retention; NoSuchBlock for another tenant's. Blocks."""
         self.chain_of(model, head)
         self._warehouse.set_retention(model, head, retention)
+
+    def retain(
+        self, model: ModelId, session: str, retention: Retention, *, tenant: int = EVERYBODY
+    ) -> None:
+        """See Namespace.retain; NotAllowed unless this user may act for *tenant*. Blocks."""
+        self._warehouse.tenants().check_act(self._uid, tenant)
+        self._warehouse.retain(model, session, retention, tenant=tenant)
 
     def forget_session(self, model: ModelId, session: str, tenant: int) -> ByteCount:
         """See Store.forget; `permit` has seen to it that this user may act for *tenant*. Blocks."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger, reserving
+from twfs import ledger, reserving, retaining
 from twfs import slots as states
 from twfs.admission import Asked
 from twfs.checksums import host_sums_of
@@ -22,18 +22,17 @@ from twfs.core import Core
 from twfs.errors import (
     DeviceError,
     InvalidInput,
-    NoSuchTenant,
-    TooLarge,
     WarehouseClosed,
 )
 from twfs.evicting import keep_low_water, keep_quota
-from twfs.hints import NO_HINT, Hint
+from twfs.hints import NO_HINT, Hint, Retention
 from twfs.payload import aligned_buffer
-from twfs.prefix import Names, check_names
-from twfs.ranking import STANDARD
+from twfs.prefix import Names
+from twfs.ranking import rank_of
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
 from twfs.runs import Run, plan_runs
-from twfs.store import ArenaBlock, PutOutcome, PutResult, Retention
+from twfs.sessions import Request
+from twfs.store import ArenaBlock, PutOutcome, PutResult
 from twfs.tables import ModelRecord, WriteView
 from twfs.tenants import EVERYBODY
 from twfs.units import (
@@ -41,7 +40,6 @@ from twfs.units import (
     ByteCount,
     DeviceIndex,
     Digest,
-    ModelId,
     PrefixHash,
     TokenCount,
     align_up,
@@ -61,6 +59,7 @@ class Put:
     ) -> None:  # fmt: skip
         self._core = core
         self._hint = hint
+        self._promised = 0  # bytes that this put may pin
         self._tenant = tenant
         self._share = core.tenants.shares.get(tenant, 0)
         self._uid = uid  # whose bound on reservations counts; None: there is none
@@ -150,8 +149,42 @@ class Put:
     def _own_key(self, index: int) -> bytes:
         return self._names.keys[index] if self._names.keys else b""
 
+    def promise(self, lacking: list[int]) -> list[int]:
+        """The leading part of *lacking* that is promised what it asks for. Hold the core's lock.
+
+        That is all, but where it is to be pinned. PromiseRefused if nothing of it is.
+        """
+        core = self._core
+        if self._retention is not Retention.PINNED:
+            return lacking
+        needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
+        fit, self._promised = retaining.promise_put(core, self._pinned.tolist(), needs)
+        for index in lacking[fit:]:
+            self._outcomes[index] = PutOutcome.NO_ROOM
+        return lacking[:fit]
+
+    def _asked(self, candidates: list[tuple[int, Block]]) -> Request:
+        """What this put says of its session: it ends where the leading part ends that is there."""
+        there = {index for index, _ in candidates}
+        reach = []
+        for index in range(len(self._names)):
+            if index not in there and self._outcomes.get(index) is not PutOutcome.PRESENT:
+                break
+            reach.append(self._names.hash_at(index))
+        return Request(
+            self._tenant, self._hint.session, self._retention.rank, reach, self._core.clock(),
+            self._share,
+        )  # fmt: skip
+
     def admit(self, lacking: list[int]) -> list[int]:
-        """Those of *lacking* that are let in; the rest is not admitted. Hold the core's lock."""
+        """Those of *lacking* that are let in; the rest is not admitted. Hold the core's lock.
+
+        The class that the session has is settled first: it is that of the blocks.
+        """
+        self._retention = retaining.class_of_put(
+            self._core, self._model.id, self._tenant, self._hint.session, self._retention,
+            [self._parent(index) for index in lacking[:1]],
+        )  # fmt: skip
         needs = [ALIGN + align_up(self._lengths[index]) for index in lacking]
         mix = (self._model.id * 1009 + self._group) * 1013 + self._shard
         admitted = self._core.gate.admit(
@@ -174,7 +207,7 @@ class Put:
         core = self._core
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
         newcomer = Newcomer(
-            STANDARD,
+            rank_of(self._retention),
             core.policy.of_new(
                 self._names.positions[lacking[0]], self._hint.stop, self._hint.return_ms
             ),
@@ -285,7 +318,7 @@ class Put:
                 xxh3, layer_sums = host_sums_of(view, self._layers)
                 if xxh3 != block.xxh3:
                     bad.add(block.index)
-                record = _with_sums(reserved, sums)
+                record = reserved.with_sums(sums)
                 whole[block.index] = record
                 headers[number * ALIGN : (number + 1) * ALIGN] = self._header(
                     block.index, record, layer_sums
@@ -321,6 +354,7 @@ class Put:
         self._seal()
         self._flush()
         candidates = self._candidates()
+        asked = self._asked(candidates)
         now = self._core.clock()
 
         def after(done: ledger.Published) -> None:
@@ -335,8 +369,9 @@ class Put:
         def job(view: WriteView) -> ledger.Published:
             blocks = [(self._key(index), block) for index, block in candidates]
             done = ledger.publish(
-                view, self._model, blocks, self._core.standings.offline, self._core.tenants.follows
-            )
+                view, self._model, blocks, self._core.standings.offline,
+                self._core.tenants.follows, asked=asked,
+            )  # fmt: skip
             done.also = None if also is None else also(view, done)
             return done
 
@@ -407,6 +442,8 @@ class Put:
                 core.slots.give_back(block.slot)
         core.unpin(self._pinned, self._pin)
         core.puts_of[self._tenant] -= 1
+        core.promised_bytes -= self._promised
+        self._promised = 0
         self._ended = True
 
     def abandon(self) -> None:
@@ -423,75 +460,11 @@ class Put:
         outcomes = tuple(self._outcomes[index] for index in range(len(self._names)))
         count = {outcome: outcomes.count(outcome) for outcome in PutOutcome}
         written = sum(self._reserved[i].device_bytes for i in self._written)
-        counters = self._core.counters
         with self._core.lock:
-            counters.puts += 1
-            counters.published_blocks += count[PutOutcome.PUBLISHED]
-            counters.present_blocks += count[PutOutcome.PRESENT]
-            counters.collisions += count[PutOutcome.COLLISION]
-            counters.failed_blocks += count[PutOutcome.FAILED]
-            counters.no_room_blocks += count[PutOutcome.NO_ROOM]
-            counters.over_quota_blocks += count[PutOutcome.OVER_QUOTA]
-            counters.written_bytes += written
+            self._core.counters.count_put(
+                published=count[PutOutcome.PUBLISHED], present=count[PutOutcome.PRESENT],
+                collisions=count[PutOutcome.COLLISION], failed=count[PutOutcome.FAILED],
+                no_room=count[PutOutcome.NO_ROOM], over_quota=count[PutOutcome.OVER_QUOTA],
+                written_bytes=written,
+            )  # fmt: skip
         return PutResult(outcomes, ByteCount(written))
-
-
-def _with_sums(block: Block, sums: Checksums) -> Block:
-    """*block* with its checksums; dataclasses.replace costs three times as much."""
-    return Block(
-        block.generation, block.ino, block.slot, block.parent, block.digest, block.position,
-        block.payload_bytes, sums, block.extents, block.published_ms, block.key, block.tenant,
-        block.retention, payer=block.payer,
-    )  # fmt: skip
-
-
-def begin_put(
-    core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
-    tenant: int = EVERYBODY, uid: int | None = None, lengths: Sequence[int] = (),
-    hint: Hint = NO_HINT,
-) -> Put:  # fmt: skip
-    """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
-
-    The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
-    *lengths* has the payload bytes of each where the layout allows any.
-    StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull, QuotaExceeded.
-    """
-    if len(names) > PUT_BLOCKS_MAX:
-        raise TooLarge(f"a put of {len(names)} blocks; at most {PUT_BLOCKS_MAX} go at once")
-    check_names(names)
-    hashes = {names.hash_at(index) for index in range(len(names))}
-    if len(hashes) != len(names):
-        raise InvalidInput(f"{len(names) - len(hashes)} names stand twice in one put")
-    with core.lock:
-        record = core.model(model)
-        layout = record.layout
-        if not 0 <= group < len(layout.groups) or not 0 <= shard < layout.shards:
-            raise InvalidInput(
-                f"group {group}, shard {shard} of model {record.name}: it has "
-                f"{len(layout.groups)} groups and {layout.shards} shards"
-            )
-        if layout.any_length(group) != bool(lengths) or len(lengths) not in {0, len(names)}:
-            raise InvalidInput(f"{len(lengths)} lengths for {len(names)} blocks of {record.name}")
-        if not all(layout.fits(group, length) for length in lengths):
-            raise InvalidInput(
-                f"a block of {record.name} has 1 to {layout.block_bytes(group)} bytes"
-            )
-        if not core.tenants.pays(tenant):
-            raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
-        if names.public and tenant not in core.tenants.shares:
-            raise InvalidInput(
-                f"tenant {core.tenants.name_of(tenant)} is in no share group: none of its blocks "
-                "are public"
-            )
-        put = Put(
-            core, record, names, group=group, shard=shard, retention=hint.retention or retention,
-            tenant=tenant, uid=uid, lengths=lengths, hint=hint,
-        )  # fmt: skip
-        lacking = put.admit(put.compare())
-        core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed
-    try:
-        put.reserve(lacking)
-    except BaseException:
-        put.abandon()
-        raise
-    return put

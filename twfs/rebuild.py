@@ -21,7 +21,9 @@ from uuid import UUID
 import numpy as np
 
 from twfs import ledger
+from twfs.clocks import wall_ms
 from twfs.device import Device, identify
+from twfs.enrolling import enter_classes
 from twfs.errors import (
     CorruptMetadata,
     InvalidInput,
@@ -30,6 +32,7 @@ from twfs.errors import (
     WarehouseExists,
     WrongDevice,
 )
+from twfs.hints import Retention
 from twfs.metadata import Metadata, lock_directory
 from twfs.opening import HEAT_FILE, META_DIRECTORY, name_of
 from twfs.records import Block, BlockKey, Extent, Superblock
@@ -37,6 +40,7 @@ from twfs.roster import Roster, newest_roster
 from twfs.salvaging import Salvage, salvage
 from twfs.scanning import Array, Cause, Progress, Scan, Watch, unwatched
 from twfs.secret import SECRET_BYTES, SECRET_FILE, read_secret
+from twfs.sessions import Ends, Session, SessionKey
 from twfs.slots import STAMP_BYTES
 from twfs.store import PutOutcome
 from twfs.survivors import Survivors, survivors
@@ -48,6 +52,7 @@ NEW_DIRECTORY: Final = "meta.new"
 OLD_DIRECTORY: Final = "meta.old-"
 BLOCKS_PER_COMMIT: Final = 8192  # nobody reads meanwhile: only memory bounds it
 COMMITS_QUEUED: Final = 4
+HEADS_AT_ONCE: Final = 10_000
 PLACES_AHEAD: Final = 2  # of a roster: an even step keeps its turn between the two places
 
 
@@ -300,6 +305,7 @@ def _build(
         models = metadata.submit(lambda view: _begin(view, sources, scan, found)).result()
         tenants = Tenants(sources.roster.tenants)
         _publish_all(metadata, models, found, tenants, report, watch)
+        metadata.submit(lambda view: _begin_sessions(view, sources, models)).result()
         metadata.submit(lambda view: _retire(view, sources)).result()
     finally:
         metadata.close()
@@ -366,6 +372,28 @@ def _publish_all(  # noqa: PLR0917 - all that a rebuild has by then
         spent = time.monotonic() - began
         left = spent * (total - report.accepted) / max(1, report.accepted)
         watch(Progress("writing", report.accepted, total, total, left))
+
+
+def _begin_sessions(view: WriteView, sources: _Sources, models: list[ModelRecord]) -> None:
+    """Let every head be a session with the class of its header, but where the roster says more.
+
+    When blocks were used last is not known: times to live begin anew.
+    """
+    said = {(row.model, row.head) for row in sources.roster.classes}
+    for record in models:
+        ends = Ends.of(view, record)
+        after: PrefixHash | None = None
+        while heads := view.heads(record.id, after, HEADS_AT_ONCE):
+            after = heads[-1]
+            for head in heads:
+                block = ends.standing(head)
+                if (record.name, head) in said or block is None:
+                    continue
+                if block.retention != Retention.STANDARD.rank:
+                    key = SessionKey.without_id(record.id, block.tenant, head)
+                    ends.place(key, Session(head, block.retention))
+    enter_classes(view, sources.roster.classes)
+    view.set_meta("uses_from", LENGTH.pack(wall_ms()))
 
 
 def _publishing(

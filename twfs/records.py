@@ -37,7 +37,7 @@ from twfs.units import (
     is_aligned,
 )
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 SUPERBLOCK_MAGIC: Final = b"TWFSDEV\x01"
 HEADER_MAGIC: Final = b"TWFSBLK\x01"
 ROSTER_MAGIC: Final = b"TWFSROS\x01"
@@ -53,6 +53,8 @@ ROSTER: Final = struct.Struct("<8sII16sQQ")
 EXTENT: Final = struct.Struct("<QIHH")
 HEADER: Final = struct.Struct("<8sIHH16s16sQQ32sQHHIIBBHQQQ16sQQ16s16s32sBB64sHH")
 BLOCK_FIXED: Final = struct.Struct("<QQQQQQ16s16s32sIIHBBBBH")
+SESSION: Final = struct.Struct("<16sBB6sQ")
+SESSION_KEY: Final = struct.Struct(">IH")  # then the id, or NUL and the head of one without id
 BLOCK_KEY: Final = struct.Struct(">I16sBH")  # big-endian: LMDB orders keys by their bytes
 
 # The same bytes as BLOCK_FIXED and the EXTENT that follows it, for reading many records at once.
@@ -285,6 +287,14 @@ class Block:
             TokenCount(position), ByteCount(payload), Checksums(xxh3, plain, weighted), extents,
             Millis(published), bytes(data[end:]), tenant, retention, hole,
             bool(flags & FLAG_DETACHED), payer,
+        )  # fmt: skip
+
+    def with_sums(self, sums: "Checksums") -> "Block":
+        """The same with its checksums; dataclasses.replace costs three times as much."""
+        return Block(
+            self.generation, self.ino, self.slot, self.parent, self.digest, self.position,
+            self.payload_bytes, sums, self.extents, self.published_ms, self.key, self.tenant,
+            self.retention, payer=self.payer,
         )  # fmt: skip
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from twfs.errors import NoDaemon, ProtocolError
+from twfs.hints import check_session
 from twfs.messages import (
     AnyReply,
     AskChanges,
@@ -41,6 +42,7 @@ from twfs.messages import (
     ReadPayload,
     RemoveSession,
     Request,
+    RetainNamed,
     RetainSession,
     SessionRows,
     SpaceFigures,
@@ -158,6 +160,13 @@ class RemoteNamespace:
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
         """See Namespace.set_retention."""
         self._ask(RetainSession(0, model, head, retention), Done, None)
+
+    def retain(
+        self, model: ModelId, session: str, retention: Retention, *, tenant: int = EVERYBODY
+    ) -> None:
+        """See Namespace.retain."""
+        check_session(session)
+        self._ask(RetainNamed(0, model, session, retention, tenant), Done, None)
 
     def evict(self, wanted_bytes: ByteCount) -> ByteCount:
         """See Namespace.evict."""

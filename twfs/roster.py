@@ -8,7 +8,7 @@ the same: an epoch that was opened can so never be forgotten, and with it that o
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -17,13 +17,15 @@ import msgspec
 
 from twfs.device import Device
 from twfs.errors import DeviceError, InvalidInput, TooLarge, TwfsError
-from twfs.layout import Layout
+from twfs.hints import Retention, check_session
+from twfs.layout import Layout, check_model_name
 from twfs.payload import aligned_buffer
 from twfs.records import FORMAT_VERSION, ROSTER, ROSTER_BYTES, ROSTER_MAGIC
 from twfs.secret import MAC_BYTES, mac_of
 from twfs.tenants import Tenant
-from twfs.units import Millis, align_up
+from twfs.units import HASH_BYTES, Millis, PrefixHash, align_up
 
+CLASSES_BYTES_MAX: Final = ROSTER_BYTES // 4 * 3  # the rest is for models and tenants
 BODY_BYTES_MAX: Final = 16 << 20  # of the JSON: a bound for what unpacking may take
 
 
@@ -38,6 +40,21 @@ class RosterModel:
 
 
 @dataclass(frozen=True, slots=True)
+class RosterClass:
+    """The class of a session where it is not that of the headers: changed after the publish."""
+
+    model: str
+    tenant: int
+    session: str  # the engine's id; "": the one without id that ended at *head*
+    head: PrefixHash  # where it ended when its class was written
+    retention: int
+
+    def place(self) -> tuple[str, int, str, bytes]:
+        """What orders the rows."""
+        return self.model, self.tenant, self.session, self.head
+
+
+@dataclass(frozen=True, slots=True)
 class Roster:
     """All of it; *sequence* grows by one with every change."""
 
@@ -47,6 +64,7 @@ class Roster:
     tenant_end: int = 1
     models: tuple[RosterModel, ...] = ()
     tenants: tuple[Tenant, ...] = ()
+    classes: tuple[RosterClass, ...] = ()
 
     def with_model(self, model: RosterModel) -> tuple[RosterModel, ...]:
         """The models, with *model* in its place."""
@@ -64,7 +82,8 @@ class Roster:
         length = ROSTER.size + MAC_BYTES + len(body)
         if length > ROSTER_BYTES:
             raise TooLarge(
-                f"{len(self.models)} models and {len(self.tenants)} tenants take {length} bytes, "
+                f"{len(self.models)} models, {len(self.tenants)} tenants and {len(self.classes)} "
+                f"classes of sessions take {length} bytes, "
                 f"and a device has room for {ROSTER_BYTES}: make a second warehouse"
             )
         fixed = ROSTER.pack(
@@ -85,6 +104,7 @@ class Roster:
                 for model in self.models
             ],
             "tenants": [msgspec.to_builtins(each) for each in self.tenants],
+            "classes": _rows_of(self.classes),
         }  # fmt: skip
 
     @classmethod
@@ -117,10 +137,40 @@ class Roster:
                     for each in parts["models"]
                 ),
                 msgspec.convert(parts["tenants"], tuple[Tenant, ...]),
+                tuple(map(_class_of, parts["classes"])),
             )  # fmt: skip
         except (zlib.error, KeyError, TypeError, RecursionError, InvalidInput,
                 msgspec.ValidationError) as error:  # fmt: skip
             raise ValueError(f"roster cannot be read: {error}") from error
+
+
+def _rows_of(classes: Sequence[RosterClass]) -> list[list[Any]]:
+    """Rows of model, tenant, id, head, class."""
+    return [
+        [each.model, each.tenant, each.session, each.head.hex(), each.retention]
+        for each in classes
+    ]  # fmt: skip
+
+
+def _class_of(row: Any) -> RosterClass:
+    """Undo one of _rows_of; ValueError, TypeError, InvalidInput if it is none."""
+    model, tenant, session, head, retention = row
+    if session:
+        check_session(session)
+    name = bytes.fromhex(head)
+    if (
+        [type(model), type(tenant), type(session), type(retention)] != [str, int, str, int]
+        or len(name) != HASH_BYTES
+        or not 0 <= tenant < 1 << 16
+        or not 0 <= retention <= Retention.PINNED.rank
+    ):
+        raise ValueError(f"{row!r:.200} is no class of a session")
+    return RosterClass(check_model_name(model), tenant, session, PrefixHash(name), retention)
+
+
+def classes_bytes(classes: Sequence[RosterClass]) -> int:
+    """About the bytes that *classes* take in a roster."""
+    return len(zlib.compress(json.dumps(_rows_of(classes)).encode(), 1))
 
 
 def read_roster(device: Device, secret: bytes, warehouse: UUID) -> Roster | None:

@@ -9,7 +9,7 @@ here (`charges`). Not thread-safe: the warehouse's lock guards it.
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from twfs.charges import Charges
+from twfs.clocks import STAMP_MS_MAX
+from twfs.counting import NONE as NONE  # noqa: PLC0414 - a name of the arrays
+from twfs.counting import move_marks
 from twfs.errors import CorruptMetadata, NoSpaceForImage
+from twfs.hints import Retention
 from twfs.records import BLOCK_KEY, FLAG_DETACHED, FLAG_HOLE, BlockKey
 from twfs.units import ALIGN, ModelId, Slot
 from twfs.uses import SessionUses
 
 IntArray = npt.NDArray[Any]
 
-NONE: Final = 0xFFFFFFFF  # in the parent array: no parent is there
 FREE: Final = 0  # no block has this slot
 PENDING: Final = 1  # reserved by a put that is not published yet
 LIVE: Final = 2  # published: may be matched
@@ -35,11 +38,22 @@ GROWTH_MIN: Final = 4096  # slots added at once, so that growing is rare
 
 KEY_BYTES: Final = BLOCK_KEY.size
 STAMP_BYTES: Final = 8
+CLASSES: Final = len(Retention)
+NOBODY: Final = Retention.STANDARD.rank  # the most that a block is worth which no session is over
 ARRAYS: Final = (
     "key", "parent", "children", "links", "leases", "position", "units", "device", "state",
-    "retention", "tenant", "payer", "other", "lent", "stop", "back_ms", "session", "detached",
-    "hole",
+    "retention", "given", "anchored", "over", "tenant", "payer", "other", "lent", "stop",
+    "back_ms", "session", "detached", "hole",
 )  # fmt: skip
+
+
+def highest(over: IntArray, given: IntArray) -> IntArray:
+    """The class of blocks with *over* (rows of counts by class) and the class *given* at publish.
+
+    One that no session is over has that of its publish, but not above standard: nobody asks for it.
+    """
+    top = CLASSES - 1 - np.argmax(over[:, ::-1] > 0, axis=1)
+    return np.where(over.any(axis=1), top, np.minimum(given, NOBODY)).astype(np.uint8)
 
 
 class Slots:
@@ -52,6 +66,7 @@ class Slots:
         self._map: mmap.mmap | None = None
         self._count = 0  # slots in use or free below this
         self._free: list[int] = []
+        self.known_from_ms = 0  # before that no use is known: a block counts as used then
         self.stamp: IntArray = np.zeros(0, np.uint64)
         self.key: IntArray = np.zeros(0, f"V{KEY_BYTES}")
         self.parent: IntArray = np.zeros(0, np.uint32)
@@ -63,6 +78,9 @@ class Slots:
         self.device: IntArray = np.zeros(0, np.uint16)  # that the block begins on
         self.state: IntArray = np.zeros(0, np.uint8)
         self.retention: IntArray = np.zeros(0, np.uint8)  # class that counts now
+        self.given: IntArray = np.zeros(0, np.uint8)  # class as at publish
+        self.anchored: IntArray = np.zeros(0, np.uint8)  # highest class of sessions that end here
+        self.over: IntArray = np.zeros((0, CLASSES), np.int32)  # such ends at or below, by class
         self.tenant: IntArray = np.zeros(0, np.uint16)
         self.payer: IntArray = np.zeros(0, np.uint16)  # the tenant that is charged
         self.other: IntArray = np.zeros(0, np.uint16)  # of a share group: who used it, not paying
@@ -93,7 +111,7 @@ class Slots:
         self.stamp = np.frombuffer(self._map, np.uint64)
         for name in ARRAYS:
             old = getattr(self, name)
-            new = np.zeros(capacity, old.dtype)
+            new = np.zeros((capacity, *old.shape[1:]), old.dtype)
             new[: len(old)] = old
             setattr(self, name, new)
 
@@ -134,7 +152,10 @@ class Slots:
         self.position[slot] = position
         self.units[slot] = units
         self.device[slot] = device
-        self.retention[slot] = retention
+        self.given[slot] = self.retention[slot] = retention
+        self.over[slot] = 0
+        self.anchored[slot] = 0
+        self.retention[slot] = highest(self.over[slot : slot + 1], self.given[slot : slot + 1])[0]
         self.tenant[slot] = tenant
         self.payer[slot] = tenant if payer is None else payer
         self.other[slot] = 0
@@ -163,7 +184,8 @@ class Slots:
         self.units[slot] = units
         self.device[slot] = device
         self.payer[slot] = payer
-        self.retention[slot] = retention
+        self.given[slot] = retention
+        self.retention[slot] = highest(self.over[slot : slot + 1], self.given[slot : slot + 1])[0]
         self.hole[slot] = False
         self._charge(slot)
 
@@ -181,6 +203,18 @@ class Slots:
         self.lent[slot] = False
         self._charge(slot)
 
+    def classify(self, slots: Sequence[int] | IntArray, retention: IntArray | int) -> list[int]:
+        """Let the blocks in *slots* have other classes; returns those of another than before."""
+        some = np.asarray(slots, np.int64)
+        wanted = np.broadcast_to(np.asarray(retention, np.uint8), some.shape)
+        differ = self.retention[some] != wanted
+        changed: list[int] = some[differ].tolist()
+        for slot, rank in zip(changed, wanted[differ].tolist(), strict=True):
+            self._charge(slot, -1)
+            self.retention[slot] = rank
+            self._charge(slot)
+        return changed
+
     def note_user(self, slots: Sequence[int] | IntArray, tenant: int, group: int) -> None:
         """Note that *tenant* used the blocks in *slots*: those of its share *group* may go to it.
 
@@ -193,14 +227,6 @@ class Slots:
         self.other[public[~mine]] = tenant
         self.lent[public] = ~mine
 
-    def classify(self, slots: Sequence[int] | IntArray, retention: int) -> None:
-        """Let the blocks in *slots* have another class."""
-        for slot in slots:
-            if self.retention[slot] != retention:
-                self._charge(int(slot), -1)
-                self.retention[slot] = retention
-                self._charge(int(slot))
-
     def charge_all(self) -> None:
         """Charge for all blocks there are; once, after load."""
         here = np.flatnonzero(self.state[: self._count] == LIVE)
@@ -208,10 +234,15 @@ class Slots:
             self.payer[here], self.models()[here], self.retention[here], self.units[here]
         )
 
-    def adopt(self, slot: int, parent: int) -> None:
-        """Hang *slot* below *parent*."""
+    def adopt(self, slot: int, parent: int) -> list[int]:
+        """Hang *slot*, and what is below it, below *parent*; returns slots whose class changed."""
         self.parent[slot] = parent
         self.children[parent] += 1
+        if not self.over[slot].any():
+            return []
+        above = self.ancestors(parent)
+        self.over[above] += self.over[slot]
+        return self._judge_classes(above)
 
     def drop(self, slot: int) -> None:
         """Take a block out of the tree; give_back follows when no lease reads it any more.
@@ -227,6 +258,22 @@ class Slots:
     def use(self, slots: Sequence[int] | IntArray, now_ms: int) -> None:
         """Stamp *slots* with the present time; a stamp never goes back."""
         self.stamp[slots] = np.maximum(self.stamp[slots], np.uint64(now_ms))
+
+    def latest(self) -> int:
+        """The last use of any block, in ms; stamps that can be no time do not count."""
+        stamps = self.stamp[: self._count]
+        sound = stamps[stamps < STAMP_MS_MAX]
+        return int(sound.max()) if len(sound) else 0
+
+    def find_lost_stamps(self) -> bool:
+        """Tell whether there are blocks of which no last use is known, not even the publish.
+
+        They are known from now on as such: asked again, there are none.
+        """
+        here = self._count
+        lost = (self.state[:here] == LIVE) & (self.stamp[:here] == 0)
+        self.stamp[:here][lost] = 1
+        return bool(lost.any())
 
     def key_of(self, slot: int) -> BlockKey:
         """The full name of the block in *slot*."""
@@ -246,47 +293,37 @@ class Slots:
             at = int(parent[at])
         return found
 
-    def link_head(self, slot: int, step: int, stop: int | None = None) -> None:
-        """Add *step* (1 or -1) to the heads over *slot* and its ancestors, up to before *stop*."""
-        at = slot
-        while at not in (NONE, stop):
-            self.links[at] += step
-            at = int(self.parent[at])
-
     def move_heads(self, became: Sequence[int], ceased: Sequence[int]) -> None:
-        """Count heads over blocks anew after heads moved.
+        """Count heads over blocks anew after heads moved."""
+        move_marks(self.parent, self.links, became, ceased)
 
-        A head that moves along its chain changes nothing below the nearer end, so that a turn
-        costs its own blocks, and evicting a tail costs that tail.
+    def cover(self, marks: Sequence[tuple[int, int]]) -> list[int]:
+        """Let sessions end where *marks* say: (slot, its own class + 1, or 0 for none).
+
+        Every block gets the highest class at or below it; returns those whose class changed.
         """
-        both = set(became) & set(ceased)
-        added = [slot for slot in became if slot not in both]
-        dropped = {slot for slot in ceased if slot not in both}
-        rising: set[int] = set()
-        for head in added:
-            met = self._meet(head, dropped)
-            if met is None:
-                rising.add(head)
-            else:
-                self.link_head(head, 1, met)
-                dropped.discard(met)
-        for head in dropped:
-            met = self._meet(head, rising)
-            self.link_head(head, -1, met)
-            if met is not None:
-                rising.discard(met)
-        for head in rising:
-            self.link_head(head, 1)
+        became: list[list[int]] = [[] for _ in range(CLASSES)]
+        ceased: list[list[int]] = [[] for _ in range(CLASSES)]
+        for slot, own in marks:
+            before = int(self.anchored[slot])
+            if before != own:
+                self.anchored[slot] = own
+                if before:
+                    ceased[before - 1].append(slot)
+                if own:
+                    became[own - 1].append(slot)
+        moved: list[int] = []
+        for rank in range(CLASSES):
+            if became[rank] or ceased[rank]:
+                moved += move_marks(self.parent, self.over[:, rank], became[rank], ceased[rank])
+        return self._judge_classes(moved)
 
-    def _meet(self, slot: int, ends: set[int]) -> int | None:
-        """The first of *ends* on the way from *slot* to the root."""
-        parent = self.parent
-        at = slot
-        while ends and at != NONE:
-            if at in ends:
-                return at
-            at = int(parent[at])
-        return None
+    def _judge_classes(self, slots: Sequence[int]) -> list[int]:
+        """Set the class of *slots* by what is over them; returns those that changed."""
+        if not slots:
+            return []
+        some = np.unique(np.asarray(slots, np.int64))
+        return self.classify(some, highest(self.over[some], self.given[some]))
 
     def models(self) -> IntArray:
         """The model number of the block in each slot."""
@@ -321,12 +358,18 @@ class Slots:
         return behind
 
     def load(
-        self, keys: bytes, records: "npt.NDArray[Any]", starts: IntArray, heads: Iterable[bytes]
+        self,
+        keys: bytes,
+        records: "npt.NDArray[Any]",
+        starts: IntArray,
+        heads: Iterable[bytes],
+        ends: Mapping[bytes, int] | None = None,
     ) -> None:
         """Fill the arrays from all records, in key order.
 
         *keys*: the packed keys joined; *records*: BLOCK_DTYPE rows; *starts*: which of them start
-        a chain; *heads*: the packed keys of the blocks that stand for the heads. The extents' units
+        a chain; *heads*: the packed keys of the blocks that stand for the heads; *ends*: of those
+        where sessions end, with the highest class of these. The extents' units
         are set by the caller where a block has more than one. CorruptMetadata if blocks are their
         own ancestors: nothing that follows parents would ever end.
         """
@@ -341,7 +384,7 @@ class Slots:
         self.position[slots] = records["position"]
         self.units[slots] = records["units"]
         self.device[slots] = records["device"]
-        self.retention[slots] = records["retention"]
+        self.given[slots] = records["retention"]
         self.tenant[slots] = records["tenant"]
         self.payer[slots] = np.where(records["payer"] != 0, records["payer"], records["tenant"])
         self.detached[slots] = (records["flags"] & FLAG_DETACHED) != 0
@@ -355,7 +398,7 @@ class Slots:
             there = (key_array[at] == wanted) & ~starts
             self.parent[slots[there]] = slots[at[there]]
             np.add.at(self.children, slots[at[there]], 1)
-        self._refuse_rings(slots, self._load_links(key_array, slots, heads))
+        self._refuse_rings(slots, self._load_links(key_array, slots, heads, ends or {}))
         used = np.zeros(self._count, np.bool_)
         used[slots] = True
         self._free = [int(slot) for slot in np.flatnonzero(~used)[::-1]]
@@ -377,21 +420,38 @@ class Slots:
                 "the metadata must be made anew from the devices"
             )
 
-    def _load_links(self, keys: IntArray, slots: IntArray, heads: Iterable[bytes]) -> IntArray:
-        """Count the heads over every block, leaves first; return the slots not come to."""
+    def _load_links(
+        self, keys: IntArray, slots: IntArray, heads: Iterable[bytes], ends: Mapping[bytes, int]
+    ) -> IntArray:
+        """Count the heads and the ends of sessions over every block, leaves first.
+
+        Returns the slots not come to.
+        """
         wanted = np.array(list(heads), keys.dtype)
         if len(wanted) and len(keys):
             at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            self.links[slots[at[keys[at] == wanted]]] = 1
+            found = slots[at[keys[at] == wanted]]
+            self.links[found] = 1
+            self.anchored[found] = NOBODY + 1
+        if ends and len(keys):
+            wanted = np.array(list(ends), keys.dtype)
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            there = keys[at] == wanted
+            own = np.array(list(ends.values()), np.uint8)[there]
+            self.anchored[slots[at[there]]] = own + 1
+        marked = np.flatnonzero(self.anchored[: self._count])
+        self.over[marked, self.anchored[marked].astype(np.int64) - 1] = 1
         missing = self.children.copy()
         frontier = slots[missing[slots] == 0]
         while len(frontier):
             inner = frontier[self.parent[frontier] != NONE]
             parents = self.parent[inner]
             np.add.at(self.links, parents, self.links[inner])
+            np.add.at(self.over, parents, self.over[inner])
             np.subtract.at(missing, parents, 1)
             touched = np.unique(parents)
             frontier = touched[missing[touched] == 0].astype(np.int64)
+        self.retention[slots] = highest(self.over[slots], self.given[slots])
         return slots[missing[slots] > 0]
 
     def statistics(self) -> dict[str, int]:

@@ -25,6 +25,7 @@ from twfs.records import (
     BlockKey,
 )
 from twfs.secret import SECRET_BYTES
+from twfs.sessions import Session, SessionKey
 from twfs.slots import KEY_BYTES, IntArray
 from twfs.tables import LENGTH, LIMBO, MODEL_KEY, PLACE_KEY, UNREADABLE, ModelRecord, ReadView
 from twfs.units import ALIGN, EXTENTS_MAX, HASH_BYTES, KEY_BYTES_MAX, ModelId, PrefixHash
@@ -83,6 +84,8 @@ class Snapshot:
     retired: IntArray  # of limbo: whether it is never used again
     counters: dict[str, int]
     roster_sequence: int = 0
+    sessions: dict[SessionKey, Session] = field(default_factory=dict)
+    ends: frozenset[bytes] = frozenset()  # packed keys of that table
     unreadable: list[Unreadable] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -302,7 +305,8 @@ def take_snapshot(view: ReadView) -> Snapshot:
         keys, rows, tails, _keys(view, "children", PAIR_DTYPE, aside),
         _keys(view, "heads", HEAD_DTYPE, aside), models, names, free, limbo,
         np.array([bool(flag) for flag in flags], np.bool_), _counters(view, aside),
-        _sequence(view, aside), aside,
+        _sequence(view, aside), _sessions(view, aside),
+        frozenset(key for key, _ in view.raw("ends")), aside,
     )  # fmt: skip
 
 
@@ -419,6 +423,17 @@ def _runs(
         runs.append((len(runs), device, offset, numbers[0]))
         last.append(numbers[-1])
     return np.array(runs, RUN_DTYPE), last
+
+
+def _sessions(view: ReadView, aside: list[Unreadable]) -> dict[SessionKey, Session]:
+    """The sessions that can be read."""
+    found = {}
+    for key, value in view.raw("sessions"):
+        try:
+            found[SessionKey.unpack(key)] = Session.unpack(value)
+        except ValueError as why:
+            aside.append(Unreadable("sessions", key, value, f"session {key!r:.80}: {why}"))
+    return found
 
 
 def take_enrolled(view: ReadView) -> Snapshot:

@@ -188,6 +188,7 @@ class SessionInfo:
     published_ms: Millis
     retention: Retention
     tenant: str = EVERYBODY_NAME
+    ids: tuple[str, ...] = ()  # of the sessions with an engine's id that end here
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,7 +390,16 @@ class Namespace(Protocol):
         """
 
     def set_retention(self, model: ModelId, head: PrefixHash, retention: Retention) -> None:
-        """Give a session's blocks at least this class, and blocks used by it alone exactly this."""
+        """Give the sessions that end at *head* this class: those with an id, else the one without.
+
+        A block has the highest class of the sessions over it. NoSuchBlock; PromiseRefused if more
+        would be pinned than may be; TooLarge if too many sessions have a class of their own.
+        """
+
+    def retain(
+        self, model: ModelId, session: str, retention: Retention, *, tenant: int = EVERYBODY
+    ) -> None:
+        """Give the session with an engine's id this class; errors as set_retention."""
 
     def evict(self, wanted_bytes: ByteCount) -> ByteCount:
         """Evict in order until about this much is free that was not; returns what it freed."""

@@ -31,6 +31,8 @@ TABLES: Final = (
     "names",
     "blocks",
     "heads",
+    "sessions",
+    "ends",
     "free",
     "limbo",
     "counters",
@@ -326,6 +328,24 @@ class ReadView:
     def raw(self, table: str) -> Iterator[tuple[bytes, bytes]]:
         """Every (key, value) of a table as it lies there, in key order."""
         yield from self._txn.cursor(db=self._tables[table]).iternext(keys=True, values=True)
+
+    def get_raw(self, table: str, key: bytes) -> bytes | None:
+        """One value of a table as it lies there."""
+        return self._get(table, key)
+
+    def keys_with(self, table: str, prefix: bytes) -> list[bytes]:
+        """All keys of a table that begin with *prefix*, in order."""
+        cursor = self._txn.cursor(db=self._tables[table])
+        found: list[bytes] = []
+        more = cursor.set_range(prefix)
+        while more and cursor.key().startswith(prefix):
+            found.append(cursor.key())
+            more = cursor.next()
+        return found
+
+    def count(self, table: str) -> int:
+        """Records in one table."""
+        return int(self._txn.stat(self._tables[table])["entries"])
 
     def counts(self) -> dict[str, int]:
         """Records in each table."""

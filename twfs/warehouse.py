@@ -16,7 +16,18 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import advising, enrolling, erasing, evicting, matching, opening, putting, tenancy, usage
+from twfs import (
+    advising,
+    beginning,
+    enrolling,
+    erasing,
+    evicting,
+    matching,
+    opening,
+    retaining,
+    tenancy,
+    usage,
+)
 from twfs.arena import Arena
 from twfs.clocks import Clock, wall_ms
 from twfs.config import Config, settings_of
@@ -55,6 +66,7 @@ from twfs.upload import check_payloads, upload
 LEASE_MS: Final = 60_000
 ARENA_BYTES: Final = 256 << 20  # of the in-process put path
 TEND_SECONDS: Final = 1.0  # expired leases are looked for this often
+KEEP_TENDS: Final = 60  # after the devices did not take the classes, until they are tried again
 PERSIST_TENDS: Final = 20  # heat reaches the disk every 20 s, so within the promised 30
 
 
@@ -183,8 +195,12 @@ class Warehouse(OpenNamespace):
                 self._idle.notify_all()
 
     def _tend(self) -> None:
-        """Background: end expired leases, persist heat, drop the blocks of old epochs."""
-        tends = 0
+        """Background: end expired leases, persist heat, drop blocks of old epochs and expired ones.
+
+        What touches said of sessions enters the tables here, and classes that came with a publish
+        the roster.
+        """
+        tends = keep_next = 0
         while not self._closing.wait(TEND_SECONDS):
             tends += 1
             self._core.standings.look()
@@ -196,6 +212,14 @@ class Warehouse(OpenNamespace):
             self._core.recorder.tend(written)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
+            with suppress(TwfsError):
+                retaining.flush(self._core)
+                evicting.sweep_expired(self._core)
+            if tends >= keep_next:
+                try:
+                    retaining.keep_classes(self._core)
+                except TwfsError:  # no device takes it now
+                    keep_next = tends + KEEP_TENDS
             if over:
                 with suppress(TwfsError):  # the disk is full, say; the next turn tries again
                     evicting.sweep_epochs(self._core)
@@ -210,6 +234,9 @@ class Warehouse(OpenNamespace):
         self._closing.set()
         self.scrubber.close()
         self._tender.join()
+        with suppress(TwfsError):
+            retaining.flush(self._core)
+            retaining.keep_classes(self._core)
         self._members.close()
         self._puts.shutdown()
         self._sources.close()
@@ -386,9 +413,9 @@ class Warehouse(OpenNamespace):
         self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
         owner: int, tenant: int = EVERYBODY, hint: Hint = NO_HINT,
     ) -> Put:  # fmt: skip
-        """Begin a put of *owner*; see putting.begin_put. Blocks when room must be made."""
+        """Begin a put of *owner*; see beginning.begin_put. Blocks when room must be made."""
         with self._using():
-            return putting.begin_put(
+            return beginning.begin_put(
                 self._core, model, names, group=group, shard=shard, retention=retention,
                 tenant=tenant, uid=self._core.bounded_uid(owner), hint=hint,
             )  # fmt: skip
@@ -398,10 +425,7 @@ class Warehouse(OpenNamespace):
         with self._using():
             return evicting.judge(self._core, key, generation)
 
-    def forget_session(
-        self, model: ModelId, session: str, tenant: int = EVERYBODY
-    ) -> ByteCount:  # see Store.forget
-        """Delete a session of *tenant* by its id. Blocks."""
-        del model, tenant
-        check_session(session)
-        return ByteCount(0)
+    def forget_session(self, model: ModelId, session: str, tenant: int = EVERYBODY) -> ByteCount:
+        """Delete a session of *tenant* by its id; see Store.forget. Blocks."""
+        with self._using():
+            return retaining.forget(self._core, model, tenant, check_session(session))

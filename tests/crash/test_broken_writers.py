@@ -29,7 +29,7 @@ from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standings
 from twfs.errors import BadPayload, BlockGone
-from twfs.records import BlockKey, Checksums
+from twfs.records import Block, BlockKey, Checksums
 from twfs.store import ReadOutcome
 from twfs.tables import WriteView
 from twfs.units import ALIGN, ByteCount
@@ -106,7 +106,7 @@ def first_half_only(device: Device, buffers: Any, offset: Any) -> None:
     right_write(device, [buffers[0]], offset)
 
 
-right_with_sums, right_write = putting._with_sums, Device.write_from
+right_with_sums, right_write = Block.with_sums, Device.write_from
 
 
 class Fault(NamedTuple):
@@ -121,7 +121,7 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault(putting.Put, "_header", no_header, {5, 12}, ReadOutcome.HIT),  # the payload is right
-    Fault(putting, "_with_sums", other_sums, {12}, ReadOutcome.BAD_CHECKSUM),
+    Fault(Block, "with_sums", other_sums, {12}, ReadOutcome.BAD_CHECKSUM),
     Fault(Device, "write_from", lost_write, {5, 12}, ReadOutcome.BAD_CHECKSUM),
     Fault(Device, "write_from", misdirected_write, {5, 12}, ReadOutcome.BAD_CHECKSUM),
     Fault(Device, "write_from", first_half_only, {12}, ReadOutcome.BAD_CHECKSUM),
@@ -153,7 +153,7 @@ def test_wrong_lane_sums_are_caught(scratch: Path, monkeypatch: pytest.MonkeyPat
     make_warehouse(scratch)
     with Warehouse.open(scratch) as warehouse:
         model = warehouse.open_model("m", MHA)
-        monkeypatch.setattr(putting, "_with_sums", other_lanes)
+        monkeypatch.setattr(Block, "with_sums", other_lanes)
         put(warehouse, model, chain_of(model, 1))
         assert invariants(warehouse) == {12}
 
@@ -234,10 +234,10 @@ def test_space_freed_too_early_is_caught_when_it_is_written_again(
         match = warehouse.match(model, names)
         right = ledger.remove
 
-        def hasty(*args: Any, to_limbo: frozenset[int]) -> ledger.Removed:
+        def hasty(*args: Any, to_limbo: frozenset[int], over: bool) -> ledger.Removed:
             with warehouse._core.lock:
                 warehouse._core.slots.leases[:] = 0
-            return right(*args, to_limbo=frozenset())
+            return right(*args, to_limbo=frozenset(), over=over)
 
         with monkeypatch.context() as patch:
             patch.setattr(ledger, "remove", hasty)

@@ -139,7 +139,7 @@ def waiting_for_commit(warehouse: Warehouse, *works: Callable[[], object]) -> It
 def assert_sound(warehouse: Warehouse) -> None:
     """Fail unless the checker finds nothing and memory agrees with the tables."""
     report = warehouse.check(data=True)
-    assert report.findings == ()
+    assert report.findings == (), report.findings[:5]
     assert_memory_agrees(warehouse._core)
 
 

@@ -50,8 +50,9 @@ from twfs.records import (
     Superblock,
 )
 from twfs.roster import write_roster
+from twfs.sessions import Covered, Session, SessionKey, enter, every
 from twfs.snapshot import take_snapshot
-from twfs.store import Model
+from twfs.store import Model, Retention
 from twfs.subject import Live, offline
 from twfs.tables import MODEL_KEY, PLACE_KEY, WriteView
 from twfs.units import (
@@ -565,3 +566,63 @@ def test_findings_are_bounded(broken: Broken, monkeypatch: pytest.MonkeyPatch) -
 def test_digest_of_a_record_is_compared_with_its_header(broken: Broken) -> None:
     broken.rewrite(1, header=False, digest=Digest(bytes(32)))
     assert found(broken, lost=[1]) == {5, 12}
+
+
+SESSION = SessionKey.of(ModelId(1), 0, "agent-7")
+
+
+def with_session(broken: Broken) -> Session:
+    """Let a session end at the last block of the chain; what is known of it."""
+    last = broken.names.hash_at(3)
+    session = Session(last, Retention.DURABLE.rank)
+    broken.change(lambda view: enter(view, SESSION, session))
+    broken.warehouse._core.cover(Covered(marks=[(int(broken.at(3)[1].slot), 3)]))
+    return session
+
+
+@pytest.mark.parametrize("what", ["nowhere", "class", "tenant", "end missing", "end of nobody"])
+def test_i23_a_session_that_ends_nowhere(broken: Broken, what: str) -> None:
+    session = with_session(broken)
+    end = SESSION.end_at(session.head)
+
+    def spoil(view: WriteView) -> None:
+        if what == "nowhere":
+            gone = PrefixHash(bytes(16))
+            view.delete_raw("ends", end)
+            view.put_raw("sessions", SESSION.pack(), replace(session, head=gone).pack())
+            view.put_raw("ends", SESSION.end_at(gone), b"")
+        elif what == "class":
+            view.put_raw("sessions", SESSION.pack(), replace(session, retention=4).pack())
+        elif what == "tenant":
+            other = SessionKey.without_id(SESSION.model, 9, session.head)
+            enter(view, other, replace(session, retention=Retention.STANDARD.rank))
+        elif what == "end missing":
+            view.delete_raw("ends", end)
+        else:
+            view.put_raw("ends", replace(SESSION, id=b"nobody").end_at(session.head), b"")
+
+    broken.change(spoil)
+    if what in {"nowhere", "class"}:  # and the arrays in memory follow the record that was
+        rank = {"nowhere": Retention.STANDARD.rank, "class": Retention.PINNED.rank}[what]
+        broken.warehouse._core.cover(Covered(marks=[(int(broken.at(3)[1].slot), rank + 1)]))
+    assert found(broken) == {23}
+
+
+def test_i24_a_class_in_memory_that_no_session_says(broken: Broken) -> None:
+    """It is in no table: what is opened next has the class that the sessions say."""
+    with_session(broken)
+    with broken.warehouse as warehouse:
+        assert warehouse.check().findings == ()
+        warehouse._core.slots.retention[broken.at(1)[1].slot] = Retention.EPHEMERAL.rank
+        assert {each.invariant for each in warehouse.check().findings} == {24}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+def test_a_repair_keeps_the_sessions_whose_blocks_it_keeps(broken: Broken) -> None:
+    session = with_session(broken)
+    with broken.warehouse as warehouse:
+        broken.change(lambda view: view.delete_raw("heads", next(view.raw("heads"))[0]))
+        assert 9 in {each.invariant for each in warehouse.check().findings}
+    assert_mended(warehouse.directory, broken.names, set())
+    with offline(warehouse.directory) as subject, subject.metadata.read() as view:
+        assert dict(every(view)) == {SESSION: replace(session, kept=True)}

@@ -10,7 +10,6 @@ from support.warehouses import (
     HYBRID,
     LAYOUTS,
     MHA,
-    block_at,
     chain_of,
     flip_payload,
     open_warehouse,
@@ -172,7 +171,7 @@ def test_a_block_that_reads_badly_is_never_handed_out(scratch: Path) -> None:
         assert warehouse.lookup(model, names) == 1
 
 
-def test_retention_is_set_exactly_on_own_blocks_and_at_least_on_shared_ones(scratch: Path) -> None:
+def test_a_block_has_the_highest_class_of_the_sessions_over_it(scratch: Path) -> None:
     with open_warehouse(scratch) as warehouse:
         model = warehouse.open_model("m", MHA)
         trunk, branch = chain_of(model, 4), chain_of(model, 4, 1, fork=2)
@@ -180,12 +179,13 @@ def test_retention_is_set_exactly_on_own_blocks_and_at_least_on_shared_ones(scra
         put(warehouse, model, branch)
 
         def classes() -> list[int]:
-            return [block_at(warehouse, model, trunk, i)[1].retention for i in range(4)]
+            chain = warehouse.chain_of(model.id, trunk.hash_at(3))
+            return [info.block.retention for info in chain]
 
         warehouse.set_retention(model.id, trunk.hash_at(3), Retention.PINNED)
         assert classes() == [3, 3, 3, 3]
         warehouse.set_retention(model.id, trunk.hash_at(3), Retention.EPHEMERAL)
-        assert classes() == [3, 3, 0, 0]
+        assert classes() == [1, 1, 0, 0]
         sessions = {s.head: s.retention for s in warehouse.sessions(model.id)}
         assert sessions[trunk.hash_at(3)] is Retention.EPHEMERAL
         assert sessions[branch.hash_at(3)] is Retention.STANDARD

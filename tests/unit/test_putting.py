@@ -283,7 +283,7 @@ def test_a_transaction_that_fails_forfeits_the_put(
         model = warehouse.open_model("m", MHA)
         names = chain_of(model, 3)
 
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise DeviceError("the metadata could not be written")
 
         with monkeypatch.context() as patch:

@@ -1,0 +1,449 @@
+"""Classes of sessions changed, promises given or refused, touches brought into the tables.
+
+A class that is not the one in the headers goes to the roster of the devices first, and then to the
+tables, so that it outlives the metadata. What a touch says waits for one commit a second with many
+others. All of it blocks, but for `promise`.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from twfs import slots as states
+from twfs.core import Core
+from twfs.errors import NoSuchBlock, NoSuchModel, PromiseRefused, StaleEpoch, TooLarge, TwfsError
+from twfs.evicting import remove_session
+from twfs.hints import Hint, Retention
+from twfs.records import BlockKey
+from twfs.retention import PINNED, held_bytes
+from twfs.roster import CLASSES_BYTES_MAX, Roster, RosterClass, classes_bytes
+from twfs.sessions import (
+    EPHEMERAL,
+    SESSIONS_MAX,
+    STANDARD,
+    Covered,
+    Ends,
+    Session,
+    SessionKey,
+    Touch,
+    drop,
+    ending_at,
+    enter,
+    every,
+    find,
+)
+from twfs.siblings import is_alone, others
+from twfs.slots import NONE
+from twfs.tables import ReadView, WriteView
+from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
+
+RETENTIONS: Final = tuple(Retention)
+USED_STEP_MS: Final = 3_600_000  # a session that does not move is noted as used this often
+PRUNED_PARTS: Final = 8  # of the sessions: so many end when there are nearly too many
+
+
+# Promises.
+
+
+def unpinned(core: Core, view: ReadView, ends: Iterable[int]) -> set[int]:
+    """Slots of the blocks that would be pinned by sessions ending at the slots *ends*.
+
+    Hold the lock.
+    """
+    slots = core.slots
+    found: set[int] = set()
+    for end in ends:
+        at = end
+        while at != NONE and at not in found and slots.retention[at] != PINNED:
+            found.add(at)
+            at = int(slots.parent[at])
+    beside: set[int] = set()
+    for slot in found:
+        key = slots.key_of(slot)
+        model = core.models.get(key.model)
+        if model is not None and not is_alone(model):
+            standing = BlockKey(key.model, key.prefix_hash, model.layout.spine, 0)
+            beside.update(s for s in others(view, model, standing) if slots.retention[s] != PINNED)
+    return found | beside
+
+
+def pin_room_bytes(core: Core) -> int:
+    """Bytes that may be pinned more. Hold the lock."""
+    limit = int(core.terms.shares[PINNED] * core.allocator.total_bytes)
+    return limit - held_bytes(core.slots, PINNED) - core.promised_bytes
+
+
+def promise(core: Core, need_bytes: int) -> None:
+    """Reserve so much of what may be pinned; PromiseRefused. Hold the lock."""
+    room = pin_room_bytes(core)
+    if need_bytes > room:
+        core.promises.refused += 1
+        limit = int(core.terms.shares[PINNED] * core.allocator.total_bytes)
+        raise PromiseRefused(
+            f"{need_bytes} bytes cannot be pinned: {max(0, room)} of {limit} are left for it; "
+            "unpin some sessions, or raise the share in [retention.pinned] of twfs.toml"
+        )
+    core.promised_bytes += need_bytes
+
+
+def promise_put(
+    core: Core, beside: Sequence[int], needs: Sequence[ByteCount]
+) -> tuple[int, int]:  # fmt: skip
+    """Promise a put that is to be pinned what it can be: how many blocks, and the bytes reserved.
+
+    *needs* are the bytes of what it lacks, *beside* the slots of what is there, which would be
+    pinned with it. PromiseRefused if not even the first fits. Hold the lock.
+    """
+    with core.metadata.read() as view:
+        fresh = bytes_in(core, unpinned(core, view, beside))
+    ends = np.cumsum(needs)
+    fit = int(np.searchsorted(ends, pin_room_bytes(core) - fresh, "right"))
+    promised = fresh + int(sum(needs[: max(1, fit)]))
+    promise(core, promised)
+    return fit, promised
+
+
+def bytes_in(core: Core, slots: Iterable[int]) -> int:
+    """Bytes on the devices of the blocks in *slots*. Hold the lock."""
+    return int(core.slots.units[np.fromiter(slots, np.int64)].sum()) * ALIGN
+
+
+# Classes.
+
+
+def set_retention(core: Core, model: ModelId, head: PrefixHash, retention: Retention) -> None:
+    """Give the sessions that end at *head* a class; without any, the one without id.
+
+    NoSuchBlock, NoSuchModel, StaleEpoch, PromiseRefused, TooLarge.
+    """
+    layout = core.record(model).layout
+    with core.metadata.read() as view:
+        block = view.block(BlockKey(model, head, layout.spine, 0))
+        if block is None:
+            raise NoSuchBlock(f"no session {head.hex()}")
+        keys = [key for key in ending_at(view, model, head) if key.named]
+    keys = keys or [SessionKey.without_id(model, block.tenant, head)]
+    assign(core, keys, retention.rank)
+
+
+def retain(core: Core, model: ModelId, tenant: int, session: str, retention: Retention) -> None:
+    """Give the session with an engine's id a class; NoSuchBlock and what set_retention raises."""
+    core.record(model)
+    assign(core, [SessionKey.of(model, tenant, session)], retention.rank)
+
+
+def _head_of(view: ReadView, key: SessionKey) -> PrefixHash:
+    """Where a session ends; NoSuchBlock if there is none."""
+    if not key.named:
+        return PrefixHash(key.id[1:])
+    session = find(view, key)
+    if session is None:
+        raise NoSuchBlock(f"no session has the id {key.id.decode(errors='replace')!r}")
+    return session.head
+
+
+def assign(core: Core, keys: Sequence[SessionKey], rank: int) -> None:
+    """Give sessions the class *rank*: all or none of them; durable on the devices at return.
+
+    What is pinned is reserved first, and the ends of the chains are held until the arrays say so.
+    """
+    promised, pin, pinned = 0, 0, np.zeros(0, np.int64)
+    with core.lock:
+        with core.metadata.read() as view:
+            ends = [_slot_of(core, view, key) for key in keys]
+            keys = [
+                key if key.named else replace(key, tenant=int(core.slots.tenant[slot]))
+                for key, slot in zip(keys, ends, strict=True)
+            ]
+            fresh = unpinned(core, view, ends) if rank == PINNED else set()
+        if rank == PINNED:
+            promised = bytes_in(core, fresh)
+            promise(core, promised)
+        pinned = np.array(sorted({*ends, *fresh}), np.int64)
+        pin = core.pin(pinned)
+    try:
+        core.enrol(
+            lambda roster: _with_classes(core, roster, [(key, rank) for key in keys]),
+            lambda view: _assigned(core, view, keys, rank),
+            lambda covered: _follow(core, covered),
+        )
+    finally:
+        with core.lock:
+            core.promised_bytes -= promised
+            core.unpin(pinned, pin)
+
+
+def _slot_of(core: Core, view: ReadView, key: SessionKey) -> int:
+    """The slot of the block where a session ends; NoSuchBlock. Hold the lock."""
+    head = _head_of(view, key)
+    block = view.block(BlockKey(key.model, head, core.record(key.model).layout.spine, 0))
+    if block is None or core.slots.state[block.slot] != states.LIVE:
+        raise NoSuchBlock(f"no session {head.hex()}")
+    return int(block.slot)
+
+
+def _follow(core: Core, covered: Covered) -> None:
+    with core.lock:
+        core.cover(covered)
+        core.changes += 1
+
+
+def _with_classes(
+    core: Core, roster: Roster, changes: Sequence[tuple[SessionKey, int]]
+) -> Roster:  # fmt: skip
+    """*roster* with the classes of *changes*, and without those of sessions that are over.
+
+    TooLarge if they take more than their part of it.
+    """
+    wanted = dict(changes)
+    rows: dict[tuple[str, int, str, bytes], RosterClass] = {}
+    with core.metadata.read() as view:
+        for row in roster.classes:
+            model = core.current.get(row.model)
+            if model is None:
+                continue
+            key = (
+                SessionKey.of(model, row.tenant, row.session)
+                if row.session
+                else SessionKey.without_id(model, row.tenant, row.head)
+            )
+            session = find(view, key)
+            if session is not None and key not in wanted:
+                _add_row(core, view, rows, key, session.head, session.retention)
+        for key, rank in wanted.items():
+            with suppress(NoSuchBlock):  # it ended meanwhile
+                _add_row(core, view, rows, key, _head_of(view, key), rank)
+    classes = tuple(sorted(rows.values(), key=RosterClass.place))
+    size = classes_bytes(classes)
+    if size > CLASSES_BYTES_MAX:
+        raise TooLarge(
+            f"{len(classes)} sessions have a class of their own, which takes {size} bytes of "
+            f"{CLASSES_BYTES_MAX} on every device: give some of them the class of their blocks"
+        )
+    return replace(roster, classes=classes)
+
+
+def _add_row(  # noqa: PLR0917 - what one row says
+    core: Core, view: ReadView, rows: dict[tuple[str, int, str, bytes], RosterClass],
+    key: SessionKey, head: PrefixHash, rank: int,
+) -> None:  # fmt: skip
+    """Note the class of a session, if that of its head's header is another."""
+    model = core.models.get(key.model)
+    if model is None or not core.is_current(key.model):
+        return
+    block = view.block(BlockKey(key.model, head, model.layout.spine, 0))
+    if block is None or block.retention == rank:
+        return
+    row = RosterClass(
+        model.name, key.tenant, key.id.decode() if key.named else "", head, rank
+    )  # fmt: skip
+    rows[row.model, row.tenant, row.session, b"" if key.named else head] = row
+
+
+def _assigned(core: Core, view: WriteView, keys: Sequence[SessionKey], rank: int) -> Covered:
+    """The transaction of `assign`."""
+    covered = Covered()
+    for key in keys:
+        ends = Ends(view, key.model, core.record(key.model).layout)
+        head = _head_of(view, key)
+        block = ends.standing(head)
+        if block is None:
+            raise NoSuchBlock(f"no session {head.hex()}: it has just gone")
+        before = find(view, key)
+        kept = block.retention != rank
+        low = rank == EPHEMERAL and view.is_head(key.model, head)
+        if key.named or rank > STANDARD or low:
+            used_ms = core.clock() if before is None else before.used_ms
+            enter(view, key, Session(head, rank, kept, used_ms))
+        elif kept and view.is_head(key.model, head):
+            enter(view, key, Session(head, rank, kept, core.clock()))
+        else:
+            drop(view, key)
+        ends.look(head, block)
+        covered.note(ends)
+    return covered
+
+
+# What waits for a commit with others.
+
+
+def flush(core: Core) -> None:
+    """Bring into the tables what touches said, and onto the devices the classes that are not there.
+
+    What cannot be done now, for a device that takes no writes, is tried again.
+    """
+    with core.lock:
+        asked, core.asked = core.asked, {}
+    if asked:
+        _flush_touches(core, asked)
+    with core.metadata.read() as view:
+        many = view.count("sessions") > SESSIONS_MAX - SESSIONS_MAX // PRUNED_PARTS
+    if many:
+        core.metadata.submit(lambda view: _prune(core, view), lambda c: _follow(core, c)).result()
+
+
+def _flush_touches(core: Core, asked: dict[SessionKey, Touch]) -> None:
+    def job(view: WriteView) -> Covered:
+        covered = Covered()
+        for model in {key.model for key in asked}:
+            record = core.models.get(model)
+            if record is None:
+                continue
+            ends = Ends.of(view, record)
+            for key, touch in asked.items():
+                if key.model == model and key.named:
+                    ends.advance(touch.asked)
+                    _note_use(view, key, touch)
+            covered.note(ends)
+        return covered
+
+    core.metadata.submit(job, lambda covered: _follow(core, covered)).result()
+    with core.lock:
+        core.counters.touched_sessions += len(asked)
+    for key, touch in asked.items():
+        if touch.wanted is not None:
+            # One-way: who touched has gone on. A promise that is refused is counted.
+            with suppress(NoSuchBlock, NoSuchModel, StaleEpoch, PromiseRefused, TooLarge):
+                change(core, key, touch.wanted)
+
+
+def _note_use(view: WriteView, key: SessionKey, touch: Touch) -> None:
+    """Remember that a session is in use, though it has not moved."""
+    session = find(view, key)
+    if session is not None and touch.asked.now_ms - session.used_ms > USED_STEP_MS:
+        enter(view, key, replace(session, used_ms=touch.asked.now_ms))
+
+
+def change(core: Core, key: SessionKey, rank: int) -> None:
+    """Give a session a class, unless it has that; as assign."""
+    with core.metadata.read() as view:
+        session = find(view, key)
+    if (STANDARD if session is None else session.retention) != rank or (
+        session is None and key.named
+    ):
+        assign(core, [key], rank)
+
+
+def change_asked(core: Core, model: ModelId, tenant: int, hint: Hint) -> None:
+    """Before a put: give the session of *hint*, if it is known, the class that is asked for.
+
+    What assign raises; a session that is new gets its class with the put.
+    """
+    if hint.retention is None or not hint.session:
+        return
+    key = SessionKey.of(model, tenant, hint.session)
+    with core.metadata.read() as view:
+        known = find(view, key)
+    if known is not None and known.retention != hint.retention.rank:
+        with suppress(NoSuchBlock):  # it ended meanwhile, so it is new
+            assign(core, [key], hint.retention.rank)
+
+
+def class_of_put(  # noqa: PLR0917 - what a put says of its session
+    core: Core, model: ModelId, tenant: int, session: str, retention: Retention,
+    parents: Sequence[PrefixHash],
+) -> Retention:  # fmt: skip
+    """The class of the blocks of a put: that of its session, *retention* if that is new.
+
+    Without id the session is that of the head among *parents*, which goes on, and gets no less.
+    """
+    with core.metadata.read() as view:
+        if session:
+            known = find(view, SessionKey.of(model, tenant, session))
+            return retention if known is None else RETENTIONS[min(known.retention, PINNED)]
+        ranks = [
+            found.retention
+            for parent in parents
+            if view.is_head(model, parent)
+            for key in ending_at(view, model, parent)
+            if not key.named and (found := find(view, key)) is not None
+        ]
+    return RETENTIONS[min(max([retention.rank, *ranks]), PINNED)]
+
+
+def keep_classes(core: Core) -> None:
+    """Write to the devices the classes that only the tables have. What a device raises, TooLarge.
+
+    They came with a publish of blocks that were there already with another class in their headers.
+    """
+    with core.lock:
+        waiting = set(core.unkept)
+    if not waiting:
+        return
+    with core.metadata.read() as view:
+        now = [(key, s.retention) for key in waiting if (s := find(view, key)) is not None]
+
+    def job(view: WriteView) -> None:
+        for key, rank in now:
+            session = find(view, key)
+            if session is not None and session.retention == rank:
+                enter(view, key, replace(session, kept=True))
+
+    try:
+        core.enrol(lambda roster: _with_classes(core, roster, now), job)
+    except TooLarge:
+        core.counters.unkept_classes += len(now)
+    with core.lock:
+        core.unkept -= waiting
+
+
+def _prune(core: Core, view: WriteView) -> Covered:
+    """End the sessions with an id that were not used for longest, but for pinned ones."""
+    known = [(s.used_ms, key) for key, s in every(view) if key.named and s.retention != PINNED]
+    known.sort(key=lambda pair: (pair[0], pair[1].pack()))
+    covered = Covered()
+    for _, key in known[: SESSIONS_MAX // PRUNED_PARTS]:
+        _end(core, view, key, covered)
+    return covered
+
+
+def _end(core: Core, view: WriteView, key: SessionKey, covered: Covered) -> None:
+    """Take a session out of the tables."""
+    session = drop(view, key)
+    record = core.models.get(key.model)
+    if session is not None and record is not None:
+        ends = Ends.of(view, record)
+        ends.look(session.head)
+        covered.note(ends)
+
+
+def forget(core: Core, model: ModelId, tenant: int, session: str) -> ByteCount:
+    """Delete a session by its id, with every block that no other session uses; 0 if there is none.
+
+    StaleEpoch, NoSuchModel.
+    """
+    record = core.model(model)
+    key = SessionKey.of(model, tenant, session)
+    with core.lock:
+        core.asked.pop(key, None)
+    with core.metadata.read() as view:
+        found = find(view, key)
+    if found is None:
+        return ByteCount(0)
+
+    def job(view: WriteView) -> Covered:
+        covered = Covered()
+        _end(core, view, key, covered)
+        return covered
+
+    def without(roster: Roster) -> Roster:
+        mine = (record.name, tenant, session)
+        left = (c for c in roster.classes if (c.model, c.tenant, c.session) != mine)
+        return replace(roster, classes=tuple(left))
+
+    if found.kept:
+        core.enrol(without, job, lambda covered: _follow(core, covered))
+    else:
+        core.metadata.submit(job, lambda covered: _follow(core, covered)).result()
+    with core.lock:
+        core.counters.forgotten_sessions += 1
+    with core.metadata.read() as view:
+        alone = view.is_head(model, found.head) and not ending_at(view, model, found.head)
+    if not alone:
+        return ByteCount(0)
+    with suppress(TwfsError):  # it was removed, or goes on, since
+        return remove_session(core, model, found.head)
+    return ByteCount(0)
