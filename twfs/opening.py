@@ -40,6 +40,8 @@ from twfs.hints import Retention
 from twfs.leases import Leases
 from twfs.metadata import FIRST_INO, Metadata
 from twfs.metafile import scout
+from twfs.meter import META as METER
+from twfs.meter import Meter
 from twfs.recording import Recorder, remove_record
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.roster import Roster, write_roster
@@ -242,6 +244,8 @@ def open_core(
             steady, config or Config(),
         )  # fmt: skip
         core.recorder = Recorder(directory / RECORD_DIRECTORY, core.config.record, steady, secret)
+        with metadata.read() as view:
+            core.meter = Meter.load(view.meta(METER), clock())
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
         core.unkept = unkept
@@ -257,7 +261,7 @@ def open_core(
 def close_core(core: Core) -> None:
     """Finish what is under way and let go of everything."""
     core.recorder.flush(core.counters.written_bytes + core.counters.moved_bytes)
-    core.erasers.shutdown()
+    core.wiper.close()
     core.metadata.close()
     with core.lock:
         core.slots.close()
