@@ -69,9 +69,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
-    ("engines.finding",),
+    ("engines.finding", "engines.keyed"),
     ("engines.transfers", "engines.vllm_layout"),
-    ("engines.transformers", "engines.vllm", "engines.vllm_tier"),
+    (
+        "engines.lmcache",
+        "engines.sglang",
+        "engines.transformers",
+        "engines.vllm",
+        "engines.vllm_tier",
+    ),
+    ("engines.sglang_linker",),
 )
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
 
@@ -84,6 +91,7 @@ BANNED = frozenset(
 FOREIGN = frozenset(
     {
         "entry_timeout",  # pyfuse3.EntryAttributes
+        "page_size",  # lmcache.L2AdapterInterface.list_l2_keys
         "item",  # numpy and torch: array.item()
         "items",  # Mapping.items()
         # Of memory, 4 KiB or huge, as the kernel calls them:

@@ -78,7 +78,7 @@ from twfs.store import (
     Served,
 )
 from twfs.tenants import EVERYBODY
-from twfs.units import ByteCount, ModelId
+from twfs.units import ByteCount, DeviceIndex, ModelId
 from twfs.upload import check_payloads, upload
 from twfs.wire import BLOCKS_MAX
 
@@ -160,6 +160,12 @@ class Client(RemoteNamespace):
         self, request: Request, timeout_s: float | None
     ) -> Iterator[AnyReply | None]:
         return self._connector.link().channel.pieces(request, timeout_s)
+
+    def device_paths(self) -> dict[DeviceIndex, Path]:
+        """See Namespace.device_paths; as the last table of the daemon's has them."""
+        devices = self._connector.devices
+        rows = () if devices is None else devices.rows
+        return {DeviceIndex(row.index): Path(row.path) for row in rows if row.passed}
 
     def close(self) -> None:
         """End all leases, wait for reads and puts under way, let go of everything. Idempotent."""

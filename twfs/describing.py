@@ -4,12 +4,15 @@ Pure functions, any thread.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from twfs.chainfile import retention_of
+from twfs.records import payload_runs
 from twfs.store import BlockInfo, ModelInfo
+from twfs.units import DeviceIndex
 
 PREFIX: Final = "user.twfs."
 CLASS_NAME: Final = f"{PREFIX}class"
@@ -19,8 +22,10 @@ def _named(values: Mapping[str, object]) -> dict[str, bytes]:
     return {f"{PREFIX}{name}": str(value).encode() for name, value in values.items()}
 
 
-def describe_block(model: ModelInfo, info: BlockInfo, tenant: str) -> dict[str, bytes]:
-    """Return the extended attributes of a block's file."""
+def describe_block(
+    model: ModelInfo, info: BlockInfo, tenant: str, paths: Mapping[DeviceIndex, Path]
+) -> dict[str, bytes]:
+    """Return the extended attributes of a block's file; *paths* are of the devices."""
     block, sums = info.block, info.block.checksums
     return _named(
         {
@@ -30,6 +35,10 @@ def describe_block(model: ModelInfo, info: BlockInfo, tenant: str) -> dict[str, 
             "checksum": sums.xxh3.hex(),
             "lanes": f"{sums.lane_plain:016x} {sums.lane_weighted:016x}",
             "extents": " ".join(map(str, block.extents)),
+            "payload": " ".join(
+                f"{paths.get(run.device, '/dev/null')}:{run.offset}+{run.length}"
+                for run in payload_runs(block.extents, block.payload_bytes)
+            ),
             "class": retention_of(block.retention).value,
             "tenant": tenant,
             "layout": model.layout.fingerprint.hex(),

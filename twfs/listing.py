@@ -262,7 +262,11 @@ def space(core: Core) -> Space:
     with core.lock, core.metadata.read() as view:
         limbo = sum(extent.length for extent in view.runs("limbo"))
         here = len(core.slots)
-        free_to_go = (core.slots.state[:here] == states.LIVE) & (core.slots.leases[:here] == 0)
+        free_to_go = (
+            (core.slots.state[:here] == states.LIVE)
+            & (core.slots.leases[:here] == 0)
+            & (core.slots.retention[:here] != Retention.PINNED.rank)
+        )  # fmt: skip
         return Space(
             core.allocator.total_bytes,
             core.allocator.free_bytes,

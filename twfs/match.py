@@ -21,7 +21,7 @@ from twfs.errors import InvalidInput
 from twfs.prefix import Names
 from twfs.readers.base import BlockRead, LayerRange, Target, target_of
 from twfs.readers.select import Readers
-from twfs.records import BlockKey, Checksums, Extent
+from twfs.records import BlockKey, Checksums, Extent, payload_runs
 from twfs.store import LeaseHolder, Model, Pieces, ReadOutcome, ReadReport, Served
 from twfs.units import (
     ALIGN,
@@ -305,14 +305,11 @@ class Match:
         blocks = []
         for at in np.flatnonzero(self._order == wanted).tolist():
             row = self._located[at]
-            left = ALIGN + -(-int(row["payload_bytes"]) // ALIGN) * ALIGN
-            skip, runs = ALIGN, []
-            for extent in self._extents_of(int(self._first_extent[at]), int(row["extent_count"])):
-                length = min(extent.length, left)
-                if length > skip:
-                    path = self._path_of(extent.device)
-                    runs.append((path, ByteOffset(extent.offset + skip), ByteCount(length - skip)))
-                left, skip = left - length, max(skip - length, 0)
+            extents = self._extents_of(int(self._first_extent[at]), int(row["extent_count"]))
+            runs = [
+                (self._path_of(run.device), run.offset, run.length)
+                for run in payload_runs(extents, int(row["payload_bytes"]))
+            ]
             blocks.append(
                 LocatedBlock(
                     int(row["index"]), PrefixHash(row["prefix_hash"].item()),

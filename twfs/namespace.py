@@ -6,6 +6,7 @@ devices or commits, all others are short enough for an event loop.
 
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ from twfs.sources import Sources
 from twfs.store import BlockInfo, CheckReport, Explanation, ModelInfo, Retention, SessionInfo, Space
 from twfs.subject import Live
 from twfs.tenants import EVERYBODY, Tenants
-from twfs.units import ByteCount, ModelId, PrefixHash
+from twfs.units import ByteCount, DeviceIndex, ModelId, PrefixHash
 
 
 class OpenNamespace:
@@ -130,6 +131,10 @@ class OpenNamespace:
     def changes(self) -> int:
         """See Namespace.changes."""
         return self._core.changes
+
+    def device_paths(self) -> dict[DeviceIndex, Path]:
+        """See Namespace.device_paths."""
+        return {DeviceIndex(index): each.path for index, each in self._core.devices.items()}
 
     def statistics(self) -> dict[str, Any]:
         """See Namespace.statistics."""

@@ -6,6 +6,7 @@ fit raises ValueError, which the caller turns into the error of its place.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -32,6 +33,7 @@ from twfs.units import (
     PrefixHash,
     Slot,
     TokenCount,
+    align_up,
     is_aligned,
 )
 
@@ -178,6 +180,18 @@ class Extent:
         if not is_aligned(offset) or not units:
             raise ValueError(f"extent has offset {offset} and {units} units")
         return cls(DeviceIndex(device), ByteOffset(offset), ByteCount(units * ALIGN))
+
+
+def payload_runs(extents: Sequence[Extent], payload_bytes: int) -> list[Extent]:
+    """Where the payload of a block is: its *extents* without the header, padded to 4 KiB."""
+    left, skip, runs = ALIGN + align_up(payload_bytes), ALIGN, []
+    for extent in extents:
+        length = min(extent.length, left)
+        if length > skip:
+            offset = ByteOffset(extent.offset + skip)
+            runs.append(Extent(extent.device, offset, ByteCount(length - skip)))
+        left, skip = left - length, max(skip - length, 0)
+    return runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ answers. Thread-safe.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -67,7 +68,7 @@ from twfs.store import (
     Space,
 )
 from twfs.tenants import EVERYBODY, Tenant, Tenants
-from twfs.units import HASH_BYTES, ByteCount, ModelId, PrefixHash
+from twfs.units import HASH_BYTES, ByteCount, DeviceIndex, ModelId, PrefixHash
 from twfs.wire import LISTED_MAX
 
 ASK_SECONDS_MAX: Final = 30.0  # for an answer from memory and metadata, behind a busy daemon's work
@@ -183,6 +184,10 @@ class RemoteNamespace:
     def space(self) -> Space:
         """See Namespace.space."""
         return self._ask(AskSpace(0), SpaceFigures).space
+
+    def device_paths(self) -> Mapping[DeviceIndex, Path]:
+        """See Namespace.device_paths."""
+        raise NotImplementedError
 
     def check(self, *, data: bool = False) -> CheckReport:
         """See Namespace.check; waits as long as it takes."""

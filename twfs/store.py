@@ -6,10 +6,11 @@ with counts and outcomes. Exceptions are for callers' mistakes (InvalidInput, La
 for a put that cannot be kept (WarehouseFull, StaleEpoch).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -21,7 +22,7 @@ from twfs.layout import Layout
 from twfs.prefix import Chain, Names, Root, root_of
 from twfs.records import Block, BlockKey
 from twfs.tenants import EVERYBODY, EVERYBODY_NAME, Tenants
-from twfs.units import ByteCount, Millis, ModelId, PrefixHash, TokenCount
+from twfs.units import ByteCount, DeviceIndex, Millis, ModelId, PrefixHash, TokenCount
 
 # A torch tensor (CPU, pinned, CUDA), numpy array, or anything with the buffer protocol; contiguous.
 Buffer = Any
@@ -417,6 +418,9 @@ class Namespace(Protocol):
 
     def space(self) -> Space:
         """Bytes on the devices."""
+
+    def device_paths(self) -> Mapping[DeviceIndex, Path]:
+        """Where each device is that can be read now."""
 
     def check(self, *, data: bool = False) -> CheckReport:
         """Check every invariant of FORMAT.md; with *data* every payload too."""

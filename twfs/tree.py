@@ -468,10 +468,10 @@ class Tree:
         node, named = self.resolve(node), self._namespace.tenants().name_of
         if not isinstance(node, BlockFile | SessionDirectory):
             return {}
-        info, describe = self._info(node), describe_block
+        about = (self.model((info := self._info(node)).key.model), info, named(info.block.tenant))
         if isinstance(node, SessionDirectory):
-            describe = describe_session
-        return describe(self.model(info.key.model), info, named(info.block.tenant))
+            return describe_session(*about)
+        return describe_block(*about, self._namespace.device_paths())
 
     # Removal
 

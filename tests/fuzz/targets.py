@@ -6,7 +6,9 @@ they are and with their checksum made right, so that the parser behind it is rea
 """
 
 import functools
+import json
 import random
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +32,8 @@ from fuzz.wire import feed_frames, feed_reply, feed_request, reply_seeds, reques
 from support.warehouses import LAYOUTS, MHA, chain_of, stop_tending
 from twfs import opening
 from twfs.chainfile import ChainFile, parse_block_name, parse_detached_name, write_chain
-from twfs.errors import CorruptMetadata, InvalidInput, TwfsError
+from twfs.config import parse
+from twfs.errors import CorruptMetadata, InvalidInput, TooLarge, TwfsError
 from twfs.extents import Allocator
 from twfs.importing import Importer
 from twfs.layout import Layout, check_model_name
@@ -39,7 +42,10 @@ from twfs.nodes import CONTROL, ROOT
 from twfs.nodes import LAYOUTS as LAYOUTS_DIRECTORY
 from twfs.protocol import layout_of, layout_to_json
 from twfs.records import (
+    FORMAT_VERSION,
     HEADER_MAGIC,
+    ROSTER,
+    ROSTER_MAGIC,
     SUM,
     SUPERBLOCK_MAGIC,
     Block,
@@ -48,11 +54,15 @@ from twfs.records import (
     Superblock,
     _seal,
 )
+from twfs.retention import Terms
+from twfs.roster import Roster, RosterClass, RosterModel
+from twfs.secret import mac_of
+from twfs.sessions import Session, SessionKey
 from twfs.slots import Slots
 from twfs.snapshot import take_snapshot
 from twfs.store import ModelInfo
 from twfs.tree import Tree
-from twfs.units import ALIGN, PrefixHash
+from twfs.units import ALIGN, Millis, ModelId, PrefixHash
 from twfs.warehouse import Warehouse
 from twfs_mount.looking import text_of
 from twfs_mount.main import mount_options
@@ -64,6 +74,7 @@ sample_copy = functools.cache(Copy)
 Mutate = Callable[[random.Random, bytes], bytes]
 
 SECRET: Final = bytes(range(32))
+WAREHOUSE: Final = UUID(int=7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,67 @@ def feed_record(data: bytes) -> None:
     with suppress(ValueError):
         block = Block.unpack(data)
         assert Block.unpack(block.pack()) == block
+
+
+def feed_session(data: bytes) -> None:
+    """Unpack a session's key and record: ValueError, or what can be packed again."""
+    with suppress(ValueError):
+        key = SessionKey.unpack(data)
+        assert SessionKey.unpack(key.pack()) == key
+    with suppress(ValueError):
+        session = Session.unpack(data)
+        assert session.pack() == data
+
+
+def session_seeds() -> list[bytes]:
+    """Keys and records of sessions with an id and without."""
+    head = PrefixHash(bytes(range(16)))
+    return [
+        SessionKey.of(ModelId(1), 2, "agent-7").pack(),
+        SessionKey.without_id(ModelId(1), 0, head).pack(), Session(head, 3, True, 1 << 40).pack(),
+    ]  # fmt: skip
+
+
+def feed_roster(data: bytes) -> None:
+    """Unpack a roster: ValueError, or one that can be packed again.
+
+    The input is the JSON, for nobody without the secret comes to it.
+    """
+    body = zlib.compress(data, 1)
+    fixed = ROSTER.pack(ROSTER_MAGIC, FORMAT_VERSION, 0, WAREHOUSE.bytes, 7, len(body))
+    packed = fixed + mac_of(SECRET, fixed + body) + body
+    with suppress(ValueError, TooLarge):
+        found = Roster.unpack(packed, SECRET, WAREHOUSE)
+        assert all(0 <= row.retention <= 3 and len(row.head) == 16 for row in found.classes)
+        again = Roster.unpack(found.pack(SECRET, WAREHOUSE), SECRET, WAREHOUSE)
+        assert again.classes == found.classes
+
+
+def roster_seeds() -> list[bytes]:
+    """The JSON of a roster with a model and classes of sessions."""
+    layout = next(iter(LAYOUTS.values()))
+    head = PrefixHash(bytes(range(16)))
+    roster = Roster(
+        7, models=(RosterModel("m", 1, layout, Millis(9)),),
+        classes=(RosterClass("m", 0, "agent-7", head, 3), RosterClass("m", 0, "", head, 0)),
+    )  # fmt: skip
+    return [json.dumps(roster._document()).encode()]
+
+
+def feed_config(data: bytes) -> None:
+    """Read settings: InvalidInput, or terms that can be used."""
+    with suppress(InvalidInput):
+        terms = Terms.of(parse(data))
+        assert len(terms.shares) == len(terms.ttl_ms) == 4
+        assert all(0 <= share <= 1 for share in terms.shares)
+
+
+def config_seeds() -> list[bytes]:
+    """Settings that say something of every class."""
+    return [
+        b"[retention.ephemeral]\nttl = '1h'\n[retention.standard]\nttl = 'never'\nshare = 0.5\n",
+        b'[retention.durable]\nttl = "30d"\n[retention.pinned]\nshare = 0.25\n',
+    ]
 
 
 def feed_tables(data: bytes) -> None:
@@ -352,6 +424,9 @@ TARGETS: Final[dict[str, FuzzTarget]] = {
     "superblock": FuzzTarget(feed_superblock, superblock_seeds),
     "header": FuzzTarget(feed_header, header_seeds),
     "record": FuzzTarget(feed_record, record_seeds),
+    "session": FuzzTarget(feed_session, session_seeds),
+    "roster": FuzzTarget(feed_roster, roster_seeds, mutating.mutated_json),
+    "config": FuzzTarget(feed_config, config_seeds, mutating.mutated_text),
     "tables": FuzzTarget(feed_tables, table_seeds, mutated_rows),
     "warehouse": FuzzTarget(feed_warehouse, table_seeds, mutated_rows),
     "request": FuzzTarget(feed_request, request_seeds, mutating.mutated_packed),

@@ -17,6 +17,7 @@ from fuzz.sample import sample_warehouse
 from support.warehouses import MHA, chain_of
 from twfs.answers import ANSWERS, status_of
 from twfs.errors import TwfsError
+from twfs.hints import Stop
 from twfs.leases import Located
 from twfs.match import Match
 from twfs.messages import (
@@ -31,6 +32,7 @@ from twfs.messages import (
     EvictBytes,
     ExplainNames,
     Failed,
+    ForgetSession,
     Hello,
     InfoOfBlock,
     JoinLease,
@@ -55,6 +57,7 @@ from twfs.messages import (
     RenewLease,
     ReportBlock,
     Request,
+    RetainNamed,
     RetainSession,
     TouchNames,
     Welcome,
@@ -71,6 +74,8 @@ from twfs.protocol import (
     encode,
     error_of,
     failure_of,
+    hint_of,
+    hint_to_wire,
     key_of,
     layout_of,
     layout_to_json,
@@ -88,7 +93,7 @@ from twfs.remote import RemoteNamespace
 from twfs.shared import names_asked
 from twfs.store import LeaseHolder, Model, ReadOutcome, Retention, Served
 from twfs.units import ByteCount, ModelId
-from twfs.wire import HELLO_BYTES_MAX, LENGTH_BYTES, WireArenaBlock, WireDevice
+from twfs.wire import HELLO_BYTES_MAX, LENGTH_BYTES, WireArenaBlock, WireDevice, WireHint
 
 ARENA_BYTES: Final = 1 << 20
 SIZES: Final = {0: 16 << 20}
@@ -104,8 +109,16 @@ def feed_request(data: bytes) -> None:
         request = decode_request(data)
         assert encode(request)
         take_apart(request)
+        take_hint(request)
         if isinstance(request, LOOKING) and not (isinstance(request, CheckAll) and request.data):
             encode(ANSWERS[type(request)](Permitted(sample_warehouse(), 0), request))
+
+
+def take_hint(request: Any) -> None:
+    """Make a hint of what came in, and what came in of it again."""
+    if isinstance(request, TouchNames | BeginPut):
+        hint = hint_of(request.hint)
+        assert hint_of(hint_to_wire(hint)) == hint
 
 
 def take_apart(request: Any) -> None:
@@ -266,6 +279,9 @@ def request_seeds() -> list[bytes]:
         Hello(1, 1, 4096), OpenModel(2, "mha", layout_to_json(MHA)), OpenModel(2, "other"),
         NewEpoch(3, model_to_wire(model)), MatchNames(4, model.id, names, 0), JoinLease(5, b"t"),
         LookupNames(6, model.id, names, 2), TouchNames(7, model.id, names), RenewLease(8, b"t"),
+        TouchNames(7, model.id, names, 0, WireHint("a", Retention.PINNED, Stop.TOOL_USE, 9)),
+        BeginPut(9, model.id, names, 0, 0, Retention.STANDARD, 0, WireHint("b")),
+        ForgetSession(9, model.id, "a"), RetainNamed(9, model.id, "a", Retention.DURABLE),
         ReleaseLease(0, b"token"), ReportBlock(0, info.key.pack(), 7, ReadOutcome.BAD_CHECKSUM),
         BeginPut(9, model.id, names, 0, 0, Retention.STANDARD),
         WriteBlocks(10, 1, (WireArenaBlock(1, 4096, 2048, bytes(16), 1, 2),)), PublishPut(11, 1),

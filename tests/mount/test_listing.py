@@ -129,6 +129,11 @@ def test_extended_attributes_describe_blocks_and_sessions(mount: Mount) -> None:
     device, _, run = attribute(block, "extents").partition(":")
     offset, _, length = run.partition("+")
     assert (device, int(offset) % 4096, int(length)) == ("0", 0, block.stat().st_blocks * 512)
+    path, _, run = attribute(block, "payload").rpartition(":")
+    at, _, length = run.partition("+")
+    with Path(path).open("rb") as device_file:
+        device_file.seek(int(at))
+        assert device_file.read(int(length))[: block.stat().st_size] == block.read_bytes()
     assert attribute(session, "tokens") == "32"
     assert attribute(session, "blocks") == "2"
     listed = shell("getfattr", "-d", "--absolute-names", block)

@@ -4,6 +4,9 @@
 """
 
 import os
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +14,7 @@ import pytest
 
 REPOSITORY: Final = Path(__file__).parents[2]
 ENGINES: Final = Path(os.environ.get("TWFS_ENGINES", REPOSITORY / ".engines"))
+PATIENT_S: Final = 120.0  # engines take their time on a busy machine
 REQUIRED: Final = frozenset(os.environ.get("TWFS_ENGINES_REQUIRED", "").split())
 
 
@@ -29,3 +33,19 @@ def engine_environment(**more: str) -> dict[str, str]:
         **os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "2", **more,
     }  # fmt: skip
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def until(claim: Callable[[], bool], what: str) -> None:
+    """Wait until *claim* holds of an engine; fail if it never does."""
+    deadline_s = time.monotonic() + PATIENT_S
+    while not claim():
+        assert time.monotonic() < deadline_s, f"never: {what}"
+        time.sleep(0.1)

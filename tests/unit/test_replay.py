@@ -21,7 +21,7 @@ from twfs_tools.replay.options import class_map, tenants_made
 from twfs_tools.replay.plan import Plan
 from twfs_tools.replay.plan import run as run_plan
 from twfs_tools.replay.streams import IntArray, Stream, make_stream
-from twfs_tools.replay.traces import read_traces
+from twfs_tools.replay.traces import Agent, Request, Session, read_traces
 
 
 @pytest.fixture
@@ -282,3 +282,22 @@ def test_documents_of_seeds_that_ran_apart_are_as_those_of_one_run(tmp_path: Pat
     assert mine.keys() == its.keys()
     assert all(mine[key] == pytest.approx(its[key]) for key in its)
     assert len(document["runs"]) == len(together["runs"]) == 8
+
+
+def test_puts_and_touches_come_when_the_answer_has_ended(scratch: Path) -> None:
+    ids = tuple(range(1, 9))
+    requests = (
+        Request(0.0, "", "m", ids[:4], 1024, 1, "tool_use", None, 7.0),
+        Request(20.0, "", "m", ids, 2048, 1, "end_turn", 13.0, 90.0),
+        Request(60.0, "", "m", ids, 2048, 1, "", 0.0),  # before the answer has ended, it seems
+    )
+    sessions = [Session("s", "s", 256, requests, {"": Agent()}, absolute=True)]
+    stream = make_stream(sessions, window_s=0.0, seed=1)
+    assert stream.moments() == [
+        (0, 0, False), (7000, 0, True), (20_000, 1, False), (59_999, 1, True),
+        (60_000, 2, False), (60_000, 2, True),
+    ]  # fmt: skip
+    setup = drive.Setup(500, hints=drive.Hints.ANSWER)
+    done = drive.replay(stream, setup, scratch, nothing(stream))
+    assert done.findings == []
+    assert (done.hits.tolist(), done.published.tolist()) == ([0, 4, 8], [4, 4, 0])

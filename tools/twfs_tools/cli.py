@@ -25,6 +25,7 @@ from twfs_tools.model import app as model_app
 from twfs_tools.output import JsonFlag, complain
 from twfs_tools.rebuild import rebuild
 from twfs_tools.replay import replay
+from twfs_tools.retain import pin, retain
 from twfs_tools.scrub import scrub
 from twfs_tools.serve import mount, serve, unmount
 from twfs_tools.status import status
@@ -45,7 +46,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    create, serve, mount, unmount, status, ls, du, evict, explain, check, scrub, rebuild, replay,
+    create, serve, mount, unmount, status, ls, du, evict, explain, pin, retain, check, scrub,
+    rebuild, replay,
 ):  # fmt: skip
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")

@@ -46,6 +46,7 @@ def session_document(info: SessionInfo) -> dict[str, Any]:
         "payload_bytes": info.payload_bytes, "own_bytes": info.own_bytes,
         "shared_bytes": info.shared_bytes, "last_use_ms": info.last_use_ms,
         "published_ms": info.published_ms, "retention": info.retention, "tenant": info.tenant,
+        "ids": info.ids,
     }  # fmt: skip
 
 

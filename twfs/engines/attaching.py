@@ -35,7 +35,47 @@ def quiet_client(socket: Path | str, *, arena_bytes: int, patience_s: float = PA
     )  # fmt: skip
 
 
-class Attachment:
+class Quiet:
+    """What keeps failures from an engine: each is counted, and logged once for each kind."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self._counts: Counter[str] = Counter()
+
+    def quietly(self, what: str, call: Callable[[], T], default: T) -> T:
+        """Return what *call* returns; *default* if it fails, which is counted, and logged once."""
+        try:
+            return call()
+        except (TwfsError, OSError) as error:
+            self.complain(what, error)
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not end an engine either
+            self.complain(what, error, unexpected=True)
+        return default
+
+    def complain(self, what: str, why: object, *, unexpected: bool = False) -> None:
+        """Count *what* went wrong and log it, once for each kind of *why*."""
+        kind = f"{what}: {type(why).__name__}"
+        with self._lock:
+            self._counts[kind] += 1
+            known = kind in self._said
+            self._said.add(kind)
+        if not known:
+            log.warning("twfs, %s: %s: %s (said once)", self.name, what, why, exc_info=unexpected)
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add *number* to the counter *what*."""
+        with self._lock:
+            self._counts[what] += number
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters by name; failures as `what: class`."""
+        with self._lock:
+            return dict(self._counts)
+
+
+class Attachment(Quiet):
     """One model in one store, for as long as an engine runs; see the module's docstring.
 
     The model's name gets 8 hex digits of the layout's fingerprint, so that no two layouts clash.
@@ -45,17 +85,14 @@ class Attachment:
         self, socket: Path | str, name: str, layout: Layout, *, arena_bytes: int = ARENA_BYTES,
         patience_s: float = PATIENCE_S, store: Store | None = None,
     ) -> None:  # fmt: skip
-        self.name = f"{name}-{layout.fingerprint.hex()[:NAME_HEX]}"
+        super().__init__(f"{name}-{layout.fingerprint.hex()[:NAME_HEX]}")
         self.layout = layout
         self.patience_s = patience_s
         self.arena_bytes = arena_bytes
         self.store: Store = store or quiet_client(
             socket, arena_bytes=arena_bytes, patience_s=patience_s
         )
-        self._lock = threading.Lock()
         self._models: dict[str | None, tuple[Model | None, float]] = {}  # by tenant; when opened
-        self._said: set[str] = set()
-        self._counts: Counter[str] = Counter()
 
     def model(self, tenant: str | None = None, *, epoch: int | None = None) -> Model | None:
         """Return the model as opened for *tenant*, None if it cannot be had now.
@@ -105,36 +142,6 @@ class Attachment:
             self._models.clear()
         return fresh is not None
 
-    def quietly(self, what: str, call: Callable[[], T], default: T) -> T:
-        """Return what *call* returns; *default* if it fails, which is counted, and logged once."""
-        try:
-            return call()
-        except (TwfsError, OSError) as error:
-            self.complain(what, error)
-        except Exception as error:  # noqa: BLE001 - a bug of ours must not end an engine either
-            self.complain(what, error, unexpected=True)
-        return default
-
-    def complain(self, what: str, why: object, *, unexpected: bool = False) -> None:
-        """Count *what* went wrong and log it, once for each kind of *why*."""
-        kind = f"{what}: {type(why).__name__}"
-        with self._lock:
-            self._counts[kind] += 1
-            known = kind in self._said
-            self._said.add(kind)
-        if not known:
-            log.warning("twfs, %s: %s: %s (said once)", self.name, what, why, exc_info=unexpected)
-
-    def count(self, what: str, number: int = 1) -> None:
-        """Add *number* to the counter *what*."""
-        with self._lock:
-            self._counts[what] += number
-
     def close(self) -> None:
         """Let go of the store. Idempotent."""
         self.quietly("closing", self.store.close, None)
-
-    def statistics(self) -> dict[str, Any]:
-        """Counters by name; failures as `what: class`."""
-        with self._lock:
-            return dict(self._counts)

@@ -85,7 +85,9 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="A PNG of hit rates to
 Shared = Annotated[
     bool, typer.Option("--share-prefixes", help="Tools and system prompts alike are the same.")
 ]
-Touch = Annotated[bool, typer.Option("--touch/--no-touch", help="Report what --front served.")]
+Touch = Annotated[
+    bool, typer.Option("--touch/--no-touch", help="Report uses, also those that --front served.")
+]
 HintsOption = Annotated[
     Hints, typer.Option("--hints", help="When a session says who it is, and how a request ended.")
 ]
@@ -114,7 +116,7 @@ def replay(  # noqa: PLR0917 - the command line
     read_part: ReadPart = 0.0,
     directory: Directory = Path("/var/tmp"),
     durability: DurabilityOption = Durability.STRICT,
-    hints: HintsOption = Hints.PUT,
+    hints: HintsOption = Hints.ANSWER,
     plot: Plot = None,
     *,
     share_prefixes: Shared = False,

@@ -46,7 +46,8 @@ class Hints(StrEnum):
 
     NONE = "none"
     TOUCH = "touch"  # who it is with the put; how the request ended when it has, by a touch
-    PUT = "put"  # all of it with the put already, as engines do that store at the end
+    PUT = "put"  # all of it with the put already, which follows the match at once
+    ANSWER = "answer"  # the same, but at the time at which the trace says that the answer ended
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Setup:
     config: Config = field(default_factory=Config)
     hints: Hints = Hints.PUT
     front_blocks: int = 0  # of the engine's own memory
-    touch: bool = True  # uses that the engine's memory served are reported
+    touch: bool = True  # uses are reported, also those that the engine's memory served
     read_part: float = 0.0  # of the requests, whose hits are read and compared
     durability: Durability = Durability.STRICT
     class_of: Callable[[str], Retention | None] = lambda _: None  # of a session's name
@@ -149,9 +150,15 @@ def replay(
         setup.prepare(warehouse)
         run = _Run(stream, setup, warehouse, clock, front)
         wall, cpu = time.perf_counter(), time.process_time()
-        for number in range(len(stream)):
-            run.request(number)
-            advance(1)
+        if setup.hints is Hints.ANSWER:
+            for ms, number, ended in stream.moments():
+                clock.now_ms = BEGINNING_MS + ms
+                (run.answer if ended else run.arrive)(number)
+                advance(ended)
+        else:
+            for number in range(len(stream)):
+                run.request(number)
+                advance(1)
         warehouse.operate("settle")
         outcome = run.outcome
         outcome.wall_s = time.perf_counter() - wall
@@ -198,7 +205,7 @@ class _Run:
         session = int(self._stream.session[number])
         if self._setup.hints is Hints.NONE:
             return Hint(retention=self._classes[session])
-        known = ended or self._setup.hints is Hints.PUT
+        known = ended or self._setup.hints in {Hints.PUT, Hints.ANSWER}
         stop = STOPS.get(self._stream.stop[number], Stop.OTHER) if known else None
         return Hint(self._stream.sessions[session], self._classes[session], stop)
 
@@ -209,8 +216,7 @@ class _Run:
         if not len(chain):
             return
         self._clock.now_ms = BEGINNING_MS + int(stream.at_ms[number])
-        owner = (int(stream.tenant[number]), int(stream.model[number]))
-        model, names = self._models[owner], self._naming.names(chain, owner)
+        model, names = self._named(number, chain)
         start = int(outcome.front[number])
         before = time.perf_counter()
         with warehouse.match(model, names, start=start) as match:
@@ -223,10 +229,51 @@ class _Run:
             if held < len(chain):
                 self._put(number, model, names.slice(held, len(chain)), chain[held:])
             outcome.put_s += time.perf_counter() - before
+        self._touch(number, model, names)
+
+    def arrive(self, number: int) -> None:
+        """Match one request, whose answer ends later."""
+        chain, start = self._stream.chain(number), int(self.outcome.front[number])
+        if len(chain):
+            model, names = self._named(number, chain)
+            before = time.perf_counter()
+            with self._warehouse.match(model, names, start=start) as match:
+                held = max(start, match.blocks)
+                self.outcome.match_s += time.perf_counter() - before
+                self.outcome.hits[number] = held
+                if self._reading[number] and held > start:
+                    self._read(match, chain[start:held])
+
+    def answer(self, number: int) -> None:
+        """Put what the store lacks of a request that has been answered, and say that it was used.
+
+        The engine has all of it in its own memory now, also what was evicted meanwhile.
+        """
+        chain, front = self._stream.chain(number), int(self.outcome.front[number])
+        if not len(chain):
+            return
+        model, names = self._named(number, chain)
+        held = int(self.outcome.hits[number])
         before = time.perf_counter()
-        if self._setup.hints is not Hints.NONE or (start and self._setup.touch):
-            warehouse.touch(model, names, self._hint(number, ended=True))
-        outcome.touch_s += time.perf_counter() - before
+        if not front:
+            held = min(held, self._warehouse.lookup(model, names))
+        if held < len(chain):
+            self._put(number, model, names.slice(held, len(chain)), chain[held:])
+        self.outcome.put_s += time.perf_counter() - before
+        self._touch(number, model, names)
+
+    def _touch(self, number: int, model: Model, names: Names) -> None:
+        """Say that a request has used all its blocks, wherever they were, and how it ended."""
+        served = self._setup.front_blocks and self.outcome.front[number]
+        if self._setup.touch and (served or self._setup.hints is not Hints.NONE):
+            before = time.perf_counter()
+            self._warehouse.touch(model, names, self._hint(number, ended=True))
+            self.outcome.touch_s += time.perf_counter() - before
+
+    def _named(self, number: int, chain: IntArray) -> tuple[Model, Names]:
+        """The model of a request, and the names of its *chain* there."""
+        owner = (int(self._stream.tenant[number]), int(self._stream.model[number]))
+        return self._models[owner], self._naming.names(chain, owner)
 
     def _put(self, number: int, model: Model, names: Names, chain: IntArray) -> None:
         """Store the blocks of *chain*, as many of the first as there is room for."""

@@ -43,7 +43,7 @@ class Plan:
     share_prefixes: bool = False
     front_bytes: int = 0
     touch: bool = True
-    hints: drive.Hints = drive.Hints.PUT
+    hints: drive.Hints = drive.Hints.ANSWER
     classes: list[str] = field(default_factory=list)
     tenants: int = 0
     tenant_map: list[str] = field(default_factory=list)

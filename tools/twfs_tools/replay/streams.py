@@ -34,6 +34,7 @@ class Stream:
 
     block_tokens: int
     at_ms: IntArray  # (n,) from the stream's start
+    answered_ms: IntArray  # (n,) when the answer ends, not behind the session's next request
     session: IntArray  # (n,) into sessions
     model: IntArray  # (n,) into models
     tenant: IntArray  # (n,) into tenants
@@ -61,6 +62,12 @@ class Stream:
     def chain(self, number: int) -> IntArray:
         """The blocks of request *number*."""
         return self.blocks[self.first[number] : self.first[number + 1]]
+
+    def moments(self) -> list[tuple[int, int, bool]]:
+        """Every request's arrival and, True, the end of its answer, in order: (ms, number, end)."""
+        arrivals = [(ms, number, False) for number, ms in enumerate(self.at_ms.tolist())]
+        ends = [(ms, number, True) for number, ms in enumerate(self.answered_ms.tolist())]
+        return sorted(arrivals + ends)
 
     def chains(self) -> Iterator[IntArray]:
         """The blocks of every request, in order."""
@@ -205,6 +212,8 @@ class _Builder:
             kind: {} for kind in ("session", "model", "tenant", "root")
         }
         self._rows: list[tuple[int, int, int, int, int, int]] = []
+        self._answered_ms: list[int] = []
+        self._latest: dict[int, int] = {}  # of a session: its latest request
         self._stop: list[str] = []
         self._chains: list[list[int]] = []
 
@@ -225,9 +234,14 @@ class _Builder:
         at_ms = round(at_s * 1000)
         if self._rows:
             at_ms = max(at_ms, self._rows[-1][0] + GAP_MS)
+        speaker = self._number("session", session.name + request.agent)
+        before = self._latest.get(speaker)
+        if before is not None:
+            self._answered_ms[before] = min(self._answered_ms[before], at_ms - GAP_MS)
+        self._latest[speaker] = len(self._rows)
+        self._answered_ms.append(at_ms + round(request.answer_s * 1000))
         self._rows.append((
-            at_ms, self._number("session", session.name + request.agent), model, tenant,
-            request.prompt_tokens, request.answer_tokens,
+            at_ms, speaker, model, tenant, request.prompt_tokens, request.answer_tokens,
         ))  # fmt: skip
         self._stop.append(request.stop)
 
@@ -241,6 +255,7 @@ class _Builder:
         return Stream(
             block_tokens=self._tokens,
             at_ms=rows[:, 0],
+            answered_ms=np.maximum(np.array(self._answered_ms, np.int64), rows[:, 0]),
             session=rows[:, 1],
             model=rows[:, 2],
             tenant=rows[:, 3],

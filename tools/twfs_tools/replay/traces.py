@@ -38,6 +38,7 @@ class Request:
     answer_tokens: int
     stop: str  # why it ended: "tool_use", "end_turn", another word, or ""
     think_s: float | None  # between the answer before and this request
+    answer_s: float = 0.0  # from its arrival to the end of its answer; 0 where that is not recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class _Recorded(msgspec.Struct):
     hash_ids: list[_Count] = []
     stop: str | None = None
     think_time: float | None = None
+    api_time: Annotated[float, msgspec.Meta(ge=0, le=1e7)] | None = None
     agent_id: str = ""
     tool_tokens: _Count = 0
     system_tokens: _Count = 0
@@ -176,6 +178,7 @@ def _leaves(
             yield Request(
                 start_s + each.t, agent, each.model, tuple(each.hash_ids[:whole]),
                 each.prompt_tokens, each.out, each.stop or "", each.think_time,
+                each.api_time or 0.0,
             )  # fmt: skip
             continue
         name = f"{agent}/{each.agent_id or number}"

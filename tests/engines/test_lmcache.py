@@ -1,0 +1,239 @@
+"""LMCache with a warehouse as its L2: its contract holds, and vLLM gets the right tokens.
+
+Real packages in an environment of their own (`./run test-engines lmcache`), real processes.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from support.daemon import Daemon, running_daemon
+from support.engines import engine_environment, engine_python, until
+from support.faultrules import Act, Op, Rule
+from support.faultydisks import FaultyDisks, faulty_disks, needs_faults
+from support.lmcaches import LMCacheServer
+from support.vllms import Vllm, random_model
+from twfs.client import Client
+from twfs.formatting import DeviceSpec
+from twfs.store import BlockInfo, iterate_heads
+from twfs.units import ALIGN
+from twfs.warehouse import Warehouse
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+
+INSIDE: Final = Path(__file__).parent / "inside"
+TOKENS: Final = 2000  # of a prompt: seven blocks of 256, and a tail that is always computed
+BLOCKS: Final = TOKENS // 256
+
+
+def test_the_adapter_holds_lmcaches_contract(scratch: Path) -> None:
+    done = subprocess.run(
+        [
+            engine_python("lmcache"), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
+            "-p", "no:cacheprovider", f"--basetemp={scratch / 'inside'}",
+            INSIDE / "lmcache_l2.py",
+        ],
+        env=engine_environment(LMCACHE_TRACK_USAGE="false"), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model("lmcache", tmp_path_factory.mktemp("model") / "tiny")
+
+
+@contextmanager
+def engine_of(daemon: Daemon, model: Path, **options: Any) -> Iterator[tuple[LMCacheServer, Vllm]]:
+    """A server, and an engine on it that caches nothing itself."""
+    with (
+        LMCacheServer(daemon.socket) as server,
+        Vllm("lmcache", model, server.transfer, enable_prefix_caching=False, **options) as vllm,
+    ):
+        yield server, vllm
+
+
+def until_stored(daemon: Daemon, blocks: int) -> None:
+    """Wait until so many blocks are published."""
+    with daemon.client(arena_bytes=0) as client:
+        until(
+            lambda: sum(info.blocks for info in client.models()) >= blocks,
+            f"{blocks} blocks are stored",
+        )  # fmt: skip
+
+
+def test_tokens_are_the_same_cold_warm_and_after_a_restart_of_everything(
+    scratch: Path, model: Path
+) -> None:
+    prompt = {"seed": 1, "tokens": TOKENS}
+    with running_daemon(scratch / "warehouse") as daemon:
+        with (
+            LMCacheServer(daemon.socket) as server,
+            Vllm("lmcache", model, server.transfer) as vllm,
+        ):
+            cold = vllm.generate(prompt, out=8)
+            assert cold["cached"] == [0]
+            until_stored(daemon, BLOCKS)
+            warm = vllm.generate(prompt, out=8)  # from LMCache's memory
+            assert warm["tokens"] == cold["tokens"]
+            other = vllm.generate({"seed": 2, "tokens": TOKENS}, out=8)
+            assert other["tokens"] != cold["tokens"]  # the model does look at its prompt
+            until_stored(daemon, 2 * BLOCKS)
+        daemon.restart()
+        with (
+            LMCacheServer(daemon.socket) as server,
+            Vllm("lmcache", model, server.transfer) as vllm,
+        ):
+            again = vllm.generate(prompt, out=8)
+            assert again["tokens"] == cold["tokens"]
+            assert again["cached"] == [256 * BLOCKS]
+            assert_seen(daemon, server, model)
+            salted = vllm.generate({**prompt, "salt": "alice"}, out=8)
+            assert (salted["tokens"], salted["cached"]) == (cold["tokens"], [0])
+        with engine_of(daemon, model, dtype="float32") as (_, vllm):
+            assert vllm.generate(prompt, out=8)["cached"] == [0]
+        changed = random_model("lmcache", model, 1)  # other weights, the same path
+        with engine_of(daemon, changed) as (_, vllm):
+            answer = vllm.generate(prompt, out=8)
+        assert answer["cached"] == [0]
+        assert answer["tokens"] != cold["tokens"]
+        random_model("lmcache", model, 0)
+
+
+def assert_seen(daemon: Daemon, server: LMCacheServer, model: Path) -> None:
+    """Two prompts are two sessions, their blocks LMCache's objects."""
+    with daemon.client(arena_bytes=0) as client:
+        (info,) = client.models()
+        sessions = client.sessions(info.id)
+        assert [(each.blocks, each.tokens) for each in sessions] == [(BLOCKS, 256 * BLOCKS)] * 2
+        assert client.statistics()["counters"]["matched_blocks"] >= BLOCKS
+    found = server.ask("GET", f"/cache/objects?tier=l2&page_size={BLOCKS}")
+    more = server.ask("GET", f"/cache/objects?tier=l2&page_token={found['next_page_token']}")
+    keys = found["entries"] + more["entries"]
+    assert len({each["key"]["chunk_hash_hex"] for each in keys}) == 2 * BLOCKS
+    assert {each["key"]["model_name"] for each in keys} == {str(model)}
+    assert len(server.curl(1)["entries"]) == 2 * BLOCKS
+    (status,) = server.curl(0)["storage_manager"]["l2_adapters"]
+    assert status["is_healthy"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One engine, whose store is on a disk that a test commands."""
+
+    disks: FaultyDisks
+    daemon: Daemon
+    server: LMCacheServer
+    vllm: Vllm
+
+    def cold(self, seed: int) -> list[int]:
+        """The tokens that the engine computes for a prompt, whose blocks are stored then."""
+        answer = self.vllm.generate({"seed": seed, "tokens": TOKENS}, out=8)
+        assert answer["cached"] == [0]
+        with self.daemon.client(arena_bytes=0) as client:
+            until(lambda: len(blocks_of(client)) >= BLOCKS, "all is stored")
+        tokens: list[int] = answer["tokens"][0]
+        return tokens
+
+    def again(self, seed: int) -> dict[str, Any]:
+        """What it answers when nothing but the warehouse has its KV."""
+        self.server.clear()
+        answer: dict[str, Any] = self.vllm.generate({"seed": seed, "tokens": TOKENS}, out=8)
+        return answer
+
+
+def blocks_of(client: Client) -> list[BlockInfo]:
+    """The blocks of the session stored last."""
+    (info,) = client.models()
+    sessions = [client.chain_of(info.id, head) for head in iterate_heads(client, info.id)]
+    return max(sessions, key=lambda chain: chain[0].block.published_ms, default=[])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Served]:
+    base = tmp_path_factory.mktemp("served")
+    with faulty_disks(base / "disks", {"a": 64 << 20}) as disks:
+        Warehouse.create(base / "warehouse", [DeviceSpec(disks.loops["a"])])
+        with (
+            running_daemon(base / "warehouse") as daemon,
+            engine_of(daemon, model) as (server, vllm),
+        ):
+            yield Served(disks, daemon, server, vllm)
+
+
+@needs_faults
+@pytest.mark.root
+@pytest.mark.fuse
+def test_bytes_that_changed_on_the_device_are_computed_again(served: Served) -> None:
+    tokens = served.cold(11)
+    with served.daemon.client(arena_bytes=0) as client:
+        third = blocks_of(client)[2].block
+    at = third.extents[0].offset + ALIGN + 1000
+    served.disks.set_rules(Rule(disk="a", op=Op.READ, act=Act.FLIP, low=at, high=at + 1))
+    answer = served.again(11)
+    assert answer["tokens"] == [tokens]
+    assert answer["cached"] == [512]
+    served.disks.set_rules()
+    assert served.again(11)["tokens"] == [tokens]
+
+
+@needs_faults
+@pytest.mark.root
+@pytest.mark.fuse
+def test_blocks_that_cannot_be_read_are_computed_again(served: Served) -> None:
+    tokens = served.cold(12)
+    with served.daemon.client(arena_bytes=0) as client:
+        first = blocks_of(client)[0].block.extents[0]
+    rule = Rule(
+        disk="a", op=Op.READ, act=Act.EIO, low=first.offset, high=first.offset + first.length
+    )
+    served.disks.set_rules(rule)
+    answer = served.again(12)
+    assert answer["tokens"] == [tokens]
+    assert answer["cached"] == [0]
+    served.disks.set_rules()
+
+
+@needs_faults
+@pytest.mark.root
+@pytest.mark.fuse
+def test_a_daemon_killed_during_a_load_costs_that_load(served: Served) -> None:
+    tokens = served.cold(13)
+    assert served.again(13)["cached"] == [256 * BLOCKS]
+    served.disks.set_rules(Rule(disk="a", op=Op.READ, act=Act.HANG))
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(served.again, 13)
+        until(lambda: served.disks.hanging() > 0, "the load is under way")
+        served.daemon.kill()
+        served.disks.set_rules()
+        assert answer.result()["tokens"] == [tokens]
+    assert answer.result()["cached"] == [0]
+    assert served.again(13)["tokens"] == [tokens]  # nobody there at all
+    served.daemon.start()
+    until(lambda: served.again(13)["cached"] == [256 * BLOCKS], "it is warm again")
+    assert served.again(13)["tokens"] == [tokens]
+
+
+@needs_faults
+@pytest.mark.root
+@pytest.mark.fuse
+def test_tokens_stay_right_while_blocks_are_evicted(served: Served) -> None:
+    """Forty prompts of seven blocks want 70 MiB of a device of 64."""
+    tokens = {}
+    for seed in range(100, 140):
+        tokens[seed] = served.vllm.generate({"seed": seed, "tokens": TOKENS}, out=4)["tokens"]
+    hits = 0
+    for seed in range(139, 99, -4):
+        answer = served.again(seed)
+        assert answer["tokens"][0][:4] == tokens[seed][0]
+        hits += answer["cached"][0]
+    assert hits > 0
+    with served.daemon.client(arena_bytes=0) as client:
+        assert client.statistics()["counters"]["evicted_blocks"] > 0
