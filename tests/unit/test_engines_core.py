@@ -95,9 +95,10 @@ class Engine:
         return Offer((Run(tuple(keys[first:]), parent, first),), epoch, hint=hint)
 
     def end(self, worker: int, job: int) -> Done:
-        """Wait for one job of a worker."""
-        self.workers[worker].wait([job])
-        (done,) = self.workers[worker].finished()
+        """Wait for one job of a worker, as an engine does step by step."""
+        while not (finished := self.workers[worker].finished()):
+            time.sleep(0.001)
+        (done,) = finished
         assert done.job == job
         return done
 

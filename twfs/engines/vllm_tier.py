@@ -159,3 +159,4 @@ class TwfsTier(SecondaryTierManager):
         self.transfers.close()
         self.finder.close()
         self.attachment.close()
+        self._view.release()  # or vLLM cannot unmap the tier

@@ -1,0 +1,24 @@
+"""The scheduler's side of vLLM's connector keeps its promises; see support.vllmmanager."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.daemon import running_daemon
+from support.engines import engine_environment, engine_python
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm33"])
+def test_a_full_arena_takes_fewer_keys_and_failed_loads_are_misses(
+    engine: str, scratch: Path
+) -> None:
+    python = engine_python(engine)
+    with running_daemon(scratch / "w") as daemon:
+        done = subprocess.run(
+            [python, "-m", "support.vllmmanager", daemon.socket], env=engine_environment(),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["held"], done.stderr

@@ -1,0 +1,123 @@
+"""What the scheduler's side of the connector promises vLLM, tried without an engine around it.
+
+`python -m support.vllmmanager SOCKET` runs in the engine's environment, against a real daemon; it
+ends with an assertion that failed, or prints "held".
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+from vllm.v1.kv_offload.config import (
+    OffloadingCacheConfig,
+    OffloadingConfig,
+    OffloadingGroupConfig,
+    OffloadingModelConfig,
+    OffloadingParallelConfig,
+)
+
+from twfs.engines.transfers import Transfers
+from twfs.engines.vllm import TwfsManager, TwfsSpec, _Request
+from twfs.engines.vllm_layout import IDENTITY
+
+TOKENS: Final = 64
+BLOCK_BYTES: Final = 4096
+
+
+def spec_of(socket: Path, **extra: Any) -> TwfsSpec:
+    """The spec of a model that is not there, with room for ten blocks."""
+    return TwfsSpec(
+        OffloadingConfig(
+            groups=(OffloadingGroupConfig(TOKENS, ("layer",), 0),),
+            worker_kv_bytes_per_block=BLOCK_BYTES, enable_kv_cache_events=True,
+            extra_config={
+                "socket": str(socket), "patience_s": 20.0, "arena_bytes": 10 * BLOCK_BYTES,
+                IDENTITY: {"revision": "none"}, **extra,
+            },
+            engine_id="e", model=OffloadingModelConfig("manager", "bfloat16"),
+            cache=OffloadingCacheConfig(TOKENS, 1),
+            parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
+        )
+    )  # fmt: skip
+
+
+def request_of(manager: TwfsManager, name: str, count: int) -> tuple[Any, ReqContext, list[Any]]:
+    """A request of so many blocks, admitted."""
+    hashes = [hashlib.sha256(f"{i}".encode()).digest() for i in range(count)]
+    context = ReqContext(req_id=name)
+    keys = [make_offload_key(each, 0) for each in hashes]
+    for index, key in enumerate(keys):
+        context.set_offload_key_position(key, (index + 1) * TOKENS)
+    manager.requests[name] = _Request(hashes)
+    manager.on_new_request(context)
+    return SimpleNamespace(request_id=name), context, keys
+
+
+def until_ready(manager: TwfsManager, request: Any, computed: int = 0) -> None:
+    """Ask step by step until there is an answer."""
+    while not manager.ready(request, computed):
+        time.sleep(0.001)
+
+
+def main() -> None:
+    """Try one promise after the other."""
+    spec = spec_of(Path(sys.argv[1]))
+    manager = TwfsManager(spec)
+    manager.breakeven.tokens_min = 0
+    request, context, keys = request_of(manager, "a", 16)
+    until_ready(manager, request)
+    assert manager.lookup(keys[0], context) is LookupResult.MISS
+    # A full arena takes fewer keys, the leading ones, and blocks nobody.
+    first = manager.prepare_store(keys, context)
+    assert first.keys_to_store == keys[:10]
+    assert manager.prepare_store(keys[10:], context).keys_to_store == []
+    workers = spec.attach(arena_bytes=1 << 20)
+    transfers = Transfers(workers)
+    transfers.store(1, first.store_spec.offer, [bytes(BLOCK_BYTES)] * 10)
+    while not transfers.finished():
+        time.sleep(0.001)
+    manager.complete_store(first.keys_to_store, context)
+    (event,) = manager.take_events()
+    assert (event.keys, event.removed, list(manager.take_events())) == (keys[:10], False, [])
+    assert manager.prepare_store(keys, context).keys_to_store == keys[10:]  # and what is known: not
+    while workers.statistics().get("stored blocks", 0) < 10:
+        time.sleep(0.01)
+    # What is held is a hit from where the engine's own memory ends; a failed load is a miss then.
+    request, context, keys = request_of(manager, "b", 16)
+    until_ready(manager, request, 2 * TOKENS)
+    found = [manager.lookup(key, context) for key in keys]
+    assert found.count(LookupResult.HIT) == 10
+    assert manager.prepare_load(keys[2:10], context).held.count == 8
+    manager.requests["b"].loading = frozenset({7, 8})
+    manager.failed({1, 2})
+    manager.complete_load(keys[2:10], context)
+    until_ready(manager, request, 2 * TOKENS)
+    assert manager.requests["b"].blocks == 10
+    manager.requests["b"].loading = frozenset({7, 8})
+    manager.failed({8})
+    until_ready(manager, request, 2 * TOKENS)
+    assert manager.requests["b"].blocks == 2
+    # Less than what pays is not loaded.
+    manager.breakeven.tokens_min = 11 * TOKENS
+    request, context, keys = request_of(manager, "c", 16)
+    until_ready(manager, request)
+    assert manager.requests["c"].blocks == 0
+    # What the engine holds itself is offered whatever the room, once it is not known any more.
+    manager._known.clear()
+    manager.requests["c"].start = 12
+    assert manager.prepare_store(keys, context).keys_to_store == keys
+    for name in ("a", "b", "c", "never seen"):
+        manager.on_request_finished(ReqContext(req_id=name))
+    manager.reset_cache()
+    manager.shutdown()
+    transfers.close()
+    workers.close()
+    sys.stdout.write("held\n")
+
+
+if __name__ == "__main__":
+    main()
