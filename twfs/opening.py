@@ -256,7 +256,7 @@ def open_core(
 
 def close_core(core: Core) -> None:
     """Finish what is under way and let go of everything."""
-    core.erasers.shutdown()
+    core.wiper.close()
     core.metadata.close()
     with core.lock:
         core.slots.close()

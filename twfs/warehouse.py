@@ -35,6 +35,7 @@ from twfs.copying import Copying
 from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import InvalidInput, TwfsError, WarehouseClosed
+from twfs.files import Files
 from twfs.formatting import DeviceSpec
 from twfs.hints import NO_HINT, Hint, check_session
 from twfs.layout import Layout
@@ -86,6 +87,7 @@ class Warehouse(OpenNamespace):
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
         self.scrubber = Scrubber(core)
+        self.files = Files(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
             **tenancy.verbs(core), **usage.verbs(core),
@@ -208,6 +210,7 @@ class Warehouse(OpenNamespace):
             with self._core.lock:
                 self._core.expire()
                 over = any(not self._core.is_current(model) for model in self._core.models)
+            self.files.tend()
             evicting.keep_quotas(self._core)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
@@ -239,6 +242,7 @@ class Warehouse(OpenNamespace):
             retaining.flush(self._core)
             retaining.keep_classes(self._core)
         self._members.close()
+        self.files.close()
         self._puts.shutdown()
         self._sources.close()
         with suppress(TwfsError):

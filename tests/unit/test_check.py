@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.filing import make_file, tree_of
 from support.warehouses import (
     DEVICE_BYTES,
     HYBRID,
@@ -38,6 +39,8 @@ from support.warehouses import (
 from twfs import check, repair
 from twfs.checksums import checksums_of
 from twfs.errors import CorruptMetadata
+from twfs.filerows import FileRow
+from twfs.filetables import INO_KEY, put_row
 from twfs.payload import read_payload
 from twfs.prefix import Names
 from twfs.records import (
@@ -517,6 +520,40 @@ def test_i22_is_no_finding_while_a_model_is_being_made(
         made.result()
         assert report.result().findings == ()
     assert found(broken, lost=range(4)) == set()
+
+
+def with_files(broken: Broken) -> Ino:
+    """Make a directory and a file in it, whose inode is returned."""
+    files = broken.warehouse.files
+    below = files.mkdir(0, b"d", mode=0o755, uid=0, gid=0)
+    return make_file(files, below.ino, b"f", b"bytes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda view, row: view.delete_raw("paths", INO_KEY.pack(row.parent) + row.name),
+        lambda view, row: view.delete_raw("files", INO_KEY.pack(row.ino)),
+        lambda view, row: view.delete_raw("files", INO_KEY.pack(row.parent)),
+        lambda view, row: view.put_raw("files", INO_KEY.pack(row.ino), b"no row"),
+        lambda view, row: put_row(view, replace(row, name=b"other")),
+        lambda view, row: put_row(view, replace(row, ino=Ino(row.ino + 1))),
+        lambda view, row: put_row(view, replace(row, size=5 << 20, blocks=2)),
+        lambda view, row: view.put_raw("paths", INO_KEY.pack(row.ino) + b"x", INO_KEY.pack(9)),
+    ],
+    ids=["name", "row", "directory", "unreadable", "renamed", "renumbered", "longer", "nothing"],
+)
+def test_i27_files_that_are_not_whole(
+    broken: Broken, change: Callable[[WriteView, FileRow], None]
+) -> None:
+    row = broken.warehouse.files.row(with_files(broken))
+    broken.change(lambda view: change(view, row))
+    with broken.warehouse as warehouse:
+        assert {each.invariant for each in warehouse.check(data=True).findings} == {27}
+    assert repair.run(broken.warehouse.directory).left == ()
+    with Warehouse.open(broken.warehouse.directory) as warehouse:
+        assert tree_of(warehouse.files) == {b"/d": None, b"/d/f": b"bytes"}
+        assert warehouse.check(data=True).findings == ()
 
 
 def as_empty(view: WriteView) -> None:
