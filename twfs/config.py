@@ -24,6 +24,8 @@ _DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
 Duration = Annotated[str, Meta(max_length=16)]  # "90s", "1h", "30d"; "never"
 Share = Annotated[float, Meta(ge=0, le=1)]  # of the space of all devices
 
+Rate = Annotated[float, Meta(gt=0, le=1e9)]  # tokens a second
+
 
 class Class(Struct, frozen=True, forbid_unknown_fields=True):
     """One retention class; what is not given is the default of that class."""
@@ -68,6 +70,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """All of the file."""
 
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    prefill: dict[str, Rate] = field(default_factory=dict)  # by model; "*" is of all others
     eviction: EvictionSettings = field(default_factory=EvictionSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from twfs import metering
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import InvalidInput, LeaseEnded
@@ -296,6 +297,9 @@ def match_located(
         core.leases.grant(located, used, lease_bytes, owner, core.pin(used))
         core.counters.matched_blocks += stop - start
         _use(core, used, needed)
+        layout = core.models[model].layout
+        spine = [r.records["slot"] for r in needed if (r.group, r.shard) == (layout.spine, 0)]
+        metering.count_match(core, tenant, model, spine[0].astype(np.int64), layout.block_tokens)
         core.slots.note_user(used, tenant, core.tenants.shares.get(tenant, 0))
         return located
 

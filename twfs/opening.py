@@ -39,6 +39,8 @@ from twfs.hints import Retention
 from twfs.leases import Leases
 from twfs.metadata import FIRST_INO, Metadata
 from twfs.metafile import scout
+from twfs.meter import META as METER
+from twfs.meter import Meter
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.roster import Roster, write_roster
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
@@ -238,6 +240,8 @@ def open_core(
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
             steady, config or Config(),
         )  # fmt: skip
+        with metadata.read() as view:
+            core.meter = Meter.load(view.meta(METER), clock())
         with suppress(NotAllowed):  # it lies in the metadata too
             keep_secret(directory, secret)
         core.unkept = unkept
@@ -252,7 +256,7 @@ def open_core(
 
 def close_core(core: Core) -> None:
     """Finish what is under way and let go of everything."""
-    core.erasers.shutdown()
+    core.wiper.close()
     core.metadata.close()
     with core.lock:
         core.slots.close()
