@@ -92,7 +92,10 @@ HintsOption = Annotated[
     Hints, typer.Option("--hints", help="When a session says who it is, and how a request ended.")
 ]
 Advise = Annotated[
-    bool, typer.Option("--advise", help="What each run's access record predicts for all sizes.")
+    list[str] | None,
+    typer.Option(
+        "--advise", help="A capacity to predict from each run's access record; repeatable."
+    ),
 ]
 BoundsOnly = Annotated[
     bool, typer.Option("--bounds", help="Only the marks that are computed, without a warehouse.")
@@ -125,7 +128,7 @@ def replay(  # noqa: PLR0917 - the command line
     share_prefixes: Shared = False,
     touch: Touch = True,
     bounds_only: BoundsOnly = False,
-    advise: Advise = False,
+    advise: Advise = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Replay traces of real sessions through a real warehouse, scaled down in bytes alone.
@@ -158,7 +161,7 @@ def replay(  # noqa: PLR0917 - the command line
         durability=durability,
         directory=directory,
         warehouse=not bounds_only,
-        advise=advise,
+        advise=advise or [],
     )
     with Steps("requests", plan.replays) as steps:
         document = run(plan, steps.advance)
