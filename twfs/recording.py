@@ -1,7 +1,7 @@
 """Keeps the access record: notes what is asked in memory, and writes it down in the background.
 
-A note costs a multiplication and a comparison of the chain's names, and waits for nothing. What is
-noted is appended to the newest segment by the thread that tends the warehouse. The record has a
+A note keeps the chain's names as they are, and waits for nothing. The thread that tends the
+warehouse chooses which blocks are kept, and appends them to the newest segment. The record has a
 bound in bytes: when that is reached the oldest segment goes, if all of it is older than the record
 has to be; else one block in two is kept from then on, of what is there already too. Nothing is
 flushed: after a power cut the end of the record may be missing, and nobody's KV with it.
@@ -26,7 +26,6 @@ from twfs.accesses import (
     SAMPLE_DTYPE,
     SEGMENT_SUFFIX,
     TOTAL_DTYPE,
-    Array,
     Group,
     Kind,
     last_id,
@@ -37,12 +36,12 @@ from twfs.accesses import (
 from twfs.config import RecordSettings
 from twfs.errors import CorruptMetadata
 from twfs.layout import Layout
-from twfs.units import ALIGN, ModelId, align_up
+from twfs.units import ALIGN, HASH_BYTES, ModelId, align_up
 
 SEGMENT_PARTS: Final = 8  # segments of a full record: so much of it goes at once
 PENDING_ROWS_MAX: Final = 1 << 16  # in memory; more is lost, and counted
-PENDING_SAMPLES_MAX: Final = 1 << 19  # 6 MB
-FLUSH_SAMPLES: Final = 1 << 14  # are worth a write at once
+PENDING_BYTES_MAX: Final = 64 << 20  # of names: 8,700 requests of agents, and the tending comes by
+FLUSH_BYTES: Final = 1 << 20  # are worth a write at once
 FLUSH_SECONDS: Final = 10.0  # what a crash may lose otherwise
 ENDS_MAX: Final = 1 << 13  # chains matched or put lately; their puts and touches are known
 FULL_PART: Final = 0.75  # is left by one compaction, or the next would come too soon
@@ -61,14 +60,12 @@ def units_of(layout: Layout) -> int:
 
 @dataclass
 class _Pending:
-    """What is noted and not yet written; samples by row."""
+    """What is noted and not yet written."""
 
-    rows: list[tuple[int, ...]] = field(default_factory=list)
-    ids: list[Array] = field(default_factory=list)
-    indices: list[Array] = field(default_factory=list)
-    samples: int = 0
+    rows: list[tuple[int, ...]] = field(default_factory=list)  # as in ROW_DTYPE, without samples
+    hashes: list[bytes] = field(default_factory=list)
+    byte_count: int = 0
     lost: int = 0
-    level: int = 0
 
 
 class Recorder:
@@ -89,7 +86,6 @@ class Recorder:
         self._ends: dict[bytes, None] = {}
         self._sizes: dict[ModelId, tuple[int, int]] = {}
         self._segments: dict[Path, tuple[int, int, int]] = {}  # bytes, level, last_ms; in order
-        self._last = np.uint64(last_id(0))
         self._level = 0
         self._eased_ms = 0
         self._written_before = 0
@@ -119,18 +115,13 @@ class Recorder:
                 os.truncate(path, end)
                 level = max(group.level for group in groups)
                 self._segments[path] = (end, level, max(group.last_ms for group in groups))
-                self._set_level(level)
+                self._level = max(self._level, level)
         except (OSError, CorruptMetadata) as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         """Say why nothing is written; the warehouse goes on without."""
         self.failure = f"{self.directory}: {getattr(error, 'strerror', None) or error}"
-
-    def _set_level(self, level: int) -> None:
-        with self._lock:
-            self._level = min(level, LEVEL_MAX)
-            self._last = np.uint64(last_id(self._level))
 
     def note(
         self, kind: Kind, model: ModelId, layout: Layout, hashes: bytes, *, tenant: int,
@@ -143,11 +134,11 @@ class Recorder:
         """
         if not self.on or not hashes:
             return
-        end = hashes[-16:]
+        end = hashes[-HASH_BYTES:]
         sizes = self._sizes.get(model)
         if sizes is None:
             sizes = self._sizes[model] = (units_of(layout), layout.block_tokens)
-        ids = np.frombuffer(hashes, "<u8")[::2] * self._mix
+        count = len(hashes) // HASH_BYTES + (start if kind is Kind.PUT else 0)
         with self._lock:
             if kind is not Kind.MATCH and end in self._ends:
                 return
@@ -156,30 +147,24 @@ class Recorder:
                 if len(self._ends) > ENDS_MAX:
                     del self._ends[next(iter(self._ends))]
             pending = self._pending
-            places = np.flatnonzero(ids <= self._last)
             if (
                 len(pending.rows) >= PENDING_ROWS_MAX
-                or pending.samples + len(places) > PENDING_SAMPLES_MAX
+                or pending.byte_count + len(hashes) > PENDING_BYTES_MAX
             ):
                 pending.lost += 1
                 return
-            pending.level = max(pending.level, self._level)
-            first = start if kind is Kind.PUT else 0
             pending.rows.append((
-                self._clock(), model, tenant, kind, retention, start, stop, first + len(ids),
-                len(places), *sizes,
+                self._clock(), model, tenant, kind, retention, start, stop, count, 0, *sizes,
             ))  # fmt: skip
-            if len(places):
-                pending.ids.append(ids[places])
-                pending.indices.append(first + places)
-                pending.samples += len(places)
+            pending.hashes.append(hashes)
+            pending.byte_count += len(hashes)
 
     def tend(self, written_bytes: int) -> None:
         """Write down what is pending, if it is worth it or old; *written_bytes* since the open."""
         if not self.on:
             return
         waited_s = time.monotonic() - self._flushed_s
-        if self._pending.samples >= FLUSH_SAMPLES or waited_s >= FLUSH_SECONDS:
+        if self._pending.byte_count >= FLUSH_BYTES or waited_s >= FLUSH_SECONDS:
             self.flush(written_bytes)
 
     def flush(self, written_bytes: int) -> None:
@@ -200,15 +185,23 @@ class Recorder:
             self._fail(error)
 
     def _group_of(self, pending: _Pending, written: int) -> Group:
+        """What is pending, as rows and those samples that are kept now."""
         rows = np.array(pending.rows, ROW_DTYPE)
-        samples = np.zeros(pending.samples, SAMPLE_DTYPE)
-        if pending.samples:
-            samples["id"] = np.concatenate(pending.ids)
-            samples["index"] = np.concatenate(pending.indices)
+        ids = np.frombuffer(b"".join(pending.hashes), "<u8")[::2] * self._mix
+        lengths = np.array([len(each) // HASH_BYTES for each in pending.hashes], np.int64)
+        owner = np.repeat(np.arange(len(rows)), lengths)
+        kept = np.flatnonzero(ids <= np.uint64(last_id(self._level)))
+        owner = owner[kept]
+        rows["samples"] = np.bincount(owner, minlength=len(rows))
+        samples = np.zeros(len(kept), SAMPLE_DTYPE)
+        samples["id"] = ids[kept]
+        first = np.cumsum(lengths) - lengths
+        begins = np.where(rows["kind"] == Kind.PUT, rows["start"], 0).astype(np.int64)
+        samples["index"] = kept - first[owner] + begins[owner]
         now = self._clock()
-        first = min(int(rows["time_ms"].min()), now) if len(rows) else now
+        earliest = min(int(rows["time_ms"].min()), now) if len(rows) else now
         group = Group(
-            pending.level, rows, samples, np.zeros(0, TOTAL_DTYPE), first, now, written,
+            self._level, rows, samples, np.zeros(0, TOTAL_DTYPE), earliest, now, written,
             pending.lost,
         )  # fmt: skip
         return group.thinned(self._level)
@@ -223,7 +216,7 @@ class Recorder:
             if self.byte_count + group.byte_count > self._bytes_max * FULL_PART:
                 if self._level >= LEVEL_MAX:
                     return  # sums alone are more than may be kept: at no bound that is allowed
-                self._set_level(self._level + 1)
+                self._level += 1
                 self._eased_ms = self._clock()
                 self._compact()
                 group = group.thinned(self._level)
@@ -282,7 +275,7 @@ class Recorder:
         long_ago = now_ms - self._eased_ms > self._keep_ms // ROOMY_PARTS
         if self._level and long_ago and self.byte_count < self._bytes_max // ROOMY_PARTS:
             self._eased_ms = now_ms
-            self._set_level(self._level - 1)
+            self._level -= 1
 
     def statistics(self) -> dict[str, Any]:
         """What the record takes and keeps; JSON-ready."""
