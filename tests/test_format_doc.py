@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import twfs
-from twfs import check, records
+from twfs import check, filerows, records
 from twfs.checksums import lanes_of, xxh3_of
 from twfs.layout import Group, Layout
 from twfs.prefix import Chain, Names, OwnKey, Root, names_of_keys, root_of
@@ -21,9 +21,18 @@ from twfs.tables import TABLES
 from twfs.units import ALIGN, EXTENTS_MAX, NAME_BYTES_MAX
 
 DOCUMENT = Path(next(iter(twfs.__path__)), "FORMAT.md").read_text()
-RECORDS = ("SUPERBLOCK", "ROSTER", "EXTENT", "HEADER", "BLOCK_KEY", "BLOCK_FIXED", "SESSION")
+RECORDS = (
+    "SUPERBLOCK", "ROSTER", "EXTENT", "HEADER", "BLOCK_KEY", "BLOCK_FIXED", "SESSION", "FILE_ROW",
+    "FILE_KEY",
+)  # fmt: skip
 SEALED = ("SUPERBLOCK", "HEADER")  # padded to 4 KiB, with a sum in the last 8 bytes
 INVARIANT = re.compile(r"^\| I(\d+) \| (.+) \|$", re.MULTILINE)
+
+
+def struct_of(name: str) -> struct.Struct:
+    """The struct that the table *name* is of."""
+    found: struct.Struct = getattr(filerows if name.startswith("FILE_") else records, name)
+    return found
 
 
 def rows_of(heading: str) -> list[tuple[int, int, str, str]]:
@@ -42,12 +51,12 @@ def test_byte_tables_have_no_gap_and_true_sizes(name: str) -> None:
         assert offset == end, field
         assert size == struct.calcsize("<" + code), field
         end = offset + size
-    assert end == (ALIGN if name in SEALED else getattr(records, name).size)
+    assert end == (ALIGN if name in SEALED else struct_of(name).size)
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_codes_joined_are_the_struct(name: str) -> None:
-    packed: struct.Struct = getattr(records, name)
+    packed = struct_of(name)
     codes = "".join(code for offset, _, code, _ in rows_of(name) if offset < packed.size)
     assert packed.format[1:] == codes
     assert packed.format[0] == (">" if name == "BLOCK_KEY" else "<")

@@ -8,6 +8,7 @@ from twfs.errors import InvalidInput, NoSuchTenant, TooLarge
 from twfs.hints import NO_HINT, Hint, Retention
 from twfs.prefix import Names, check_names
 from twfs.putting import PUT_BLOCKS_MAX, Put
+from twfs.runs import check_lengths
 from twfs.tenants import EVERYBODY
 from twfs.units import ModelId
 
@@ -39,12 +40,7 @@ def begin_put(
                 f"group {group}, shard {shard} of model {record.name}: it has "
                 f"{len(layout.groups)} groups and {layout.shards} shards"
             )
-        if layout.any_length(group) != bool(lengths) or len(lengths) not in {0, len(names)}:
-            raise InvalidInput(f"{len(lengths)} lengths for {len(names)} blocks of {record.name}")
-        if not all(layout.fits(group, length) for length in lengths):
-            raise InvalidInput(
-                f"a block of {record.name} has 1 to {layout.block_bytes(group)} bytes"
-            )
+        check_lengths(layout, group, lengths, len(names))
         if not core.tenants.pays(tenant):
             raise NoSuchTenant(f"tenant {tenant} has been removed: open the model for another")
         if names.public and tenant not in core.tenants.shares:

@@ -12,7 +12,9 @@ from typing import Final
 
 import numpy as np
 
+from twfs.accounting import charges_are_true, payers_are_members
 from twfs.covering import flaws, wrong_in_memory
+from twfs.filecheck import files_agree
 from twfs.proving import prove_headers, prove_payloads
 from twfs.records import Superblock
 from twfs.roster import newest_roster
@@ -365,6 +367,9 @@ INVARIANTS: Final[dict[int, Callable[[Subject, Snapshot], Iterator[str]]]] = {
     22: roster_agrees,
     23: sessions_end_somewhere,
     24: classes_are_highest,
+    25: payers_are_members,
+    26: charges_are_true,
+    27: files_agree,
 }
 DATA_INVARIANT: Final = 12  # reads every payload: only when asked to
 

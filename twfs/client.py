@@ -40,6 +40,7 @@ from twfs.match import Match
 from twfs.messages import (
     AnyReply,
     Counted,
+    CountPrefill,
     Failed,
     ForgetSession,
     JoinLease,
@@ -53,6 +54,7 @@ from twfs.messages import (
     Request,
     TouchNames,
 )
+from twfs.meter import check_prefill
 from twfs.prefix import Names
 from twfs.protocol import (
     error_of,
@@ -66,7 +68,15 @@ from twfs.protocol import (
 from twfs.readers.select import Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
 from twfs.remote import RemoteNamespace
-from twfs.store import Model, Pieces, PutOutcome, PutResult, ReadOutcome, Retention, Served
+from twfs.store import (
+    Model,
+    Pieces,
+    PutOutcome,
+    PutResult,
+    ReadOutcome,
+    Retention,
+    Served,
+)
 from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, DeviceIndex, ModelId
 from twfs.upload import check_payloads, upload
@@ -336,6 +346,13 @@ class Client(RemoteNamespace):
                 sent = False
             with self._lock:
                 self._counts["touches" if sent else "touches_lost"] += 1
+
+    def count_prefill(self, model: Model, tokens: int, seconds: float) -> None:
+        """See Store.count_prefill; lost when nobody takes it in time."""
+        check_prefill(tokens, seconds)
+        with suppress(NoDaemon, StaleEpoch):
+            request = CountPrefill(0, model.id, tokens, seconds)
+            self._link_for(model).channel.tell(request, self._match_timeout_s)
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,

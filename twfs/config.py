@@ -24,6 +24,8 @@ _DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
 Duration = Annotated[str, Meta(max_length=16)]  # "90s", "1h", "30d"; "never"
 Share = Annotated[float, Meta(ge=0, le=1)]  # of the space of all devices
 
+Rate = Annotated[float, Meta(gt=0, le=1e9)]  # tokens a second
+
 
 class Class(Struct, frozen=True, forbid_unknown_fields=True):
     """One retention class; what is not given is the default of that class."""
@@ -64,12 +66,22 @@ class AdmissionSettings(Struct, frozen=True, forbid_unknown_fields=True):
         return min(budgets, default=None)
 
 
+class RecordSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[record]: what is noted of requests for `twfs advise`; see recording.py."""
+
+    on: bool = True
+    bytes: Annotated[int, Meta(ge=1 << 22, le=1 << 30)] = 64 << 20  # of the record, at most
+    days: Annotated[int, Meta(ge=1, le=365)] = 7  # that it reaches back, at least
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """All of the file."""
 
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    prefill: dict[str, Rate] = field(default_factory=dict)  # by model; "*" is of all others
     eviction: EvictionSettings = field(default_factory=EvictionSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    record: RecordSettings = field(default_factory=RecordSettings)
 
 
 DEFAULT_TTL: Final = {

@@ -28,6 +28,7 @@ from twfs.messages import (
     AskStatus,
     BeginPut,
     Counted,
+    CountPrefill,
     DeviceTable,
     Done,
     JoinLease,
@@ -325,6 +326,10 @@ class Connection:
         lookup = self._shared.warehouse.lookup_blocks
         return Counted(request.id, lookup(model, names, request.start, request.tenant))
 
+    def _count_prefill(self, request: CountPrefill) -> None:
+        model, seconds = ModelId(request.model), request.seconds
+        self._shared.warehouse.count_prefill_of(model, request.tokens, seconds)
+
     def _touch(self, request: TouchNames) -> None:
         names, model = names_of(request.names), ModelId(request.model)
         hint = hint_of(request.hint)
@@ -348,10 +353,13 @@ class Connection:
         JoinLease: _join,
         LookupNames: _lookup,
         TouchNames: _touch,
+        CountPrefill: _count_prefill,
         RenewLease: _renew,
         ReleaseLease: _release,
     }
-    _ONE_WAY: ClassVar[frozenset[type[Any]]] = frozenset({TouchNames, ReleaseLease, ReportBlock})
+    _ONE_WAY: ClassVar[frozenset[type[Any]]] = frozenset(
+        {TouchNames, CountPrefill, ReleaseLease, ReportBlock}
+    )
 
     # Requests that block. What _prepare does is done before the next request is read.
 

@@ -5,11 +5,10 @@ I/O or a commit. What a transaction changed enters memory in the metadata's writ
 after its commit: until then a published block is a miss, and a removed one is condemned.
 """
 
-import mmap
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,10 +27,13 @@ from twfs.device import Device
 from twfs.devicestates import Standings
 from twfs.errors import DeviceError, NoSuchModel, StaleEpoch, WarehouseClosed
 from twfs.extents import Allocator
+from twfs.filerows import FileRow
 from twfs.flushing import Flusher
 from twfs.leases import Ended, Leases
 from twfs.limbo import Freed, Left, unpin_left
 from twfs.metadata import After, Job, Metadata
+from twfs.meter import Meter
+from twfs.recording import Recorder
 from twfs.records import BlockKey, Extent
 from twfs.retention import Promises, Terms
 from twfs.roster import Roster, write_roster
@@ -43,6 +45,7 @@ from twfs.store import Served
 from twfs.tables import LENGTH, ModelRecord, WriteView
 from twfs.tenants import Tenants
 from twfs.units import ALIGN, Generation, Ino, Millis, ModelId
+from twfs.wiping import Wiper
 
 T = TypeVar("T")
 
@@ -76,9 +79,10 @@ class Core:
     current: dict[str, ModelId] = field(default_factory=dict)
     limbo: dict[int, tuple[Extent, ...]] = field(default_factory=dict)  # by slot, leased still
     to_erase: set[int] = field(default_factory=set)  # slots: overwrite their headers first
-    erasures: list["Future[None]"] = field(default_factory=list)  # under way, or not looked at
     policy: Policy = field(init=False)  # of eviction
     gate: Gate = field(init=False)  # what is let in
+    meter: Meter = field(default_factory=lambda: Meter(0))
+    recorder: Recorder = field(init=False)  # of requests; opening.py sets it
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move
@@ -94,11 +98,17 @@ class Core:
     _numbers: threading.Lock = field(default_factory=threading.Lock)
     _enrolling: threading.Lock = field(default_factory=threading.Lock)
     _enrolled: bool = False  # anything since open
-    erasers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "twfs-erase"))
+    wiper: Wiper = field(init=False)
+    gone_files: deque[FileRow] = field(default_factory=deque)  # whose blocks are not all there
     _pins: int = 0
 
     def __post_init__(self) -> None:
         self.terms = Terms.of(self.config)
+
+        def count(headers: int) -> None:
+            self.counters.erased_blocks += headers
+
+        self.wiper = Wiper(self.allocator, self.lock, lambda: (self.devices, self.flushers), count)
         given = self.config.eviction
         self.policy = policy_of(given.policy, given.attention_tokens)
         self.gate = Gate(self.config.admission, self.allocator.total_bytes, self.clock)
@@ -322,6 +332,8 @@ class Core:
                 self.promises.judge(self.slots, self.terms, gone, self.clock())
             self.slots.move_heads(removed.heads.added, removed.heads.dropped)
             self.cover(removed.covered, gone=[key for key, _ in removed.blocks])
+            self.gone_files += removed.files
+            self.to_erase |= removed.rows
             for key in removed.kept:
                 self._spare(key)
             over = Freed()  # limbo whose last lease ended while the commit was under way
@@ -423,35 +435,7 @@ class Core:
 
     def _hand_out(self, freed: Freed) -> None:
         """Let extents whose removal is certain be reserved again, headers overwritten first."""
-        with self.lock:
-            if freed.headers:
-                under_way = [e for e in self.erasures if not e.done() or e.exception()]
-                with suppress(RuntimeError):  # the warehouse is closing: nothing is reserved more
-                    self.erasures = [*under_way, self.erasers.submit(self._erase, freed)]
-                    return
-            self.allocator.release(freed.extents)
-
-    def _erase(self, freed: Freed) -> None:
-        """Overwrite the headers and flush, then let the extents go, also when that failed."""
-        zeros = memoryview(mmap.mmap(-1, ALIGN))
-        try:
-            for header in freed.headers:
-                self.devices[header.device].write_from([zeros], header.offset)
-            for index in {header.device for header in freed.headers}:
-                self.flushers[index].flush()
-            with self.lock:
-                self.counters.erased_blocks += len(freed.headers)
-        finally:
-            with self.lock:
-                self.allocator.release(freed.extents)
-
-    def await_erasures(self) -> None:
-        """Wait for headers that are being overwritten; the first error of any of them."""
-        with self.lock:
-            waiting, self.erasures = self.erasures, []
-        wait(waiting)
-        for each in waiting:
-            each.result()
+        self.wiper.hand_out(freed)
 
     def count_served(self, served: Sequence[Served]) -> None:
         """Add what a holder of a lease says that its readers delivered. Hold the lock."""

@@ -81,9 +81,31 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int | float]]:
             yield from _numbers(f"{name}_{index}", inner)
 
 
+def _of_tenants(figures: Mapping[str, Any]) -> Iterator[str]:
+    """What is metered as lines `twfs_tenant_name{tenant="...",...} value`."""
+    rows = [{"tenant": name, **charged} for name, charged in figures["charged"].items()]
+    rows += [*figures["metered"], *figures["reads"]]
+    rows += [{"model": name, **rate} for name, rate in figures["prefill_rates"].items()]
+    for row in rows:
+        texts = {key: value for key, value in row.items() if isinstance(value, str)}
+        labels = ",".join(
+            f"{key}={msgspec.json.encode(text).decode()}" for key, text in texts.items()
+        )
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                yield f"twfs_tenant_{key}{{{labels}}} {value}\n"
+
+
 def metrics(statistics: Mapping[str, Any]) -> bytes:
-    """Return every number of *statistics* as a line `twfs_name value`, as Prometheus reads them."""
-    lines = []
+    """Return every number of *statistics* as a line `twfs_name value`, as Prometheus reads them.
+
+    What is of tenants, models and classes has these as labels.
+    """
+    lines: list[str] = []
+    tenants = statistics.get("tenants")
+    if tenants is not None:
+        lines += _of_tenants(tenants)
+        statistics = {name: value for name, value in statistics.items() if name != "tenants"}
     for name, number in _numbers("twfs", statistics):
         safe = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
         lines.append(f"{safe} {number}\n")

@@ -34,7 +34,7 @@ def _evict(core: Core, asked: EvictErasing) -> dict[str, Any]:
     if not 0 <= asked.wanted_bytes < 1 << 62:
         raise InvalidInput(f"{asked.wanted_bytes} bytes cannot be evicted")
     freed = freed_bytes(submit_eviction(core, asked.wanted_bytes, erase=True))
-    core.await_erasures()
+    core.wiper.wait()
     return {"freed_bytes": freed, "waiting_blocks": _waiting(core)}
 
 
@@ -50,7 +50,7 @@ def _remove(core: Core, asked: RemoveErasing) -> dict[str, Any]:
     if model is None:
         raise NoSuchModel(f"no model {asked.model[:200]!r}")
     freed = remove_session(core, model, PrefixHash(head), erase=True)
-    core.await_erasures()
+    core.wiper.wait()
     return {"freed_bytes": freed, "waiting_blocks": _waiting(core)}
 
 

@@ -268,6 +268,62 @@ class DeviceNotEmpty(TwfsError):
     exit_code = 41
 
 
+class NoSuchFile(TwfsError):
+    """No file or directory of that name or inode is in the mounted tree of files."""
+
+    errno = _errno.ENOENT
+    exit_code = 42
+
+
+class FileExists(TwfsError):
+    """A file or directory of that name is there already, or being written."""
+
+    errno = _errno.EEXIST
+    exit_code = 43
+
+
+class NotADirectory(TwfsError):
+    """A file stands where a directory is wanted."""
+
+    errno = _errno.ENOTDIR
+    exit_code = 44
+
+
+class IsADirectory(TwfsError):
+    """A directory stands where a file is wanted."""
+
+    errno = _errno.EISDIR
+    exit_code = 45
+
+
+class FileTooLarge(TwfsError):
+    """A file would be larger than files of the mounted tree may be."""
+
+    errno = _errno.EFBIG
+    exit_code = 46
+
+
+class NotSupported(TwfsError):
+    """What files of the mounted tree cannot do: being changed in place, above all."""
+
+    errno = _errno.EOPNOTSUPP
+    exit_code = 47
+
+
+class NameTooLong(TwfsError):
+    """The name of a file has more bytes than names may have."""
+
+    errno = _errno.ENAMETOOLONG
+    exit_code = 49
+
+
+class NoAttribute(TwfsError):
+    """The file has no extended attribute of that name."""
+
+    errno = _errno.ENODATA
+    exit_code = 48
+
+
 class EqualityFailed(TwfsError):
     """The demo's loaded KV, logits or tokens differ from what was saved."""
 

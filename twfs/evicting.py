@@ -12,11 +12,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from twfs import ledger, quotas, sharing
+from twfs import ledger, metering, quotas, sharing
 from twfs import slots as states
 from twfs.choosing import Newcomer, choose_blocks, choose_expired, victims
 from twfs.core import Core
 from twfs.errors import BadPayload, DeviceError, NoSuchBlock, NotEmpty
+from twfs.filerows import FileRow
 from twfs.layout import Layout
 from twfs.payload import read_payload
 from twfs.records import Block, BlockKey
@@ -244,6 +245,20 @@ def _let_go_over(
     return sharing.let_go(core, payer, quotas.UNBOUNDED, among=among)[0]
 
 
+def remove_chain(
+    core: Core, model: ModelId, hashes: Sequence[PrefixHash]
+) -> "list[Future[ledger.Removed]]":
+    """Queue the removal of blocks (group 0, shard 0), and of all below them; waits for nothing.
+
+    *hashes* are in chain order. Their headers are overwritten where they carry a file's row.
+    """
+    with core.lock:
+        with core.metadata.read() as view:
+            own = list(hashes)[::-1]
+            keys = _condemn(core, view, own, BlockKey(model, PrefixHash(bytes(16))))
+        return submit_condemned(core, keys, evicted=False)
+
+
 def _condemn(core: Core, view: ReadView, own: list[PrefixHash], key: BlockKey) -> list[BlockKey]:
     """Condemn the blocks named *own* of the group and shard of *key*, and all below them.
 
@@ -292,6 +307,7 @@ def _forget_if_empty(core: Core, model: ModelId) -> None:
 
     if core.metadata.submit(job).result():
         with core.lock:
+            metering.fold(core)  # by the model's name, while it is known
             core.models.pop(model, None)
 
 
@@ -335,13 +351,14 @@ def forget(core: Core, lost: Sequence[tuple[BlockKey, int]]) -> int:
     Returns of how many: those that have changed meanwhile stay.
     """
 
-    def job(view: WriteView) -> list[Block]:
+    def job(view: WriteView) -> list[tuple[Block, FileRow | None]]:
         spoilt = [ledger.spoil(view, key, generation) for key, generation in lost]
         return [before for before in spoilt if before is not None]
 
-    def after(spoilt: list[Block]) -> None:
+    def after(spoilt: list[tuple[Block, FileRow | None]]) -> None:
         with core.lock:
-            for before in spoilt:
+            core.gone_files += [file for _, file in spoilt if file is not None]
+            for before, _ in spoilt:
                 core.counters.holes += 1
                 core.slots.spoil(before.slot)
             core.changes += 1

@@ -135,6 +135,11 @@ class Leases:
         lease = self._leases.get(token)
         return None if lease is None else lease.located.tenant
 
+    def account_of(self, token: bytes) -> tuple[int, ModelId] | None:
+        """For which tenant a lease was granted, and of which model; None if it is over."""
+        lease = self._leases.get(token)
+        return None if lease is None else (lease.located.tenant, lease.located.model)
+
     def room_bytes(self, owner: int) -> ByteCount:
         """Bytes that *owner* may lease more; 0 if it holds too many leases."""
         of = self._owners[owner]

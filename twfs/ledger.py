@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
+from twfs import filetables
 from twfs.errors import StaleEpoch
-from twfs.layout import GroupKind, Layout
+from twfs.filerows import FileRow, carries_row
+from twfs.layout import FILES_NAME, GroupKind, Layout
 from twfs.records import Block, BlockKey, Extent
 from twfs.sessions import NO_PARENT as NO_PARENT  # noqa: PLC0414 - of records
 from twfs.sessions import Covered, Ends, Request
@@ -66,6 +68,8 @@ class Removed:
     erase: list[Extent] = field(default_factory=list)  # begin with headers to be overwritten
     heads: HeadMoves = field(default_factory=HeadMoves)
     covered: Covered = field(default_factory=Covered)
+    files: list[FileRow] = field(default_factory=list)  # that lack a block now, so they are gone
+    rows: set[int] = field(default_factory=set)  # slots of blocks that carried a file's row
 
 
 def starts_chain(block: Block, layout: Layout) -> bool:
@@ -365,6 +369,11 @@ def remove(
         if standing is not None and key == chains.standing_key(key.prefix_hash):
             chains.ends.lift(key.prefix_hash, standing, over=over)
         view.delete_block(key)
+        if model.name == FILES_NAME:
+            row = filetables.lose(view, block.key)
+            done.files += [] if row is None else [row]
+            if carries_row(block.key) and block.extents:
+                done.rows.add(block.slot)
         # Without a block of a window or state group it is still complete, and so still a head.
         if not chains.complete(key.prefix_hash) and view.drop_head(key.model, key.prefix_hash):
             assert standing is not None, key
@@ -436,10 +445,11 @@ def move(view: WriteView, moves: Sequence[Move]) -> list[bool]:
     return done
 
 
-def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:
+def spoil(view: WriteView, key: BlockKey, generation: int) -> tuple[Block, FileRow | None] | None:
     """Make a hole of the block whose bytes were lost; its record before, None if it has changed.
 
-    The extents are not given back: bytes were lost there, so they are retired for good.
+    The extents are not given back: bytes were lost there, so they are retired for good. With it
+    comes the file that is gone because of that.
     """
     block = view.block(key)
     if block is None or block.generation != generation or block.hole:
@@ -447,7 +457,8 @@ def spoil(view: WriteView, key: BlockKey, generation: int) -> Block | None:
     view.put_block(key, replace(block, hole=True, extents=()))
     for extent in block.extents:
         view.add_limbo(extent, retired=True)
-    return block
+    of_files = bool(block.key) and view.model_id(FILES_NAME) == key.model
+    return block, filetables.lose(view, block.key) if of_files else None
 
 
 def charge_to(view: WriteView, passed: Sequence[tuple[BlockKey, int, int]]) -> list[bool]:

@@ -13,6 +13,7 @@ import numpy as np
 from twfs import slots as states
 from twfs.core import Core
 from twfs.errors import BlockGone, CorruptMetadata, InvalidInput, NoSuchBlock
+from twfs.layout import FILES_NAME
 from twfs.payload import read_payload
 from twfs.records import TENANT, TENANT_OFFSET, Block, BlockKey
 from twfs.sessions import ending_at
@@ -43,6 +44,8 @@ def models(core: Core) -> list[ModelInfo]:
                 heads[model] = heads.get(model, 0) + 1
         found = []
         for name, model_id in sorted(core.current.items()):
+            if name == FILES_NAME:  # a directory of the mount, and no model that anybody opens
+                continue
             record = core.models[model_id]
             mine = live & (owner == model_id)
             found.append(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from twfs.meter import PREFILL_SECONDS_MAX, PREFILL_TOKENS_MAX
 from twfs.operating import ARGUMENTS_BYTES_MAX
 from twfs.secret import SALT_BYTES
 from twfs.store import (
@@ -102,6 +103,14 @@ class TouchNames(Request, frozen=True):
     names: WireNames
     tenant: U16 = EVERYBODY
     hint: WireHint | None = None
+
+
+class CountPrefill(Request, frozen=True):
+    """Store.count_prefill; one-way."""
+
+    model: U32
+    tokens: Annotated[int, Meta(ge=1, le=PREFILL_TOKENS_MAX)]
+    seconds: Annotated[float, Meta(gt=0, le=PREFILL_SECONDS_MAX)]
 
 
 class RenewLease(Request, frozen=True):
@@ -435,9 +444,9 @@ class Operated(Reply, frozen=True):
 
 
 AnyRequest = (
-    Hello | OpenModel | NewEpoch | MatchNames | JoinLease | LookupNames | TouchNames | RenewLease
-    | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut | ListModels
-    | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
+    Hello | OpenModel | NewEpoch | MatchNames | JoinLease | LookupNames | TouchNames | CountPrefill
+    | RenewLease | ReleaseLease | ReportBlock | BeginPut | WriteBlocks | PublishPut | AbandonPut
+    | ListModels | ListHeads | ListSessions | ListDetached | ListChain | InfoOfBlock | ReadPayload
     | RemoveSession | RetainSession | EvictBytes | ExplainNames | AskSpace | CheckAll | AskStatus
     | AskChanges | AskDevices | Operate | ForgetSession | RetainNamed
 )  # fmt: skip

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from twfs.importing import Pending, PendingFile
+from twfs.layout import FILES_NAME
 from twfs.records import BlockKey
 from twfs.store import BlockInfo, ModelInfo
 from twfs.units import Ino, Millis, ModelId, PrefixHash
 
 # Ranges of inode numbers, so that no table is needed to keep them apart. Blocks have those below
-# 1 << 58; pending imports have 1 << 58 (importing.py).
+# 1 << 57; pending imports have 1 << 58 (importing.py).
 SESSION_INOS: Final = 1 << 62  # | inode of the block that the directory ends with
 CHAIN_INOS: Final = 1 << 61  # | the same
 MODEL_INOS: Final = 1 << 60  # | model
 CONTROL_INOS: Final = 1 << 59
+FILE_INOS: Final = 1 << 57  # | inode of a file; 0 is the root of their tree
 SECOND: Final = 1 << 32  # in two ranges: a second thing per model
 ROOT_INO: Final = Ino(1)
 
@@ -112,6 +114,7 @@ Node = (
 
 ROOT: Final = Directory("", ROOT_INO)
 CONTROL: Final = Directory(CONTROL_NAME, Ino(CONTROL_INOS | 1))
+FILES: Final = Directory(FILES_NAME, Ino(FILE_INOS))
 LAYOUTS: Final = Directory(LAYOUTS_NAME, Ino(CONTROL_INOS | 2))
 STATISTICS: Final = ControlFile(STATISTICS_NAME, Ino(CONTROL_INOS | 3))
 METRICS: Final = ControlFile(METRICS_NAME, Ino(CONTROL_INOS | 4))

@@ -6,7 +6,7 @@ its other methods at the blocks that a request names. Thread-safe, but for `may_
 
 from typing import TYPE_CHECKING, Final
 
-from twfs.errors import NoSuchBlock, NotAllowed
+from twfs.errors import NoSuchBlock, NoSuchModel, NotAllowed
 from twfs.layout import Layout
 from twfs.messages import (
     AnyRequest,
@@ -35,6 +35,7 @@ from twfs.store import (
     SessionInfo,
     Space,
 )
+from twfs.tables import MODEL_KEY
 from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, ModelId, PrefixHash
 
@@ -69,13 +70,23 @@ class Permitted:
         return self._warehouse.tenants().may_act(self._uid, tenant)
 
     def permit(self, request: AnyRequest) -> None:
-        """Raise NotAllowed unless this user may make *request*."""
+        """Raise NotAllowed unless this user may make *request*; NoSuchModel of files' blocks."""
+        if self._is_of_files(request):
+            raise NoSuchModel("files are read and written through the mount")
         if isinstance(request, NAMING_A_TENANT):
             self._warehouse.tenants().check_act(self._uid, request.tenant)
         elif isinstance(request, OPERATORS_ONLY) and not self.operates:
             raise NotAllowed(
                 f"uid {self._uid} may not do this: only root and the daemon's own user operate it"
             )
+
+    def _is_of_files(self, request: AnyRequest) -> bool:
+        """Tell whether it names the model of the mounted files: their modes guard these."""
+        model, key = getattr(request, "model", None), getattr(request, "key", None)
+        if isinstance(key, bytes) and len(key) >= MODEL_KEY.size:
+            model = MODEL_KEY.unpack_from(key)[0]
+        record = self._warehouse.files.blocks.model
+        return record is not None and model == record.id
 
     def may_report(self, request: ReportBlock, now_s: float) -> bool:
         """Tell whether to look at a block because of *request*: a hint, so it may be dropped.

@@ -69,6 +69,7 @@ class Put:
         self._shard = shard
         self._retention = retention
         # Payload bytes by index: all alike, but where the layout allows any length.
+        self._of_file = bool(lengths)
         self._lengths = lengths or (model.layout.block_bytes(group),) * len(names)
         self._layers = model.layout.summed_layers(group)
         self._pinned = np.zeros(0, np.int64)
@@ -185,6 +186,8 @@ class Put:
             self._core, self._model.id, self._tenant, self._hint.session, self._retention,
             [self._parent(index) for index in lacking[:1]],
         )  # fmt: skip
+        if self._of_file:  # who writes a file has written it, worth it or not
+            return lacking
         needs = [ALIGN + align_up(self._lengths[index]) for index in lacking]
         mix = (self._model.id * 1009 + self._group) * 1013 + self._shard
         admitted = self._core.gate.admit(
@@ -206,12 +209,16 @@ class Put:
             return
         core = self._core
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
-        newcomer = Newcomer(
-            rank_of(self._retention),
-            core.policy.of_new(
-                self._names.positions[lacking[0]], self._hint.stop, self._hint.return_ms
-            ),
-            self._tenant,
+        newcomer = (
+            None
+            if self._of_file
+            else Newcomer(
+                rank_of(self._retention),
+                core.policy.of_new(
+                    self._names.positions[lacking[0]], self._hint.stop, self._hint.return_ms
+                ),
+                self._tenant,
+            )
         )
         extents, why = reserving.reserve(
             core, needs, tenant=self._tenant, uid=self._uid, newcomer=newcomer
@@ -295,6 +302,17 @@ class Put:
     def _gone(future: "Future[None]") -> bool:
         """Tell whether I/O was not done because its device is offline."""
         return future.cancelled() or isinstance(future.exception(), DeviceError)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of its names were lacking, and all their bytes are written."""
+        with self._changed:
+            return len(self._written) == len(self._names) and not self._failed
+
+    @property
+    def is_present(self) -> bool:
+        """Whether any of its names was there before."""
+        return PutOutcome.PRESENT in self._outcomes.values()
 
     def _seal(self) -> None:
         """Take no more bytes, and wait for those on their way."""

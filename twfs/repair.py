@@ -16,6 +16,7 @@ import numpy as np
 from twfs import check
 from twfs.enrolling import roster_of
 from twfs.errors import CorruptMetadata, DeviceError
+from twfs.filecheck import complaints
 from twfs.mending import differences, mended, plausible
 from twfs.payload import aligned_buffer
 from twfs.records import Header, sealed_with
@@ -67,6 +68,7 @@ def run(directory: Path, *, data: bool = False) -> RepairReport:
         changes = differences(taken, meant, verdicts, done)
         if changes.gone or changes.fresh:
             subject.metadata.submit(changes.write).result()
+        _mend_files(subject, done)
         _mend_secret(subject, done)
         _mend_roster(subject, roster, done)
         report = check.run(subject, data=data)
@@ -129,6 +131,22 @@ def _any_header(subject: Subject, taken: Snapshot, model: int) -> Header | None:
         if same and sealed_with(subject.secret, data):
             return header
     return None
+
+
+def _mend_files(subject: Subject, done: list[str]) -> None:
+    """Forget what is said of files if any of it is untrue: the next start reads it from blocks."""
+    with subject.metadata.read() as view:
+        wrong = next(complaints(view), None)
+        old = [(table, key) for table in ("files", "paths") for key, _ in view.raw(table)]
+    if wrong is None:
+        return
+
+    def forget(view: WriteView) -> None:
+        for table, key in old:
+            view.delete_raw(table, key)
+
+    subject.metadata.submit(forget).result()
+    done.append(f"rows and names of files are made anew at the next start: {wrong}")
 
 
 def _mend_secret(subject: Subject, done: list[str]) -> None:

@@ -51,9 +51,11 @@ def reserve(
             going = _make_way(
                 core, over_bytes, missing_bytes, tenant=tenant, newcomer=newcomer
             )  # fmt: skip
-            if not going:
-                break
             wait(going)
+            # What was evicted may be free only once its headers are overwritten.
+            wiped = len(room) < len(needs) and core.wiper.drain()
+            if not going and not wiped:
+                break
         why = PutOutcome.NO_ROOM
         if len(room) < len(needs):
             kept_out = newcomer is not None and newcomer.kept_out

@@ -75,7 +75,13 @@ def live(slots: Slots) -> IntArray:
 
 def expired(slots: Slots, terms: Terms, now_ms: int) -> IntArray:
     """Tell, by slot, whose time to live is over."""
-    return np.asarray(terms.ends(slots, np.arange(len(slots))) <= np.uint64(now_ms))
+    here = len(slots)
+    found = np.zeros(here, np.bool_)
+    for rank, ttl_ms in enumerate(terms.ttl_ms.tolist()):
+        if ttl_ms <= now_ms - slots.known_from_ms:
+            old = slots.stamp[:here] <= np.uint64(now_ms - ttl_ms)
+            found |= old & (slots.retention[:here] == rank)
+    return found
 
 
 def held_bytes(slots: Slots, rank: int) -> ByteCount:

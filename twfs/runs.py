@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from twfs.errors import InvalidInput
+from twfs.layout import Layout
 from twfs.records import Block, Extent
 from twfs.store import ArenaBlock
 from twfs.units import ALIGN, IO_BYTES_MAX, ByteOffset, DeviceIndex, align_up
@@ -62,3 +64,12 @@ def plan_runs(
         run.indices.append(number)
         run.end += extent.length
     return runs
+
+
+def check_lengths(layout: Layout, group: int, lengths: Sequence[int], count: int) -> None:
+    """Raise InvalidInput unless *lengths* are given for *count* blocks, where any are allowed."""
+    if layout.any_length(group) != bool(lengths) or len(lengths) not in {0, count}:
+        raise InvalidInput(f"{len(lengths)} lengths for {count} blocks of {layout.model}")
+    if not all(layout.fits(group, length) for length in lengths):
+        most = layout.block_bytes(group)
+        raise InvalidInput(f"a block of {layout.model} has 1 to {most} bytes")

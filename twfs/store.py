@@ -325,6 +325,12 @@ class Store(Protocol):
         With the whole chain of a request, *hint* moves its session to the last block that is held.
         """
 
+    def count_prefill(self, model: Model, tokens: int, seconds: float) -> None:
+        """Say that prefill of so many tokens of *model* took so long: its measured rate; one-way.
+
+        It is what the store's hits are worth where no rate is given. InvalidInput beyond reason.
+        """
+
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
         group: int = 0, shard: int = 0, retention: Retention = Retention.STANDARD,

@@ -36,6 +36,8 @@ TABLES: Final = (
     "free",
     "limbo",
     "counters",
+    "files",
+    "paths",
 )
 MODEL_KEY: Final = struct.Struct(">I")
 PLACE_KEY: Final = struct.Struct(">HQ")  # device, offset: ordered by place
@@ -333,15 +335,18 @@ class ReadView:
         """One value of a table as it lies there."""
         return self._get(table, key)
 
+    def under(self, table: str, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of a table whose key begins with *prefix*, in key order."""
+        cursor = self._txn.cursor(db=self._tables[table])
+        if cursor.set_range(prefix):
+            for key, value in cursor.iternext(keys=True, values=True):
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
     def keys_with(self, table: str, prefix: bytes) -> list[bytes]:
         """All keys of a table that begin with *prefix*, in order."""
-        cursor = self._txn.cursor(db=self._tables[table])
-        found: list[bytes] = []
-        more = cursor.set_range(prefix)
-        while more and cursor.key().startswith(prefix):
-            found.append(cursor.key())
-            more = cursor.next()
-        return found
+        return [key for key, _ in self.under(table, prefix)]
 
     def count(self, table: str) -> int:
         """Records in one table."""

@@ -27,6 +27,7 @@ from twfs.nodes import (
     CONTROL,
     CONTROL_NAME,
     DETACHED_NAME,
+    FILES,
     LAYOUTS,
     METRICS,
     MODEL_INOS,
@@ -328,9 +329,8 @@ class Tree:
         """The names in the root and under `.twfs`."""
         models = self.models()
         if directory == ROOT:
-            return [(CONTROL_NAME, CONTROL)] + [
-                (info.name, self.model_directory(model)) for model, info in models.items()
-            ]
+            shown = [(info.name, self.model_directory(model)) for model, info in models.items()]
+            return [(CONTROL_NAME, CONTROL), (FILES.name, FILES), *shown]
         if directory == CONTROL:
             return [(node.name, node) for node in (STATISTICS, METRICS, LAYOUTS)]
         if directory == LAYOUTS:

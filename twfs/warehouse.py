@@ -17,11 +17,13 @@ from uuid import UUID
 import numpy as np
 
 from twfs import (
+    advising,
     beginning,
     enrolling,
     erasing,
     evicting,
     matching,
+    metering,
     opening,
     retaining,
     tenancy,
@@ -34,6 +36,7 @@ from twfs.copying import Copying
 from twfs.core import Core
 from twfs.device import Device
 from twfs.errors import InvalidInput, TwfsError, WarehouseClosed
+from twfs.files import Files
 from twfs.formatting import DeviceSpec
 from twfs.hints import NO_HINT, Hint, check_session
 from twfs.layout import Layout
@@ -41,6 +44,7 @@ from twfs.leases import Located
 from twfs.localput import LocalPort
 from twfs.match import Match
 from twfs.members import Members
+from twfs.meter import check_prefill
 from twfs.namespace import OpenNamespace
 from twfs.operating import Verbs
 from twfs.prefix import Names
@@ -84,9 +88,10 @@ class Warehouse(OpenNamespace):
         self._closed = False
         self._busy = 0  # calls under way that close has to wait for
         self.scrubber = Scrubber(core)
+        self.files = Files(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
-            **tenancy.verbs(core), **usage.verbs(core),
+            **tenancy.verbs(core), **usage.verbs(core), **advising.verbs(core),
         }  # fmt: skip
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
@@ -205,10 +210,15 @@ class Warehouse(OpenNamespace):
             self._core.standings.look()
             with self._core.lock:
                 self._core.expire()
+                written = self._core.counters.written_bytes + self._core.counters.moved_bytes
                 over = any(not self._core.is_current(model) for model in self._core.models)
+            self.files.tend()
             evicting.keep_quotas(self._core)
+            self._core.recorder.tend(written)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
+                with suppress(TwfsError):
+                    metering.persist(self._core)
             with suppress(TwfsError):
                 retaining.flush(self._core)
                 evicting.sweep_expired(self._core)
@@ -235,8 +245,11 @@ class Warehouse(OpenNamespace):
             retaining.flush(self._core)
             retaining.keep_classes(self._core)
         self._members.close()
+        self.files.close()
         self._puts.shutdown()
         self._sources.close()
+        with suppress(TwfsError):
+            metering.persist(self._core).result()
         opening.close_core(self._core)
         if self._arena is not None:
             self._arena.close()
@@ -288,6 +301,15 @@ class Warehouse(OpenNamespace):
     def touch(self, model: Model, names: Names, hint: Hint = NO_HINT) -> None:
         """See Store.touch."""
         self.touch_blocks(model.id, names, model.tenant, hint)
+
+    def count_prefill(self, model: Model, tokens: int, seconds: float) -> None:
+        """See Store.count_prefill."""
+        check_prefill(tokens, seconds)
+        self.count_prefill_of(model.id, tokens, seconds)
+
+    def count_prefill_of(self, model: ModelId, tokens: int, seconds: float) -> None:
+        """As count_prefill, by the model's number."""
+        metering.count_prefill(self._core, model, tokens, seconds)
 
     def put(
         self, model: Model, names: Names, payloads: Sequence[Pieces], *,
@@ -383,6 +405,7 @@ class Warehouse(OpenNamespace):
         """End *owner*'s part of a lease, and count what it read under it."""
         with self._core.lock:
             self._core.count_served(served)
+            metering.count_reads(self._core, token, served)
             ended = self._core.leases.release(token, owner)
             self._core.end_leases([] if ended is None else [ended])
 

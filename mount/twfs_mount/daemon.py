@@ -25,9 +25,9 @@ from twfs.server import serve
 from twfs.store import Durability
 from twfs.warehouse import LEASE_MS, Warehouse
 from twfs_mount import mountpoint as places
+from twfs_mount.dropin import FileOperations
 from twfs_mount.handles import PAYLOAD_BYTES
 from twfs_mount.looking import Presentation
-from twfs_mount.operations import Operations
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +126,11 @@ class Daemon:
             await self._serve(warehouse, signals)
             return
         importer = Importer(warehouse, warehouse.directory, tenants=warehouse.tenants)
-        operations = Operations(
+        operations = FileOperations(
             warehouse,
             importer,
             config.options.presentation(self._group()),
+            warehouse.files,
             payload_bytes=config.payload_bytes,
         )
         fuse_init(operations, config.mountpoint, config.options.for_fuse(warehouse.directory))
@@ -146,7 +147,7 @@ class Daemon:
 
     async def _serve(
         self, warehouse: Warehouse, signals: AsyncIterator[int],
-        operations: Operations | None = None,
+        operations: FileOperations | None = None,
     ) -> None:  # fmt: skip
         config = self._config
         socket = config.socket or warehouse.directory / "socket"
@@ -196,7 +197,7 @@ class Daemon:
 
     async def _await_signal(
         self, signals: AsyncIterator[int], scope: trio.CancelScope,
-        operations: Operations | None,
+        operations: FileOperations | None,
     ) -> None:  # fmt: skip
         async for number in signals:
             if number == signal.SIGHUP:
@@ -211,7 +212,7 @@ class Daemon:
             return
 
 
-def fuse_init(operations: Operations, mountpoint: str, options: set[str]) -> None:
+def fuse_init(operations: FileOperations, mountpoint: str, options: set[str]) -> None:
     """Mount; MountRefused or NotAllowed if the kernel will not. libfuse prints its own reason."""
     if places.is_descriptor(mountpoint):
         options = set()  # it is mounted, with the options that mount.fuse3 was given

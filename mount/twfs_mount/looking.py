@@ -26,6 +26,7 @@ from twfs.errors import BadPayload, BlockGone, NoSuchBlock, ReadOnly, TwfsError
 from twfs.importing import Importer, Pending, PendingFile
 from twfs.nodes import (
     DIRECTORIES,
+    FILES,
     Attributes,
     BlockFile,
     Chain,
@@ -406,7 +407,7 @@ def timeouts(node: Node) -> tuple[float, float]:
         return (STEADY_SECONDS if node.session is not None else BRIEF_SECONDS), STEADY_SECONDS
     if isinstance(node, SessionDirectory | ChainText):
         return STEADY_SECONDS, BRIEF_SECONDS
-    if isinstance(node, ControlFile | Pending | PendingFile):
+    if isinstance(node, ControlFile | Pending | PendingFile) or node == FILES:
         return 0.0, 0.0
     return BRIEF_SECONDS, BRIEF_SECONDS
 

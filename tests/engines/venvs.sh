@@ -49,6 +49,12 @@ WRAPPER
     chmod +x bin/python
 }
 
+# Mooncake's store without CUDA: its wheel brings the master, and links with these of the system.
+make_mooncake() {
+    "$1" -m venv .
+    pip_in . mooncake-transfer-engine-non-cuda==0.3.13.post1 numpy
+}
+
 # A venv that sees all of vLLM's besides its own packages.
 over_vllm() {
     made vllm "$1"

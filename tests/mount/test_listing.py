@@ -23,7 +23,7 @@ def attribute(path: Path, name: str) -> str:
 def test_root_lists_models_and_control_directory(mount: Mount) -> None:
     store(mount, "tiny", MHA, 1)
     store(mount, "cut", SHARDED, 1)
-    assert names_in(mount.path) == [".twfs", "cut", "tiny"]
+    assert names_in(mount.path) == [".twfs", "cut", "files", "tiny"]
     assert names_in(mount.path / ".twfs") == ["layouts", "metrics", "stats.json"]
     layout = json.loads((mount.path / ".twfs/layouts/tiny.json").read_text())
     assert layout == {"fingerprint": MHA.fingerprint.hex(), "layout": MHA.to_dict()}

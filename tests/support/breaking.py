@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from support.filing import make_file
 from support.warehouses import HYBRID, MHA, chain_of, own_names, put, put_whole
 from twfs.metadata import Metadata
 from twfs.opening import META_DIRECTORY
@@ -27,6 +28,10 @@ def fill(warehouse: Warehouse) -> list[tuple[Model, list[bytes]]]:
         put(warehouse, mha, names)
     put(warehouse, mha, own_names(mha, ("a", None, 0), ("b", "a", 0), ("c", "b", 7)))
     put_whole(warehouse, hybrid, chain_of(hybrid, 3))
+    below = warehouse.files.mkdir(0, b"d", mode=0o755, uid=0, gid=0)
+    for number in range(3):
+        make_file(warehouse.files, below.ino, b"f%d" % number, bytes(number * 5000))
+    warehouse.files.rename(below.ino, b"f1", 0, b"f1")
     return [(mha, [n.hash_at(i) for n in chains for i in range(len(n))])]
 
 
@@ -127,6 +132,10 @@ IN_TABLES: Final[dict[str, Callable[[WriteView, Numbers], None]]] = {
     "name": _change_value("names"),
     "lost name": _delete("names"),
     "garbage": _garbage,
+    "row of a file": _change_value("files"),
+    "lost file": _delete("files"),
+    "path": _change_key("paths"),
+    "lost path": _delete("paths"),
 }
 ON_DEVICE: Final = ("header", "payload", "superblock", "roster")
 KINDS: Final = (*IN_TABLES, *ON_DEVICE)

@@ -11,7 +11,7 @@ from typing import Any
 import lmdb  # noqa: TID251
 import pytest
 
-from twfs import choosing, evicting, ledger, metadata, putting
+from twfs import choosing, evicting, ledger, metadata, reserving
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standings
@@ -181,7 +181,7 @@ def free_before_commit(patch: pytest.MonkeyPatch) -> None:
         early.free(core, removed)
 
     patch.setattr(Core, "free_space", free_space)
-    for module in (evicting, putting):
+    for module in (evicting, reserving):
         patch.setattr(module, "submit_eviction", early.submit)
     for owner, name in (
         (Put, "publish"), (evicting, "remove_session"), (evicting, "spoil"), (Warehouse, "check"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.filing import make_file, tree_of
 from support.warehouses import (
     DEVICE_BYTES,
     HYBRID,
@@ -32,10 +33,14 @@ from support.warehouses import (
     put,
     put_whole,
     read_all,
+    records_of,
+    tokens_of,
 )
 from twfs import check, repair
 from twfs.checksums import checksums_of
 from twfs.errors import CorruptMetadata
+from twfs.filerows import FileRow
+from twfs.filetables import INO_KEY, put_row
 from twfs.payload import read_payload
 from twfs.prefix import Names
 from twfs.records import (
@@ -517,6 +522,40 @@ def test_i22_is_no_finding_while_a_model_is_being_made(
     assert found(broken, lost=range(4)) == set()
 
 
+def with_files(broken: Broken) -> Ino:
+    """Make a directory and a file in it, whose inode is returned."""
+    files = broken.warehouse.files
+    below = files.mkdir(0, b"d", mode=0o755, uid=0, gid=0)
+    return make_file(files, below.ino, b"f", b"bytes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda view, row: view.delete_raw("paths", INO_KEY.pack(row.parent) + row.name),
+        lambda view, row: view.delete_raw("files", INO_KEY.pack(row.ino)),
+        lambda view, row: view.delete_raw("files", INO_KEY.pack(row.parent)),
+        lambda view, row: view.put_raw("files", INO_KEY.pack(row.ino), b"no row"),
+        lambda view, row: put_row(view, replace(row, name=b"other")),
+        lambda view, row: put_row(view, replace(row, ino=Ino(row.ino + 1))),
+        lambda view, row: put_row(view, replace(row, size=5 << 20, blocks=2)),
+        lambda view, row: view.put_raw("paths", INO_KEY.pack(row.ino) + b"x", INO_KEY.pack(9)),
+    ],
+    ids=["name", "row", "directory", "unreadable", "renamed", "renumbered", "longer", "nothing"],
+)
+def test_i27_files_that_are_not_whole(
+    broken: Broken, change: Callable[[WriteView, FileRow], None]
+) -> None:
+    row = broken.warehouse.files.row(with_files(broken))
+    broken.change(lambda view: change(view, row))
+    with broken.warehouse as warehouse:
+        assert {each.invariant for each in warehouse.check(data=True).findings} == {27}
+    assert repair.run(broken.warehouse.directory).left == ()
+    with Warehouse.open(broken.warehouse.directory) as warehouse:
+        assert tree_of(warehouse.files) == {b"/d": None, b"/d/f": b"bytes"}
+        assert warehouse.check(data=True).findings == ()
+
+
 def as_empty(view: WriteView) -> None:
     """Take all blocks out, and let children, heads and free runs be those of none."""
     for table in ("blocks", "children", "heads", "free"):
@@ -615,6 +654,56 @@ def test_i24_a_class_in_memory_that_no_session_says(broken: Broken) -> None:
         assert warehouse.check().findings == ()
         warehouse._core.slots.retention[broken.at(1)[1].slot] = Retention.EPHEMERAL.rank
         assert {each.invariant for each in warehouse.check().findings} == {24}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+def with_members(broken: Broken) -> tuple[int, int]:
+    """Let acme be in a share group, for which it pays, and other in none; the two's numbers."""
+    made = [
+        broken.warehouse.operate("tenant-add", name=name, owner=0, uids=[], share=share)["id"]
+        for name, share in (("acme", "public"), ("other", None))
+    ]
+    acme = broken.warehouse.open_model("m", tenant="acme")
+    names = acme.chain(public_tokens=64).extend(tokens_of(4)).names()
+    put(broken.warehouse, acme, names)
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("what", ["an outsider", "nobody there", "of a plain block"])
+def test_i25_a_payer_that_is_no_member(broken: Broken, what: str) -> None:
+    acme, other = with_members(broken)
+    payer = {"an outsider": other, "nobody there": 999, "of a plain block": acme}[what]
+    public = [key for key, block in records_of(broken.warehouse._core).items() if block.payer]
+    key = broken.at(1)[0] if what == "of a plain block" else public[2]
+    with broken.warehouse as warehouse:
+        assert len(public) == 4
+        with warehouse._core.metadata.read() as view:
+            block = view.block(key)
+        assert block is not None
+        broken.change(lambda view: view.put_block(key, replace(block, payer=payer)))
+        warehouse._core.slots.charge_to(block.slot, payer)  # or memory would be another than tables
+        assert {each.invariant for each in warehouse.check().findings} == {25}
+    with offline(warehouse.directory) as subject:
+        assert {each.invariant for each in check.run(subject).findings} == {25}
+    assert_mended(warehouse.directory, broken.names, set())
+
+
+@pytest.mark.parametrize("what", ["a sum", "a cell", "a block", "a reservation"])
+def test_i26_a_charge_that_no_block_says(broken: Broken, what: str) -> None:
+    """It is in no table: what is opened next has the charges that the blocks say."""
+    acme, other = with_members(broken)
+    with broken.warehouse as warehouse:
+        core = warehouse._core
+        assert warehouse.check().findings == ()
+        if what == "a sum":
+            core.charges.held[acme] -= 4096
+        elif what == "a cell":
+            next(iter(core.charges.cells.values())).held_bytes += 8192
+        elif what == "a block":
+            core.slots.charge_to(broken.at(2)[1].slot, other)
+        else:
+            core.reserved_bytes += 8192
+        assert {each.invariant for each in warehouse.check().findings} == {26}
     assert_mended(warehouse.directory, broken.names, set())
 
 

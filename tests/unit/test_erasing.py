@@ -131,7 +131,7 @@ def test_what_a_lease_reads_is_erased_when_the_lease_ends(scratch: Path) -> None
             assert done["waiting_blocks"] == 3
             assert all(first_bytes(place) != bytes(ALIGN) for place in places.values())
         settle(warehouse)
-        warehouse._core.await_erasures()
+        warehouse._core.wiper.wait()
         assert all(first_bytes(place) == bytes(ALIGN) for place in places.values())
         assert warehouse._core.to_erase == set()
     assert rebuild(scratch, force=True).accepted == 0
@@ -194,6 +194,6 @@ def test_a_closing_warehouse_lets_go_without_erasing(scratch: Path) -> None:
     with open_warehouse(scratch) as warehouse:
         core: Core = warehouse._core
         free = core.allocator.reserve([2 * ALIGN])[0]  # type: ignore[list-item]
-        core.erasers.shutdown()
-        core._hand_out(Freed(list(free), list(free)))
+        core.wiper.close()
+        core.wiper.hand_out(Freed(list(free), list(free)))
         assert core.allocator.free_bytes == core.allocator.total_bytes

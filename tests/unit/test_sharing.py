@@ -20,6 +20,7 @@ from support.warehouses import (
     MHA,
     SHARDED,
     block_at,
+    commits_held,
     open_warehouse,
     payloads_of,
     put,
@@ -29,7 +30,7 @@ from support.warehouses import (
     settle,
     tokens_of,
 )
-from twfs import evicting, usage
+from twfs import evicting, quotas, sharing, usage
 from twfs.errors import InvalidInput, NoSuchBlock, NoSuchTenant, NotAllowed, NotEmpty, QuotaExceeded
 from twfs.prefix import Names, OwnKey, names_of_keys
 from twfs.rebuild import rebuild
@@ -230,6 +231,50 @@ def test_a_charge_passes_to_nobody_who_has_no_room_for_it(scratch: Path) -> None
             assert charged(warehouse)["acme"] >= 49  # 1/64 is kept free ahead of demand
             with pytest.raises(QuotaExceeded):
                 put(warehouse, other, chain(other, 0, 1, secret=8))
+
+
+def test_a_charge_passes_to_nobody_who_has_left(scratch: Path) -> None:
+    with group(scratch, acme={"quota_bytes": 32 * BLOCK}) as (warehouse, acme, other, _):
+        public = chain(acme, 20)
+        put(warehouse, acme, public)
+        read_all(warehouse, other, public)
+        warehouse.operate("tenant-set", name="other", share="")
+        assert put(warehouse, acme, chain(acme, 0, 30, secret=4)).held == 30
+        settle(warehouse)
+        assert set(charged(warehouse)) == {"acme"}
+        assert warehouse.lookup(acme, public) < 20  # evicted: nobody takes it over
+
+
+def test_what_is_passing_counts_against_the_quota_of_who_takes_it_over(scratch: Path) -> None:
+    limits = {"acme": {"quota_bytes": 40 * BLOCK}, "other": {"quota_bytes": 40 * BLOCK}}
+    with group(scratch, **limits) as (warehouse, acme, other, _):
+        public, core = chain(acme, 30), warehouse._core
+        put(warehouse, acme, public)
+        read_all(warehouse, other, public)
+        with commits_held(warehouse):  # the charges are on their way, and not there
+            with core.lock:
+                going, passing = sharing.let_go(core, acme.tenant, 30 * BLOCK)
+            assert (passing, core.charges.used(other.tenant)) == (30 * BLOCK, 30 * BLOCK)
+            assert quotas.room_bytes(core, other.tenant) == 10 * BLOCK
+            with core.lock:
+                assert sharing.let_go(core, acme.tenant, 30 * BLOCK)[1] == 10 * BLOCK
+        for future in going:
+            future.result()
+        settle(warehouse)
+        assert charged(warehouse) == {"other": 30}
+        assert core.charges.used(other.tenant) == 30 * BLOCK
+
+
+def test_a_full_tenant_evicts_no_public_block_that_another_pays_for(scratch: Path) -> None:
+    with group(scratch, acme={"quota_bytes": 16 * BLOCK}) as (warehouse, acme, other, _):
+        public = chain(other, 12)
+        put(warehouse, other, public)
+        put(warehouse, acme, chain(acme, 12, 6, secret=3))  # hangs below what other pays for
+        assert charged(warehouse) == {"acme": 6, "other": 12}
+        assert put(warehouse, acme, chain(acme, 0, 20, secret=4)).held == 16  # it wants more
+        settle(warehouse)
+        assert charged(warehouse)["other"] == 12
+        assert warehouse.lookup(other, public) == 12
 
 
 def test_what_the_payer_used_last_stays_with_it_until_nothing_else_is_left(scratch: Path) -> None:

@@ -24,17 +24,21 @@ def draw(path: Path, document: Mapping[str, Any]) -> None:
     rows = document["summary"]
     windows = sorted({row["window_s"] for row in rows})
     figure, panels = plt.subplots(
-        2, len(windows), figsize=(max(WIDTH, 4.6 * len(windows)), HEIGHT), layout="constrained",
+        2, len(windows), figsize=(max(WIDTH, 5.8 * len(windows)), HEIGHT), layout="constrained",
         sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2),
     )  # fmt: skip
+    most = max(row["amplification_max"] for row in rows)
     for column, window_s in enumerate(windows):
         mine = [row for row in rows if row["window_s"] == window_s]
         stream = next(each for each in document["streams"] if each["window_s"] == window_s)
         _hit_rates(panels[0][column], mine, stream, first=column == 0)
-        _amplification(panels[1][column], mine, first=column == 0)
+        _amplification(panels[1][column], mine, most, first=column == 0)
         if len(windows) > 1:
             panels[0][column].set_title(f"sessions start over {_hours(window_s)}", fontsize=10)
-    _legend(figure, panels[0][0])
+    panels[0][0].legend(loc="lower right", fontsize=9)
+    figure.supxlabel(
+        "capacity: part of all blocks ever asked for, and as modelled bytes", fontsize=10
+    )
     figure.suptitle(_title(document), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -101,8 +105,8 @@ def _hit_rates(axes: Any, rows: Sequence[Any], stream: Mapping[str, Any], *, fir
         axes.set_ylabel("token hit rate (%)")
 
 
-def _amplification(axes: Any, rows: Sequence[Any], *, first: bool) -> None:
-    """The lower panel."""
+def _amplification(axes: Any, rows: Sequence[Any], most: float, *, first: bool) -> None:
+    """The lower panel; *most* of all of them, for they share their axis."""
     for name, style, mine in _curves(rows):
         _line(axes, name, style, mine, "amplification")
     parts = sorted({row["capacity_part"] for row in rows})
@@ -110,20 +114,11 @@ def _amplification(axes: Any, rows: Sequence[Any], *, first: bool) -> None:
     axes.set_yscale("log")
     axes.set_xticks(
         [100 * part for part in parts],
-        [f"{100 * part:.3g} %\n{size(bytes_of[part])}" for part in parts], fontsize=8,
+        [f"{100 * part:.3g} %\n{size(bytes_of[part])}" for part in parts], fontsize=7.5,
     )  # fmt: skip
     axes.minorticks_off()
-    most = max(row["amplification_max"] for row in rows)
     ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50) if tick <= most * 1.2]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.grid(visible=True, alpha=0.3)
-    axes.set_xlabel("capacity: part of all blocks ever asked for, and as modelled bytes")
     if first:
         axes.set_ylabel("tokens computed again\nto those that had to be")
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """One legend for all panels, in the order of the curves at their left end."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, loc="lower right", fontsize=9)
-    del figure
