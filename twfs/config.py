@@ -66,6 +66,14 @@ class AdmissionSettings(Struct, frozen=True, forbid_unknown_fields=True):
         return min(budgets, default=None)
 
 
+class RecordSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[record]: what is noted of requests for `twfs advise`; see recording.py."""
+
+    on: bool = True
+    bytes: Annotated[int, Meta(ge=1 << 22, le=1 << 30)] = 64 << 20  # of the record, at most
+    days: Annotated[int, Meta(ge=1, le=365)] = 7  # that it reaches back, at least
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """All of the file."""
 
@@ -73,6 +81,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     prefill: dict[str, Rate] = field(default_factory=dict)  # by model; "*" is of all others
     eviction: EvictionSettings = field(default_factory=EvictionSettings)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    record: RecordSettings = field(default_factory=RecordSettings)
 
 
 DEFAULT_TTL: Final = {

@@ -33,6 +33,7 @@ from twfs.leases import Ended, Leases
 from twfs.limbo import Freed, Left, unpin_left
 from twfs.metadata import After, Job, Metadata
 from twfs.meter import Meter
+from twfs.recording import Recorder
 from twfs.records import BlockKey, Extent
 from twfs.retention import Promises, Terms
 from twfs.roster import Roster, write_roster
@@ -83,6 +84,7 @@ class Core:
     policy: Policy = field(init=False)  # of eviction
     gate: Gate = field(init=False)  # what is let in
     meter: Meter = field(default_factory=lambda: Meter(0))
+    recorder: Recorder = field(init=False)  # of requests; opening.py sets it
     counters: Counters = field(default_factory=Counters)
     served: dict[str, Served] = field(default_factory=dict)  # by reader, as reported at release
     left: "dict[int, list[Left]]" = field(default_factory=dict)  # by slot, places left by a move

@@ -112,6 +112,10 @@ class Drafting:
                 return draft
         return None
 
+    def writes_in(self, ino: int) -> bool:
+        """Tell whether files are being written in the directory *ino*."""
+        return bool(self._at) and any(place[0] == ino for place in list(self._at))
+
     def lookup(self, parent: int, name: bytes, writer: int = 0) -> FileRow:
         """What *name* leads to in a directory, for the process *writer*; NoSuchFile."""
         draft = self.draft_at(parent, name, writer) if writer else None

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from twfs import metering
 from twfs import slots as states
+from twfs.accesses import Kind
 from twfs.core import Core
 from twfs.errors import InvalidInput, LeaseEnded
-from twfs.hints import NO_HINT, Hint
+from twfs.hints import NO_HINT, Hint, Retention
 from twfs.layout import GroupKind, Layout
 from twfs.leases import Leases, Located
 from twfs.prefix import Names
@@ -276,6 +277,7 @@ def match_located(
         core.counters.matches += 1
         core.counters.asked_blocks += len(names) - start
         stop, needed = gather(core, model, names, start, tenant)
+        note_match(core, model, names, needed, tenant=tenant, start=start, stop=stop)
         if stop <= start:
             return None
         rows, extents = rows_of(names, needed)
@@ -302,6 +304,20 @@ def match_located(
         metering.count_match(core, tenant, model, spine[0].astype(np.int64), layout.block_tokens)
         core.slots.note_user(used, tenant, core.tenants.shares.get(tenant, 0))
         return located
+
+
+def note_match(
+    core: Core, model: ModelId, names: Names, needed: list[Found], *, tenant: int, start: int,
+    stop: int,
+) -> None:  # fmt: skip
+    """Enter a match in the access record, under the class of the deepest block found."""
+    retention = Retention.STANDARD.rank
+    if stop > start and len(needed[-1].records):
+        retention = int(core.slots.retention[needed[-1].records["slot"][-1]])
+    core.recorder.note(
+        Kind.MATCH, model, core.models[model].layout, names.hashes, tenant=tenant,
+        retention=retention, start=start, stop=stop,
+    )  # fmt: skip
 
 
 def _fitting(
@@ -345,6 +361,10 @@ def touch_blocks(
             slots = np.concatenate(used)
             core.slots.use(slots, core.clock())
             note_touch(core, model, names.hash_at(0), slots, hint, tenant=tenant)
+            core.recorder.note(
+                Kind.TOUCH, model, core.models[model].layout, names.hashes, tenant=tenant,
+                retention=int(core.slots.retention[slots[-1]]),
+            )  # fmt: skip
         if held and (hint.session or hint.retention is not None):
             note_session(core, model, tenant, names.hash_at(held - 1), hint)
 

@@ -3,7 +3,7 @@
     directory      0700, with a group 0750: engines reach the socket in it
     image files    0600, with a group 0640: cuFile opens them by path; other readers need no mode
     socket         0660 of that group
-    meta/          0700, and the files in it and beside it (heat, secret) 0600: the daemon's alone
+    meta/, record/ 0700, and the files in and beside them (heat, secret) 0600: the daemon's alone
 
 Block devices keep the mode that udev gave them (SECURITY.md).
 """

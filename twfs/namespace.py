@@ -149,6 +149,7 @@ class OpenNamespace:
                 "slots": core.slots.statistics(),
                 "eviction": {"policy": core.policy.name},
                 "admission": core.gate.statistics(),
+                "record": core.recorder.statistics(),
                 "leases": core.leases.statistics(),
                 "allocator": asdict(core.allocator.statistics()),
                 "records": view.counts(),

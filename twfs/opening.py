@@ -17,6 +17,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import enrolling, ledger, modes, sessions
+from twfs.accesses import RECORD_DIRECTORY
 from twfs.clocks import Clock, Steady, wall_ms
 from twfs.config import Config
 from twfs.core import Core
@@ -41,6 +42,7 @@ from twfs.metadata import FIRST_INO, Metadata
 from twfs.metafile import scout
 from twfs.meter import META as METER
 from twfs.meter import Meter
+from twfs.recording import Recorder, remove_record
 from twfs.records import BLOCK_DTYPE, BlockKey, Extent
 from twfs.roster import Roster, write_roster
 from twfs.secret import SECRET_FILE, keep_secret, make_secret
@@ -134,6 +136,7 @@ def _fill(directory: Path, devices: Sequence[DeviceSpec], undo: ExitStack, *, fo
         end = superblock.size_bytes - ALIGN
         free.append(Extent(index, start, ByteCount(end - start)))
     (directory / HEAT_FILE).unlink(missing_ok=True)
+    remove_record(directory / RECORD_DIRECTORY)
     meta.mkdir(modes.OWN_DIRECTORY)
     undo.callback(shutil.rmtree, meta, ignore_errors=True)
     secret = make_secret()
@@ -249,6 +252,7 @@ def open_core(
             allocator, slots, leases, secret, roster, Tenants(roster.tenants, operators), lock,
             steady, config or Config(),
         )  # fmt: skip
+        core.recorder = Recorder(directory / RECORD_DIRECTORY, core.config.record, steady, secret)
         with metadata.read() as view:
             core.meter = Meter.load(view.meta(METER), clock())
         with suppress(NotAllowed):  # it lies in the metadata too
@@ -266,6 +270,7 @@ def open_core(
 
 def close_core(core: Core) -> None:
     """Finish what is under way and let go of everything."""
+    core.recorder.flush(core.counters.written_bytes + core.counters.moved_bytes)
     core.wiper.close()
     core.metadata.close()
     with core.lock:

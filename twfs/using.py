@@ -6,6 +6,7 @@ where one other ended, or leaves it, is the same session; where several part, a 
 """
 
 from twfs import slots as states
+from twfs.accesses import Kind
 from twfs.core import Core
 from twfs.hints import Hint
 from twfs.ledger import Published
@@ -52,6 +53,14 @@ def note_put(core: Core, model: ModelId, tenant: int, done: Published, hint: Hin
     if hint.return_ms is not None:
         slots.back_ms[new] = core.clock() + hint.return_ms
     slots.uses.heard(number, int(slots.stamp[new[0] if parent is None else parent]))
+    record, begun = core.models.get(model), done.entered[0].block
+    if record is not None:
+        core.recorder.note(
+            Kind.PUT, model, record.layout,
+            b"".join([each.key.prefix_hash for each in done.entered]), tenant=tenant,
+            retention=begun.retention,
+            start=max(0, begun.position // record.layout.block_tokens - 1),
+        )  # fmt: skip
 
 
 def _session_without_id(core: Core, parent: int | None) -> int:

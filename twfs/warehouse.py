@@ -17,6 +17,7 @@ from uuid import UUID
 import numpy as np
 
 from twfs import (
+    advising,
     beginning,
     enrolling,
     erasing,
@@ -92,7 +93,8 @@ class Warehouse(OpenNamespace):
         self.purger = Purger(core)
         self.verbs: Verbs = {
             **self.scrubber.verbs(), **erasing.verbs(core), **self._members.verbs(),
-            **tenancy.verbs(core), **usage.verbs(core), **self.purger.verbs(),
+            **tenancy.verbs(core), **usage.verbs(core), **advising.verbs(core),
+            **self.purger.verbs(),
         }  # fmt: skip
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
@@ -211,10 +213,12 @@ class Warehouse(OpenNamespace):
             self._core.standings.look()
             with self._core.lock:
                 self._core.expire()
+                written = self._core.counters.written_bytes + self._core.counters.moved_bytes
                 over = any(not self._core.is_current(model) for model in self._core.models)
             self.files.tend()
             self.purger.tend()
             evicting.keep_quotas(self._core)
+            self._core.recorder.tend(written)
             if tends % PERSIST_TENDS == 0:
                 self._core.slots.persist()
                 with suppress(TwfsError):

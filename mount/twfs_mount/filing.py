@@ -29,7 +29,7 @@ from twfs.layout import FILES_NAME
 from twfs.nodes import FILE_INOS
 from twfs.nodes import ROOT_INO as MOUNT_INO
 from twfs.store import BlockInfo, Namespace
-from twfs_mount.looking import AHEAD_MAX, STEADY_SECONDS, Presentation, answered
+from twfs_mount.looking import AHEAD_MAX, BRIEF_SECONDS, STEADY_SECONDS, Presentation, answered
 from twfs_mount.operations import Operations
 from twfs_mount.writers import writer_of
 
@@ -98,8 +98,8 @@ class FileReading(Operations):
         except NoSuchFile as error:
             raise BlockGone(str(error)) from error  # ESTALE: the kernel knew it
 
-    def _told_file(self, row: FileRow) -> pyfuse3.EntryAttributes:
-        """What the kernel is told of a file, and for how long it may believe it."""
+    def _told_file(self, row: FileRow, *, used: bool = True) -> pyfuse3.EntryAttributes:
+        """What the kernel is told of a file, and for how long; without *used* no time of use."""
         told = pyfuse3.EntryAttributes()
         told.st_ino = pyfuse3.InodeT(FILE_INOS | row.ino)
         told.st_mode = row.mode
@@ -109,13 +109,21 @@ class FileReading(Operations):
         told.st_blocks = device_bytes(row) // 512
         told.st_blksize = 1 << 20
         told.st_mtime_ns, told.st_ctime_ns = row.mtime_ns, row.ctime_ns
-        told.st_atime_ns = max(row.mtime_ns, self._files.blocks.used_ms(row) * 1_000_000)
-        draft = self._files.draft(row.ino)
-        steady = draft is None and row.ino != ROOT_INO
-        told.attr_timeout = STEADY_SECONDS if steady and not row.is_directory else 0.0
-        shared = self._files.draft_at(row.parent, row.name, None) is not None
-        told.entry_timeout = STEADY_SECONDS if steady and not shared else 0.0
+        used_ms = self._files.blocks.used_ms(row) if used else 0
+        told.st_atime_ns = max(row.mtime_ns, used_ms * 1_000_000)
+        told.entry_timeout, told.attr_timeout = self._file_timeouts(row)
         return told
+
+    def _file_timeouts(self, row: FileRow) -> tuple[float, float]:
+        """For how many seconds the kernel may believe the name and the attributes of a file."""
+        if self._files.draft(row.ino) is not None:
+            return 0.0, 0.0
+        name = STEADY_SECONDS if row.ino != ROOT_INO else BRIEF_SECONDS
+        if self._files.draft_at(row.parent, row.name, None) is not None:
+            name = 0.0
+        if not row.is_directory:
+            return name, STEADY_SECONDS
+        return name, 0.0 if self._files.writes_in(row.ino) else BRIEF_SECONDS
 
     def _writer(self, ctx: pyfuse3.RequestContext) -> int:
         return writer_of(ctx.pid, ctx.uid)
@@ -229,7 +237,7 @@ class FileReading(Operations):
                 at += 1
                 if row is None or (row.parent, row.name) != (handle.ino, name):
                     continue  # gone, or renamed, since the directory was opened
-                told = self._told_file(row)
+                told = self._told_file(row, used=False)
                 if not pyfuse3.readdir_reply(token, name, told, at):
                     return
 

@@ -99,6 +99,7 @@ def settle(warehouse: Warehouse) -> None:
     """Wait for what is queued: evictions in the background, and limbo that is to be freed."""
     for _ in range(2):  # the end of a lease may queue another transaction
         warehouse._core.metadata.submit(lambda _: None, settled=lambda _: None).result()
+        warehouse._core.wiper.drain()  # what is freed there may wait for its headers
 
 
 @contextmanager

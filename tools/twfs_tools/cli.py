@@ -14,6 +14,7 @@ import typer
 
 from twfs.errors import TwfsError
 from twfs_tools import bench
+from twfs_tools.advise import advise
 from twfs_tools.check import check
 from twfs_tools.create import create
 from twfs_tools.device import app as device_app
@@ -47,8 +48,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    create, serve, mount, unmount, status, ls, du, evict, purge, explain, pin, retain, check, scrub,
-    rebuild, replay,
+    create, serve, mount, unmount, status, ls, du, advise, evict, purge, explain, pin, retain,
+    check, scrub, rebuild, replay,
 ):  # fmt: skip
     app.command(command.__name__)(command)
 app.add_typer(model_app, name="model")

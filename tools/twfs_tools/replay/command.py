@@ -91,6 +91,12 @@ Touch = Annotated[
 HintsOption = Annotated[
     Hints, typer.Option("--hints", help="When a session says who it is, and how a request ended.")
 ]
+Advise = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--advise", help="A capacity to predict from each run's access record; repeatable."
+    ),
+]
 BoundsOnly = Annotated[
     bool, typer.Option("--bounds", help="Only the marks that are computed, without a warehouse.")
 ]
@@ -122,6 +128,7 @@ def replay(  # noqa: PLR0917 - the command line
     share_prefixes: Shared = False,
     touch: Touch = True,
     bounds_only: BoundsOnly = False,
+    advise: Advise = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Replay traces of real sessions through a real warehouse, scaled down in bytes alone.
@@ -154,6 +161,7 @@ def replay(  # noqa: PLR0917 - the command line
         durability=durability,
         directory=directory,
         warehouse=not bounds_only,
+        advise=advise or [],
     )
     with Steps("requests", plan.replays) as steps:
         document = run(plan, steps.advance)
@@ -215,6 +223,7 @@ def _print(document: Mapping[str, Any]) -> None:
     if replayed:
         say("")
         _print_speed(replayed)
+    _print_advised([each for each in replayed if each["advised"]])
     for part in ("classes", "tenants"):
         _print_parts(part, [each for each in replayed if each[part]])
 
@@ -240,6 +249,29 @@ def _print_speed(runs: Sequence[Mapping[str, Any]]) -> None:
                 "clean" if not run["findings"] else f"{len(run['findings'])} findings",
             ]
             for run in runs
+        ],
+    )  # fmt: skip
+
+
+def _print_advised(runs: Sequence[Mapping[str, Any]]) -> None:
+    """What `twfs advise` says after each run, and the exact LRU that it predicts."""
+    if not runs:
+        return
+    say("")
+    print_table(
+        ["recorded with", ">window", ">seed", ">at capacity", ">advised %", ">exact lru %",
+         ">off by", ">a live session needs"],
+        [
+            [
+                f"{run['policy']}, {100 * run['capacity_part']:.3g} %",
+                f"{run['window_s'] / 3600:g} h", run["seed"],
+                f"{100 * each['capacity_part']:.3g} %", f"{100 * each['hit_rate']:.2f}",
+                f"{100 * each['exact_lru_hit_rate']:.2f}",
+                f"{100 * each['off_by']:+.2f}",
+                "-" if each["session_bytes"] is None else size(each["session_bytes"]),
+            ]
+            for run in runs
+            for each in run["advised"]
         ],
     )  # fmt: skip
 

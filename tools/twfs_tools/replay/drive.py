@@ -19,6 +19,8 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from twfs.accesses import read_record
+from twfs.advising import Live, Wishes, advise
 from twfs.config import Config
 from twfs.errors import DeviceError, NoSpaceForImage, WarehouseFull
 from twfs.formatting import DEVICE_BYTES_MIN, DeviceSpec
@@ -62,6 +64,7 @@ class Setup:
     touch: bool = True  # uses are reported, also those that the engine's memory served
     read_part: float = 0.0  # of the requests, whose hits are read and compared
     durability: Durability = Durability.STRICT
+    advised_blocks: tuple[int, ...] = ()  # capacities that its access record is asked about
     class_of: Callable[[str], Retention | None] = lambda _: None  # of a session's name
     prepare: Callable[[Warehouse], None] = lambda _: None  # before the first request
 
@@ -101,6 +104,7 @@ class Outcome:
     findings: list[str] = field(default_factory=list)  # of the check at the end
     unit_bytes: int = 0
     statistics: dict[str, Any] = field(default_factory=dict)
+    advice: dict[str, Any] = field(default_factory=dict)  # of `twfs advise` at the end
 
 
 class TraceClock:
@@ -321,6 +325,8 @@ class _Run:
         outcome.total_bytes = space.total_bytes
         outcome.used_bytes = space.total_bytes - space.free_bytes
         outcome.metadata_bytes = outcome.statistics["metadata"]["file_bytes"]
+        if self._setup.advised_blocks:
+            outcome.advice = self._advice()
         published = int(outcome.published.sum())
         left = published - outcome.evicted_blocks - counters["removed_blocks"]
         sums = {
@@ -333,6 +339,13 @@ class _Run:
             for what, (mine, its) in sums.items()
             if mine != its
         ] + self._usage()
+
+    def _advice(self) -> dict[str, Any]:
+        """What `twfs advise` says of the requests, for the capacities that were asked about."""
+        now = msgspec.convert(self._warehouse.operate("record"), Live, str_keys=True)
+        unit = self._setup.unit_bytes
+        sizes = tuple(blocks * unit for blocks in self._setup.advised_blocks)
+        return advise(read_record(Path(now.record)), now, Wishes(sizes))
 
     def _usage(self) -> list[str]:
         """Whether what `twfs du` says of tenants, models and sessions adds up to what is used."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from twfs_tools.replay.bounds import Hits
+from twfs_tools.replay.bounds import Hits, lru
 from twfs_tools.replay.drive import Outcome, Setup
 from twfs_tools.replay.streams import IntArray, Stream
 
@@ -118,7 +118,34 @@ class Marks:
             "counters": outcome.statistics["counters"],
             "tenants": self._by(stream.tenants, stream.tenant, outcome),
             "classes": self._by(*self._classes(setup), outcome),
+            "advised": self._advised(setup, outcome),
         }  # fmt: skip
+
+    def _advised(self, setup: Setup, outcome: Outcome) -> list[Figures]:
+        """What the run's own access record predicts for other capacities, beside an exact LRU."""
+        if not setup.advised_blocks:
+            return []
+        whole = len(self.stream.blocks) * self.stream.block_tokens
+        scale = whole / int(self.stream.prompt_tokens.sum())  # the record knows whole blocks only
+        by_bytes = {each["bytes"]: each["hit_rate"] for each in outcome.advice["curve"]}
+        truth = lru(self.stream, setup.advised_blocks)
+        rows = []
+        for blocks, hits in zip(setup.advised_blocks, truth, strict=True):
+            said, exact = scale * by_bytes[blocks * setup.unit_bytes], self.rate(hits.blocks)
+            rows.append({
+                "capacity_part": blocks / self.stream.unique_blocks, "capacity_blocks": blocks,
+                "hit_rate": said, "exact_lru_hit_rate": exact, "off_by": said - exact,
+                "block_part": outcome.advice["block_part"],
+                "session_bytes": self._session_bytes(setup, outcome),
+            })  # fmt: skip
+        return rows
+
+    def _session_bytes(self, setup: Setup, outcome: Outcome) -> float | None:
+        """Modelled bytes that a live session needs, as its record says."""
+        sessions = outcome.advice["sessions"]
+        if sessions is None:
+            return None
+        return float(sessions["needed_bytes"]) / setup.unit_bytes * self.block_bytes
 
     def _classes(self, setup: Setup) -> tuple[list[str], IntArray]:
         """The classes that sessions asked for, and of which one each request is."""

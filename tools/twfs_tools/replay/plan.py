@@ -54,6 +54,7 @@ class Plan:
     durability: Durability = Durability.STRICT
     directory: Path = Path("/var/tmp")
     warehouse: bool = True  # False: only the marks
+    advise: list[str] = field(default_factory=list)  # what each run's record is to predict
 
     @property
     def replays(self) -> int:
@@ -74,6 +75,7 @@ class Plan:
             "tenants": self.tenants, "tenant_map": self.tenant_map, "quotas": self.quotas,
             "weights": self.weights, "config": self.config.decode(), "read_part": self.read_part,
             "durability": str(self.durability), "directory": str(self.directory),
+            "advise": self.advise,
         }  # fmt: skip
 
 
@@ -136,6 +138,10 @@ def _setups(plan: Plan, marks: Marks, capacities: list[int], config: Any) -> Ite
             front_blocks=plan.front_bytes // marks.block_bytes, touch=plan.touch,
             read_part=plan.read_part, durability=plan.durability,
             class_of=class_map(plan.classes),
+            advised_blocks=tuple(
+                blocks_of(text, marks.stream.unique_blocks, marks.block_bytes)
+                for text in plan.advise
+            ),
         )  # fmt: skip
         quotas = {
             name: quota // marks.block_bytes * setup.unit_bytes
