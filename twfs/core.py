@@ -435,10 +435,7 @@ class Core:
                 )  # fmt: skip
 
     def _add_freed(self, freed: Freed, slot: int, extents: tuple[Extent, ...]) -> None:
-        """Add what the block in *slot* had; whether it is to be erased ends with it.
-
-        What a purge is to erase is not free yet: that takes it from `doomed`.
-        """
+        """Add what the block in *slot* had, unless a purge is to erase it first; to_erase ends."""
         if slot in self.to_doom:
             self.doomed.update(dict.fromkeys(extents, self.to_doom.pop(slot)))
             self.to_erase.discard(slot)
