@@ -80,7 +80,8 @@ def test_gates_name_paths_that_hold_tests() -> None:
     paths = re.findall(r"\btests/[\w/.]+", text_of("HACKING.md"))
     assert len(paths) >= 6
     for path in paths:
-        found = [ROOT / path] if path.endswith(".py") else list((ROOT / path).rglob("test_*.py"))
+        program = path.endswith((".py", ".sh"))
+        found = [ROOT / path] if program else list((ROOT / path).rglob("test_*.py"))
         assert found, path
         assert all(each.is_file() for each in found), path
 

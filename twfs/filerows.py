@@ -112,14 +112,18 @@ def piece_bytes(row: FileRow, index: int) -> int:
 
 
 def device_bytes(row: FileRow) -> int:
-    """What a file or directory takes of the devices: headers, bytes, rows, padding."""
+    """What a file or directory takes of the devices: headers, bytes, rows, padding.
+
+    Of a file whose row has changed since, as if it had had its present name from the beginning.
+    """
     attributes = sum(ATTRIBUTE.size + len(name) + len(value) for name, value in row.xattrs.items())
-    tail = align_up(FILE_ROW.size + len(row.name) + attributes + TAIL.size)
-    changed = ALIGN + tail if row.version or row.is_directory else 0
+    tail = FILE_ROW.size + len(row.name) + attributes + TAIL.size
+    has_own_block = row.version or (row.is_directory and row.ino != ROOT_INO)
+    changed = ALIGN + align_up(tail) if has_own_block else 0
     if row.is_directory:
         return changed
     last = piece_bytes(row, row.blocks - 1)
-    return changed + row.blocks * ALIGN + align_up(row.size - last) + align_up(last + tail - 1)
+    return changed + row.blocks * ALIGN + align_up(row.size - last) + align_up(last + tail)
 
 
 def tail_of(row: FileRow) -> bytes:

@@ -79,7 +79,7 @@ def pin_room_bytes(core: Core) -> int:
 def promise(core: Core, need_bytes: int) -> None:
     """Reserve so much of what may be pinned; PromiseRefused. Hold the lock."""
     room = pin_room_bytes(core)
-    if need_bytes > room:
+    if need_bytes > max(0, room):  # what takes nothing more is never refused
         core.promises.refused += 1
         limit = int(core.terms.shares[PINNED] * core.allocator.total_bytes)
         raise PromiseRefused(

@@ -5,6 +5,7 @@ of them with hints, by each policy. CPU time, so that a busy machine hardly coun
 removed: what is measured is the choice, in the pieces in which evictions take it.
 """
 
+import argparse
 import sys
 import tempfile
 import time
@@ -86,4 +87,6 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3_000_000)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("blocks", type=int, nargs="?", default=3_000_000)
+    main(parser.parse_args().blocks)

@@ -26,6 +26,7 @@ from twfs.errors import (
     NoSuchBlock,
     NoSuchModel,
     NotEmpty,
+    PromiseRefused,
     StaleEpoch,
     WarehouseFull,
 )
@@ -411,10 +412,11 @@ class Engine:
         chosen = self._head()
         if chosen is not None:
             retention = self.rng.choice(tuple(Retention))
-            self._ask(
+            self.record.call(
                 "set_retention",
                 lambda: self.client.set_retention(chosen[0].id, chosen[1], retention),
-            )
+                *EXPECTED, PromiseRefused,
+            )  # fmt: skip
 
     def _list(self) -> None:
         """List as the mount does, and read a block through the daemon."""
