@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from support.breaking import break_one, fill
+from support.breaking import assert_payloads, break_one, fill
 from support.tracing import STRACE, needs_strace
-from support.warehouses import make_warehouse, open_warehouse, payload_of, records_of
+from support.warehouses import make_warehouse, open_warehouse, records_of
 from twfs import repair
-from twfs.payload import read_payload
 
 REPOSITORY = Path(__file__).parents[2]
 SYSCALLS = "pwrite64,pwritev,pwritev2,writev,fdatasync,fsync,msync"
@@ -62,13 +61,8 @@ def test_a_repair_killed_at_every_write_or_flush_is_finished_by_the_next(scratch
         assert repair.run(directory, data=True).left == ()
         assert repair.run(directory, data=True).done == ()
         with open_warehouse(directory) as warehouse:
+            assert_payloads(warehouse)
             there = records_of(warehouse._core)
-            for key, block in there.items():
-                if not block.hole:
-                    layout = warehouse._core.models[key.model].layout
-                    _, payload = read_payload(warehouse.devices, key, block, lanes=True)
-                    meant = payload_of(layout, key.prefix_hash, key.group, key.shard)
-                    assert bytes(payload) == meant.tobytes()
             whole = {(key, block.hole, block.extents) for key, block in there.items()}
             wanted = whole if wanted is None else wanted
             assert whole == wanted  # killed or not, the same is mended in the end

@@ -15,21 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.breaking import KINDS, break_one, fill
+from support.breaking import KINDS, assert_payloads, break_one, fill
 from support.warehouses import (
     HYBRID,
     MHA,
     chain_of,
     make_warehouse,
     open_warehouse,
-    payload_of,
     put_whole,
     read_all,
     records_of,
 )
 from twfs import repair
 from twfs.errors import CorruptSuperblock
-from twfs.payload import read_payload
 
 EXAMPLES = 600 if os.environ.get("TWFS_HYPOTHESIS") == "explore" else 30
 NUMBER = st.integers(0, 1 << 20)
@@ -70,12 +68,7 @@ def test_one_repair_mends_all_and_a_second_finds_nothing(
         with warehouse._core.metadata.read() as view:
             for key, block in records_of(warehouse._core).items():
                 assert not block.hole or view.children(key)  # else it is dropped
-        for key, block in records_of(warehouse._core).items():
-            if not block.hole:
-                layout = warehouse._core.models[key.model].layout
-                _, payload = read_payload(warehouse.devices, key, block, lanes=True)
-                meant = payload_of(layout, key.prefix_hash, key.group, key.shard)
-                assert bytes(payload) == meant.tobytes()
+        assert_payloads(warehouse)
         for name, layout in (("m", MHA), ("h", HYBRID)):
             model = warehouse.open_model(name, layout)
             names = chain_of(model, 5, 77)

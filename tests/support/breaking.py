@@ -3,14 +3,26 @@
 `break_one` is deterministic in its numbers, so that Hypothesis can shrink what it finds.
 """
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from support.filing import make_file
-from support.warehouses import HYBRID, MHA, chain_of, own_names, put, put_whole
+from support.warehouses import (
+    HYBRID,
+    MHA,
+    chain_of,
+    own_names,
+    payload_of,
+    put,
+    put_whole,
+    records_of,
+)
+from twfs.filerows import FILE_KEY, row_of, tail_of
 from twfs.metadata import Metadata
 from twfs.opening import META_DIRECTORY
+from twfs.payload import read_payload
 from twfs.records import DATA_START, ROSTER_STARTS, Block
 from twfs.store import Model
 from twfs.tables import LENGTH, PLACE_KEY, WriteView
@@ -18,6 +30,10 @@ from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 
 Numbers = tuple[int, int, int]
+# What `fill` writes into files, by name.
+FILES: Final = {
+    b"f%d" % number: random.Random(number).randbytes(number * 5000) for number in range(3)
+}
 
 
 def fill(warehouse: Warehouse) -> list[tuple[Model, list[bytes]]]:
@@ -29,10 +45,34 @@ def fill(warehouse: Warehouse) -> list[tuple[Model, list[bytes]]]:
     put(warehouse, mha, own_names(mha, ("a", None, 0), ("b", "a", 0), ("c", "b", 7)))
     put_whole(warehouse, hybrid, chain_of(hybrid, 3))
     below = warehouse.files.mkdir(0, b"d", mode=0o755, uid=0, gid=0)
-    for number in range(3):
-        make_file(warehouse.files, below.ino, b"f%d" % number, bytes(number * 5000))
+    for name, data in FILES.items():
+        make_file(warehouse.files, below.ino, name, data)
     warehouse.files.rename(below.ino, b"f1", 0, b"f1")
     return [(mha, [n.hash_at(i) for n in chains for i in range(len(n))])]
+
+
+def assert_payloads(warehouse: Warehouse) -> None:
+    """Fail unless every block that is whole has the bytes that `fill` gave to its name."""
+    for key, block in records_of(warehouse._core).items():
+        if block.hole:
+            continue
+        layout = warehouse._core.models[key.model].layout
+        _, payload = read_payload(warehouse.devices, key, block, lanes=True)
+        if layout.any_length(key.group):
+            assert_block_of_file(block, bytes(payload))
+        else:
+            meant = payload_of(layout, key.prefix_hash, key.group, key.shard)
+            assert bytes(payload) == meant.tobytes()
+
+
+def assert_block_of_file(block: Block, payload: bytes) -> None:
+    """Fail unless *payload* is the row that belongs to *block*, behind its file's bytes."""
+    ino, index, version, has_row = FILE_KEY.unpack(block.key)
+    row = row_of(payload)  # all files of `fill` have one piece, so that every block has a row
+    data = b"" if row.is_directory else FILES[row.name]
+    assert (row.ino, row.version, row.size, has_row) == (ino, version, len(data), 1)
+    assert row.name == b"d" if row.is_directory else index == (version > 0)
+    assert payload == (b"" if index == row.blocks else data) + tail_of(row)
 
 
 def _pick(view: WriteView, table: str, number: int) -> tuple[bytes, bytes] | None:

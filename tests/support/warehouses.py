@@ -221,7 +221,7 @@ def assert_charges_agree(
     for block in reserved:
         waiting[block.charged] += block.device_bytes
     for counted, meant in ((core.charges.held, held), (core.charges.reserved, waiting)):
-        assert {tenant: total for tenant, total in counted.items() if total} == meant
+        assert {tenant: total for tenant, total in counted.items() if total} == +meant  # no holes
     found = {account: cell.held_bytes for account, cell in core.charges.cells.items()}
     assert {account: held for account, held in found.items() if held} == +cells
 
