@@ -8,10 +8,10 @@ import shutil
 import signal
 import stat
 import subprocess
-import time
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
