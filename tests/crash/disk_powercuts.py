@@ -160,10 +160,14 @@ class Turns:
         self._held: list[frozenset[bytes]] = [frozenset()]  # after turn n - 1
         self._ended: list[tuple[int, Mark]] = []
         self._sessions: list[tuple[int, Session]] = []
+        self._within: list[tuple[int, Mark]] = []
         for number, each in enumerate(log):
             if each.kind is not Kind.MARK:
                 continue
             mark = msgspec.json.decode(each.data, type=Mark)
+            if mark.what == "within":
+                self._within.append((number, mark))
+                continue
             if mark.held is None or mark.what == "fill":
                 self._sessions += [(number, session) for session in mark.sessions]
             if mark.held is not None:
@@ -197,11 +201,19 @@ class Turns:
     def expected(self, records: int) -> tuple[frozenset[bytes], frozenset[bytes]]:
         """Blocks that must, and that may be there after a cut behind so many records.
 
-        Those durable before and behind the turn that is cut; relaxed, before the last one too.
+        Those durable before and behind the turn that is cut; relaxed, before the last one too. But
+        what is taken out within them is missing until it is published again (relaxed: all along).
         """
         done = self._done(records)
         states = self._held[done - self._relaxed : done + 2]
-        return frozenset.intersection(*states), frozenset.union(*states)
+        begun = self._ended[done - 1 - self._relaxed][0] if done > self._relaxed else -1
+        away: set[str] = set()
+        for number, mark in self._within:
+            if begun < number < records:
+                away |= set(mark.going)
+                away -= set() if self._relaxed else set(mark.back)
+        must = frozenset.intersection(*states) - frozenset(map(bytes.fromhex, away))
+        return must, frozenset.union(*states)
 
 
 def try_seed(directory: Path, seed: int, count: int, options: Options) -> Report:

@@ -9,6 +9,7 @@ stands in the log before a mark had happened when it was made. A broken writer i
 import argparse
 import os
 import random
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +20,13 @@ import msgspec
 
 from support.faultydisks import Control
 from support.warehouses import chain_of, payloads_of, records_of, settle, stop_tending
+from twfs.core import Core
 from twfs.device import Device
 from twfs.layout import Group, Layout
 from twfs.prefix import Names
 from twfs.putting import Put
-from twfs.store import Model
+from twfs.records import BlockKey
+from twfs.store import Model, PutOutcome
 from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
 
@@ -57,12 +60,16 @@ class Mark(msgspec.Struct, frozen=True):
     """One mark: the *turn* of these *sessions* is about to begin, or has ended.
 
     *held* are the full names (BlockKey, hex) of all blocks there are then, None before a turn.
+    Within a turn, *going* are blocks that are about to be taken out, *back* those that a put which
+    has returned has published: of two puts at once one may evict what the other stores again.
     """
 
     turn: int
     what: str
     sessions: list[Session]
     held: list[str] | None = None
+    going: list[str] = []
+    back: list[str] = []
 
 
 class Workload:
@@ -74,8 +81,20 @@ class Workload:
         self.chance = chance
         self.control = control
         self.turn = 0
+        self.telling = threading.Lock()
         self.sessions: list[Session] = []  # that were put
         self.threads = ThreadPoolExecutor(2)
+        self.tell_of_removals()
+
+    def tell_of_removals(self) -> None:
+        """Say of every removal what it takes, before it is queued."""
+        remove = Core.submit_removal
+
+        def told(core: Core, model: Any, keys: list[BlockKey], **more: Any) -> Any:
+            self.within(going=keys)
+            return remove(core, model, keys, **more)
+
+        setattr(Core, "submit_removal", told)  # noqa: B010 - mypy knows another signature
 
     def held(self) -> list[str]:
         """The full names of all blocks, once everything queued is durable."""
@@ -86,7 +105,16 @@ class Workload:
 
     def mark(self, what: str, sessions: list[Session], held: list[str] | None = None) -> None:
         """Say in the log how far this is."""
-        self.control.mark(msgspec.json.encode(Mark(self.turn, what, sessions, held)).decode())
+        mark = Mark(self.turn, what, sessions, held)
+        with self.telling:
+            self.control.mark(msgspec.json.encode(mark).decode())
+
+    def within(self, **names: list[BlockKey]) -> None:
+        """Say in the log what happens within a turn."""
+        packed = {what: [key.pack().hex() for key in keys] for what, keys in names.items()}
+        mark = Mark(self.turn, "within", [], **packed)
+        with self.telling:
+            self.control.mark(msgspec.json.encode(mark).decode())
 
     def random_session(self) -> Session:
         """Choose a session; most are of the wide model."""
@@ -102,7 +130,14 @@ class Workload:
         names = session.names(model)
         for shard in range(model.layout.shards):
             payloads = payloads_of(model.layout, names, 0, shard)
-            self.warehouse.put(model, names, payloads, shard=shard)
+            result = self.warehouse.put(model, names, payloads, shard=shard)
+            self.within(
+                back=[
+                    BlockKey(model.id, names.hash_at(index), 0, shard)
+                    for index, outcome in enumerate(result.outcomes)
+                    if outcome is PutOutcome.PUBLISHED
+                ]
+            )
 
     def some_head(self) -> list[Session]:
         """One of the sessions that were put and are heads; none if there is none."""
