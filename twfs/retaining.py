@@ -66,7 +66,9 @@ def unpinned(core: Core, view: ReadView, ends: Iterable[int]) -> set[int]:
         model = core.models.get(key.model)
         if model is not None and not is_alone(model):
             standing = BlockKey(key.model, key.prefix_hash, model.layout.spine, 0)
-            beside.update(s for s in others(view, model, standing) if slots.retention[s] != PINNED)
+            beside.update(
+                s for s in others(view, slots, model, standing) if slots.retention[s] != PINNED
+            )
     return found | beside
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from twfs.records import BLOCK_DTYPE, BlockKey
-from twfs.slots import NOBODY, IntArray, Slots
+from twfs.slots import CONDEMNED, LIVE, NOBODY, IntArray, Slots
 from twfs.tables import ModelRecord, ReadView
 from twfs.units import ModelId
 
@@ -21,14 +21,23 @@ def slot_of(view: ReadView, key: BlockKey) -> int | None:
     return None if raw is None else int.from_bytes(raw[SLOT_OFFSET : SLOT_OFFSET + 4], "little")
 
 
-def others(view: ReadView, model: ModelRecord, standing: BlockKey) -> list[int]:
-    """Slots of all blocks of the prefix hash of *standing*, but for that one."""
+def entered_slot(view: ReadView, slots: Slots, key: BlockKey) -> int | None:
+    """The slot of one block that has entered memory.
+
+    *view* may be ahead: one transaction publishes for many, and memory follows one by one.
+    """
+    slot = slot_of(view, key)
+    return slot if slot is not None and slots.state[slot] in (LIVE, CONDEMNED) else None
+
+
+def others(view: ReadView, slots: Slots, model: ModelRecord, standing: BlockKey) -> list[int]:
+    """Slots of all blocks of the prefix hash of *standing* in memory, but for that one."""
     found = []
     for group in range(len(model.layout.groups)):
         for shard in range(model.layout.shards):
             if (group, shard) != (standing.group, standing.shard):
                 key = BlockKey(standing.model, standing.prefix_hash, group, shard)
-                slot = slot_of(view, key)
+                slot = entered_slot(view, slots, key)
                 if slot is not None:
                     found.append(slot)
     return found
@@ -52,23 +61,27 @@ def share_classes(
         key = slots.key_of(slot)
         model = models.get(key.model)
         if model is not None and not is_alone(model):
-            slots.classify(others(view, model, key), int(slots.retention[slot]))
+            slots.classify(others(view, slots, model, key), int(slots.retention[slot]))
     for key in entered:
         model = models.get(key.model)
         if model is None or is_alone(model):
             continue
         standing = BlockKey(key.model, key.prefix_hash, model.layout.spine, 0)
-        at = slot_of(view, standing)
+        at = entered_slot(view, slots, standing)
         if at is None:
-            continue
-        mine = others(view, model, standing) if key == standing else [slot_of(view, key)]
+            continue  # whoever enters it gives its class to all
+        mine = (
+            others(view, slots, model, standing)
+            if key == standing
+            else [entered_slot(view, slots, key)]
+        )
         slots.classify([each for each in mine if each is not None], int(slots.retention[at]))
     for key in gone:
         model = models.get(key.model)
         if model is not None and not is_alone(model) and (key.group, key.shard) == (
             model.layout.spine, 0,
         ):  # fmt: skip
-            left = others(view, model, key)  # no session is over them any more
+            left = others(view, slots, model, key)  # no session is over them any more
             slots.classify(left, np.minimum(slots.given[left], NOBODY))
 
 

@@ -4,6 +4,7 @@ It is a Store, a Namespace and a LeaseHolder. All methods are synchronous and th
 that say so block on devices or commits; all others are short enough for an event loop.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,8 @@ from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, ModelId, align_up
 from twfs.upload import check_payloads, upload
 
+log = logging.getLogger(__name__)
+
 LEASE_MS: Final = 60_000
 ARENA_BYTES: Final = 256 << 20  # of the in-process put path
 TEND_SECONDS: Final = 1.0  # expired leases are looked for this often
@@ -96,6 +99,7 @@ class Warehouse(OpenNamespace):
             **tenancy.verbs(core), **usage.verbs(core), **advising.verbs(core),
             **self.purger.verbs(),
         }  # fmt: skip
+        self._keep_next = 0  # the turn in which classes are kept again
         self._tender = threading.Thread(target=self._tend, name="twfs-tend", daemon=True)
         self._tender.start()
 
@@ -202,38 +206,45 @@ class Warehouse(OpenNamespace):
                 self._idle.notify_all()
 
     def _tend(self) -> None:
-        """Background: end expired leases, persist heat, drop blocks of old epochs and expired ones.
+        """Background: call `_keep_house` every so often, whatever became of the turn before."""
+        turns = 0
+        while not self._closing.wait(TEND_SECONDS):
+            turns += 1
+            try:
+                self._keep_house(turns)
+            except Exception:  # leases must end, whatever else fails
+                log.exception("the warehouse's background work failed; the next turn tries again")
+
+    def _keep_house(self, turn: int) -> None:
+        """End expired leases, persist heat, drop blocks of old epochs and expired ones.
 
         What touches said of sessions enters the tables here, and classes that came with a publish
         the roster.
         """
-        tends = keep_next = 0
-        while not self._closing.wait(TEND_SECONDS):
-            tends += 1
-            self._core.standings.look()
-            with self._core.lock:
-                self._core.expire()
-                written = self._core.counters.written_bytes + self._core.counters.moved_bytes
-                over = any(not self._core.is_current(model) for model in self._core.models)
-            self.files.tend()
-            self.purger.tend()
-            evicting.keep_quotas(self._core)
-            self._core.recorder.tend(written)
-            if tends % PERSIST_TENDS == 0:
-                self._core.slots.persist()
-                with suppress(TwfsError):
-                    metering.persist(self._core)
+        self._core.standings.look()
+        with self._core.lock:
+            self._core.expire()
+            written = self._core.counters.written_bytes + self._core.counters.moved_bytes
+            over = any(not self._core.is_current(model) for model in self._core.models)
+        self.files.tend()
+        self.purger.tend()
+        evicting.keep_quotas(self._core)
+        self._core.recorder.tend(written)
+        if turn % PERSIST_TENDS == 0:
+            self._core.slots.persist()
             with suppress(TwfsError):
-                retaining.flush(self._core)
-                evicting.sweep_expired(self._core)
-            if tends >= keep_next:
-                try:
-                    retaining.keep_classes(self._core)
-                except TwfsError:  # no device takes it now
-                    keep_next = tends + KEEP_TENDS
-            if over:
-                with suppress(TwfsError):  # the disk is full, say; the next turn tries again
-                    evicting.sweep_epochs(self._core)
+                metering.persist(self._core)
+        with suppress(TwfsError):
+            retaining.flush(self._core)
+            evicting.sweep_expired(self._core)
+        if turn >= self._keep_next:
+            try:
+                retaining.keep_classes(self._core)
+            except TwfsError:  # no device takes it now
+                self._keep_next = turn + KEEP_TENDS
+        if over:
+            with suppress(TwfsError):  # the disk is full, say; the next turn tries again
+                evicting.sweep_epochs(self._core)
 
     def close(self) -> None:
         """Finish what is under way and let go of everything. Blocks; idempotent."""

@@ -53,8 +53,8 @@ SOURCES: Final = ("", "tests", "mount", "tools")  # for the processes started he
 DEVICE_MIB: Final = 128  # of each of two images; what is put is several times as much
 LEASE_MS: Final = 4000  # short, so that leases end while they are held
 START_SECONDS: Final = 60.0  # for every client to begin: a busy machine imports slowly
-END_SECONDS: Final = 30.0  # for every process to end once it is told to
-SETTLE_SECONDS: Final = 30.0  # for the daemon to let go of what dead clients had
+END_SECONDS: Final = 10.0  # for every process to end once it is told to
+SETTLE_SECONDS: Final = 10.0  # for the daemon to let go of what dead clients had
 TICK_SECONDS: Final = 0.05
 PAUSE_CLIENT_EVERY: Final = 3.0  # seconds between the stops of a client
 PAUSE_CLIENT_SECONDS: Final = 5.0  # longer than LEASE_MS, shorter than the daemon's patience
@@ -63,7 +63,7 @@ PAUSE_DAEMON_SECONDS: Final = 0.2  # longer than a client waits for a match
 LOOP_CALLS: Final = (
     "match", "lookup", "touch", "release", "renew", "join", "read_into", "read_async", "result",
 )  # fmt: skip
-LOOP_SECONDS_MAX: Final = 20.0  # one of these took longer: it hung, and not for want of a CPU
+LOOP_SECONDS_MAX: Final = 10.0  # one of these took longer: it hung, and not for want of a CPU
 PROBLEMS_MAX: Final = 50  # in the report
 SUSPECT: Final = re.compile(
     r"twfsd: (ERROR|CRITICAL)|Traceback|Error:|exception|Fatal", re.IGNORECASE

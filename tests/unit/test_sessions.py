@@ -1,6 +1,7 @@
 """A session moves as its chain grows and shrinks, and a block has the highest class over it."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from support.warehouses import (
     put,
     put_whole,
     read_all,
+    waiting_for_commit,
 )
 from twfs import Hint, Retention, Stop, sessions
 from twfs.errors import InvalidInput, NoSuchBlock, StaleEpoch
@@ -268,6 +270,29 @@ def test_ranks_that_put_their_shards_in_any_order_make_one_session(
         for shard in (0, 1):
             slots = [block_at(warehouse, model, names, i, shard=shard)[1].slot for i in range(5)]
             assert list(warehouse._core.slots.retention[slots]) == [D] * 5
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_shards_that_one_transaction_publishes_have_one_class_and_true_charges(
+    scratch: Path, order: Sequence[int]
+) -> None:
+    """The tables have both when memory has but one: the slot of the other holds what was before."""
+    with open_warehouse(scratch) as warehouse:
+        model, core = warehouse.open_model("m", SHARDED), warehouse._core
+        old, names = chain_of(model, 4, seed=1), chain_of(model, 4)
+        for shard in (0, 1):
+            put(warehouse, model, old, shard=shard)
+        assert warehouse.evict(ByteCount(1 << 30)) == 8 * BLOCK  # their slots are used again
+        works = [
+            partial(put, warehouse, model, names, shard=shard, hint=Hint("a", Retention.DURABLE))
+            for shard in order
+        ]
+        with waiting_for_commit(warehouse, *works):
+            pass
+        for shard in (0, 1):
+            slots = [block_at(warehouse, model, names, i, shard=shard)[1].slot for i in range(4)]
+            assert list(core.slots.retention[slots]) == [D] * 4
+        assert_sound(warehouse)
 
 
 def test_a_tail_that_comes_first_gives_its_class_to_what_comes_before_it(scratch: Path) -> None:

@@ -337,3 +337,23 @@ def test_statistics_name_every_part(scratch: Path) -> None:
         before = warehouse.changes()
         put(warehouse, model, own_names(model, ("a", None, 0)), retention=Retention.DURABLE)
         assert warehouse.changes() > before
+
+
+def test_background_work_goes_on_after_it_has_failed(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns: list[int] = []
+    again = threading.Event()
+
+    def keep_house(_: Warehouse, turn: int) -> None:
+        turns.append(turn)
+        if turn == 1:
+            raise AssertionError("a fault of our own")
+        again.set()
+
+    monkeypatch.setattr("twfs.warehouse.TEND_SECONDS", 0.01)
+    monkeypatch.setattr(Warehouse, "_keep_house", keep_house)
+    with open_warehouse(scratch):
+        assert again.wait(20)
+    assert turns[:2] == [1, 2]
+    assert "a fault of our own" in caplog.text
