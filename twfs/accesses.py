@@ -39,7 +39,7 @@ class Kind(IntEnum):
 
     MATCH = 1  # asked for them
     PUT = 2  # brought them, and no match had asked
-    TOUCH = 3  # said that it used them, and no match had asked
+    TOUCH = 3  # said that it used them, and no match had asked just before
 
 
 ROW_DTYPE: Final = np.dtype([

@@ -43,7 +43,8 @@ PENDING_ROWS_MAX: Final = 1 << 16  # in memory; more is lost, and counted
 PENDING_BYTES_MAX: Final = 64 << 20  # of names: 8,700 requests of agents, and the tending comes by
 FLUSH_BYTES: Final = 1 << 20  # are worth a write at once
 FLUSH_SECONDS: Final = 10.0  # what a crash may lose otherwise
-ENDS_MAX: Final = 1 << 13  # chains matched or put lately; their puts and touches are known
+ENDS_MAX: Final = 1 << 13  # chains used lately: their puts, and touches soon after, are known
+AGAIN_MS: Final = 1000  # a touch so long after the last use of its chain is a use of its own
 FULL_PART: Final = 0.75  # is left by one compaction, or the next would come too soon
 ROOMY_PARTS: Final = 4  # a record of less than a fourth of its bound keeps more blocks again
 DAY_MS: Final = 86_400_000
@@ -83,7 +84,7 @@ class Recorder:
         self._mix = np.uint64(xxhash.xxh3_64_intdigest(b"twfs record\0" + secret) | 1)
         self._lock = threading.Lock()  # guards what is pending, and the ends
         self._pending = _Pending()
-        self._ends: dict[bytes, None] = {}
+        self._ends: dict[bytes, int] = {}  # when a chain was used last
         self._sizes: dict[ModelId, tuple[int, int]] = {}
         self._segments: dict[Path, tuple[int, int, int]] = {}  # bytes, level, last_ms; in order
         self._level = 0
@@ -130,7 +131,9 @@ class Recorder:
         """Note a use of the chain whose names are *hashes*, 16 bytes each.
 
         A match asked from block *start* on and found up to *stop*. A put has the blocks from
-        *start* on alone. One that ends as a match or put of late did, or a touch, says nothing new.
+        *start* on alone. One that ends as a chain used of late says nothing new; nor does a touch
+        of such a one, unless its request took a while to be answered: then the chain is recent
+        again, which is what an LRU goes by.
         """
         if not self.on or not hashes:
             return
@@ -140,12 +143,15 @@ class Recorder:
             sizes = self._sizes[model] = (units_of(layout), layout.block_tokens)
         count = len(hashes) // HASH_BYTES + (start if kind is Kind.PUT else 0)
         with self._lock:
-            if kind is not Kind.MATCH and end in self._ends:
+            used_ms, now_ms = self._ends.get(end), self._clock()
+            if used_ms is not None and (
+                kind is Kind.PUT or (kind is Kind.TOUCH and now_ms - used_ms < AGAIN_MS)
+            ):
                 return
-            if kind is not Kind.TOUCH:
-                self._ends[end] = None
-                if len(self._ends) > ENDS_MAX:
-                    del self._ends[next(iter(self._ends))]
+            self._ends.pop(end, None)
+            self._ends[end] = now_ms
+            if len(self._ends) > ENDS_MAX:
+                del self._ends[next(iter(self._ends))]
             pending = self._pending
             if (
                 len(pending.rows) >= PENDING_ROWS_MAX
@@ -154,7 +160,7 @@ class Recorder:
                 pending.lost += 1
                 return
             pending.rows.append((
-                self._clock(), model, tenant, kind, retention, start, stop, count, 0, *sizes,
+                now_ms, model, tenant, kind, retention, start, stop, count, 0, *sizes,
             ))  # fmt: skip
             pending.hashes.append(hashes)
             pending.byte_count += len(hashes)

@@ -24,7 +24,7 @@ from twfs.accesses import (
 from twfs.config import Config, RecordSettings, parse
 from twfs.errors import InvalidInput
 from twfs.hints import Hint
-from twfs.recording import ENDS_MAX, PENDING_ROWS_MAX, Recorder, units_of
+from twfs.recording import AGAIN_MS, ENDS_MAX, PENDING_ROWS_MAX, Recorder, units_of
 from twfs.warehouse import Warehouse
 
 
@@ -81,6 +81,20 @@ def test_puts_and_touches_of_what_was_matched_are_noted_once(tmp_path: Path) -> 
     for number in range(ENDS_MAX + 1):
         match(record, names_of(0, 1, f"{number}."))
     assert len(record._ends) == ENDS_MAX
+
+
+def test_a_touch_long_after_its_match_is_a_use_of_its_own(tmp_path: Path) -> None:
+    clock = Clock()
+    record = recorder(tmp_path / "record", clock)
+    chain = names_of(0, 8)
+    match(record, chain)
+    for later_ms in (AGAIN_MS - 1, 1, 1, AGAIN_MS):
+        clock.now_ms += later_ms
+        record.note(Kind.TOUCH, MODEL, MHA, chain, tenant=0, retention=1)
+    record.flush(0)
+    found = read_record(tmp_path / "record")
+    assert found.rows["kind"].tolist() == [Kind.MATCH, Kind.TOUCH, Kind.TOUCH]
+    assert np.diff(found.rows["time_ms"].astype(np.int64)).tolist() == [AGAIN_MS, AGAIN_MS + 1]
 
 
 def test_a_full_record_keeps_fewer_blocks_and_all_uses_of_these(tmp_path: Path) -> None:
