@@ -11,11 +11,13 @@ import pytest
 from support.engines import ENGINES, engine_environment, engine_python
 from support.filing import free_port
 from support.mounting import mounted
+from support.warehouses import make_warehouse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mark.root,
               pytest.mark.timeout(400)]  # fmt: skip
 
 KEYS: Final = 24  # of 1 MiB, three buckets
+DEVICE_BYTES: Final = 512 << 20  # Mooncake wants 256 MiB free beside what it stores, or it evicts
 
 
 @contextmanager
@@ -52,6 +54,7 @@ def offload(command: str, directory: Path, backend: str) -> list[int]:
 @pytest.mark.parametrize("backend", ["bucket_storage_backend", "file_per_key_storage_backend"])
 def test_all_keys_are_there_after_a_restart(backend: str, scratch: Path, tmp_path: Path) -> None:
     directory = tmp_path / "mnt/files/kv"
+    make_warehouse(scratch, (DEVICE_BYTES,))
     with mounted(scratch, tmp_path / "mnt"):
         directory.mkdir()
         assert offload("put", directory, backend) == [KEYS]
