@@ -7,10 +7,11 @@
 
 For a quiet machine, as root (the page cache is dropped before each warm answer). Prints JSON.
 
-*ttft*: four engines side by side, one at a time at work, in interleaved rounds: the direct
-connector, twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, and none. Each round
-answers a prompt of each length that nobody has seen (cold), then one that is held (warm) with the
-engine's own KV reset and its CPU tier flushed by the cold ones. *agents*: sessions of several turns
+*ttft*: engines side by side, one at a time at work, in interleaved rounds: the direct connector,
+twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, none; with `--lmcache` also vLLM on
+LMCache, twfs or its `fs_native` with O_DIRECT below that. Each round answers a prompt of each
+length that nobody has seen (cold), then one that is held (warm) with the engine's own KV reset and
+the memory tier between flushed by the cold ones or cleared. *agents*: sessions of several turns
 at once, whose KV is more than three times the engine's; with and without, turn about. *scheduler*:
 bench_scheduler.py, with a daemon.
 """
@@ -25,13 +26,15 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from support.daemon import Daemon, running_daemon
 from support.engines import engine_environment, engine_python
+from support.lmcaches import LMCacheServer
 from support.vllmengine import prompt_of
 from support.vllms import LOG, Vllm, random_model, transfer_config
 
@@ -47,6 +50,7 @@ FIRST_TOKENS: Final = 1500
 TURN_TOKENS: Final = 500
 ANSWER_TOKENS: Final = 32
 BLOCK_TOKENS: Final = 64
+CALM_STEPS: Final = 5  # without anything stored: all is
 KV_TOKENS: Final = 8192  # of the engine's own; all sessions have 8 x 3,100
 
 
@@ -69,53 +73,109 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def settle(vllm: Vllm) -> None:
-    """Give stores time to be published; the engine steps while it answers."""
-    for _ in range(10):
+def settle(vllm: Vllm, stored: Callable[[], int]) -> None:
+    """Wait until no more is *stored*; the engine steps while it answers."""
+    before, calm = stored(), 0
+    while calm < CALM_STEPS:
         vllm.generate({"seed": 999, "tokens": 20}, out=1)
         time.sleep(0.1)
+        now = stored()
+        calm = calm + 1 if now == before else 0
+        before = now
 
 
-def ttft(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def published(daemon: Daemon) -> int:
+    """Blocks that the daemon has published."""
+    with daemon.client(arena_bytes=0) as client:
+        count: int = client._daemon_statistics()["counters"]["published_blocks"]
+        return count
+
+
+def files_in(folder: Path) -> int:
+    """Bytes and files there are."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return len(found) + sum(path.stat().st_size for path in found)
+
+
+@dataclass
+class Contender:
+    """An engine; *stored* grows while it stores, *clear* empties the memory above the store."""
+
+    vllm: Vllm
+    stored: Callable[[], int] = lambda: 0
+    clear: Callable[[], None] = lambda: None
+
+
+Contenders = dict[str, Contender]
+
+
+def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) -> Contenders:
+    """Start all engines of `ttft`."""
+    daemon = stack.enter_context(running_daemon(folder / "w", device_bytes=16 << 30))
+    twfs_tier = {
+        "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier",
+        "socket": str(daemon.socket), "patience_s": 5.0,
+    }  # fmt: skip
+    fs_tier = {
+        "type": "fs", "root_dir": str(folder / "fs"), "n_read_threads": THREADS,
+        "n_write_threads": THREADS,
+    }  # fmt: skip
+
+    def engine(config: dict[str, Any] | None, name: str = "vllm") -> Vllm:
+        options: dict[str, Any] = {"max_model_len": 8448, "max_num_batched_tokens": 8448}
+        return stack.enter_context(Vllm(name, model, config, **options))
+
+    def in_daemon() -> int:
+        return published(daemon)
+
+    def server(l2: dict[str, Any] | None, stored: Callable[[], int]) -> Contender:
+        below = LMCacheServer(daemon.socket, l2, l1_gb=1.0, revisions={str(model): "1"})
+        stack.enter_context(below)
+        return Contender(engine(below.transfer, "lmcache"), stored, below.clear)
+
+    found = {
+        "direct": Contender(
+            engine(transfer_config(daemon.socket, arena_bytes=128 << 20)), in_daemon
+        ),
+        "twfs tier": Contender(engine(tier_config(daemon, twfs_tier)), in_daemon),
+        "fs tier": Contender(engine(tier_config(daemon, fs_tier)), lambda: files_in(folder / "fs")),
+        "none": Contender(engine(None)),
+    }
+    if lmcache:
+        native = folder / "native"
+        native.mkdir()
+        found["lmcache twfs"] = server(None, in_daemon)
+        found["lmcache fs_native"] = server(
+            {"type": "fs_native", "base_path": str(native), "use_odirect": True},
+            lambda: files_in(native),
+        )
+    return found
+
+
+def ttft(model: Path, folder: Path, rounds: int, *, lmcache: bool = False) -> dict[str, Any]:
     """Seconds to the first token by engine, length and temperature."""
     with ExitStack() as stack:
-        daemon = stack.enter_context(running_daemon(folder / "w", device_bytes=8 << 30))
-        twfs_tier = {
-            "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier",
-            "socket": str(daemon.socket), "patience_s": 5.0,
-        }  # fmt: skip
-        fs_tier = {
-            "type": "fs", "root_dir": str(folder / "fs"), "n_read_threads": THREADS,
-            "n_write_threads": THREADS,
-        }  # fmt: skip
-        options: dict[str, Any] = {"max_model_len": 8448, "max_num_batched_tokens": 8448}
-        engines = {
-            name: stack.enter_context(Vllm("vllm", model, config, **options))
-            for name, config in (
-                ("direct", transfer_config(daemon.socket, arena_bytes=128 << 20)),
-                ("twfs tier", tier_config(daemon, twfs_tier)),
-                ("fs tier", tier_config(daemon, fs_tier)),
-                ("none", None),
-            )
-        }
-        for vllm in engines.values():
+        engines = contenders(stack, model, folder, lmcache=lmcache)
+        for each in engines.values():
             for seed, length in enumerate(LENGTHS):
-                vllm.generate({"seed": seed, "tokens": length}, out=1)
-            settle(vllm)
+                each.vllm.generate({"seed": seed, "tokens": length}, out=1)
+                settle(each.vllm, each.stored)
         seconds: dict[tuple[str, int, str], list[float]] = {}
         held: dict[tuple[str, int], list[int]] = {}
         for number in range(rounds):
             for length in LENGTHS:
-                for name, vllm in engines.items():
+                for name, each in engines.items():
                     fresh = {"seed": 1000 + 10 * number + length // 1000, "tokens": length}
-                    cold = vllm.generate(fresh, out=1)
-                    settle(vllm)
+                    cold = each.vllm.generate(fresh, out=1)
+                    settle(each.vllm, each.stored)
                     seconds.setdefault((name, length, "cold"), []).append(cold["seconds"])
             for seed, length in enumerate(LENGTHS):
-                for name, vllm in engines.items():
-                    assert vllm.ask(do="reset")
+                for name, each in engines.items():
+                    assert each.vllm.ask(do="reset")
+                    each.clear()
                     drop_caches()
-                    warm = vllm.generate({"seed": seed, "tokens": length}, out=1)
+                    warm = each.vllm.generate({"seed": seed, "tokens": length}, out=1)
+                    settle(each.vllm, each.stored)
                     seconds.setdefault((name, length, "warm"), []).append(warm["seconds"])
                     held.setdefault((name, length), []).extend(warm["cached"])
         return {
@@ -265,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["ttft", "agents", "scheduler"])
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--lmcache", action="store_true", help="with ttft: LMCache's too")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="twfs-bench-", dir=given.folder))
@@ -273,8 +334,10 @@ def main() -> None:
             result: Any = scheduler(folder, given.rounds or 1000)
         else:
             model = random_model("vllm", folder / "model", 0, LAYERS, HIDDEN)
-            measure, rounds = (ttft, 7) if given.what == "ttft" else (agents, 3)
-            result = measure(model, folder, given.rounds or rounds)
+            if given.what == "ttft":
+                result = ttft(model, folder, given.rounds or 7, lmcache=given.lmcache)
+            else:
+                result = agents(model, folder, given.rounds or 3)
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -36,16 +36,18 @@ def adapter_spec(socket: Path, **params: Any) -> dict[str, Any]:
 
 
 class LMCacheServer:
-    """One server process; also a context manager."""
+    """One server process; also a context manager. *l2*: another adapter than ours."""
 
-    def __init__(self, socket: Path, **params: Any) -> None:
+    def __init__(
+        self, socket: Path, l2: dict[str, Any] | None = None, *, l1_gb: float = L1_GB, **params: Any
+    ) -> None:
         self.port, self._http = free_port(), free_port()
         self._log = Path(LOG).open("ab")  # noqa: SIM115 - open as long as the process
         words = shlex.split(snippets_of("lmcache.md", "sh")[1].replace("\\\n", " "))
         assert words.pop(0) == "lmcache"
         for option, value in {
-            "--port": str(self.port), "--http-port": str(self._http), "--l1-size-gb": str(L1_GB),
-            "--l2-adapter": json.dumps(adapter_spec(socket, **params)),
+            "--port": str(self.port), "--http-port": str(self._http), "--l1-size-gb": str(l1_gb),
+            "--l2-adapter": json.dumps(l2 or adapter_spec(socket, **params)),
         }.items():  # fmt: skip
             words[words.index(option) + 1] = value
         self.process = subprocess.Popen(

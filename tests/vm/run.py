@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-REPOSITORY: Final = Path(__file__).parents[2]
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("qemu-system-x86", "busybox-static", "kmod", "cpio", "dmsetup")
 MODULES: Final = (
     "virtio_pci", "9pnet_virtio", "9p", "overlay", "nvme", "ext4", "fuse", "dm-flakey", "loop",

@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cac
 from sglang.srt.mem_cache.utils import get_hash_str
 
 from support.daemon import Daemon, running_daemon
+from support.engines import until
 from twfs.errors import InvalidInput
 from twfs.store import iterate_sessions
 
@@ -160,6 +161,8 @@ def test_a_page_whose_bytes_have_changed_is_not_loaded(daemon: Daemon) -> None:
         file.write(bytes([byte ^ 1]))
     assert storage.batch_get_v1(keys_of(4), slots(8, 4)) == [True, True, False, True]
     assert same(content(pool, 8, 2), content(pool, 0, 2))
+    with daemon.client(arena_bytes=0) as client:  # the reader's report is judged in its own time
+        until(lambda: client._daemon_statistics()["counters"]["holes"] == 1, "a hole")
     storage.close()
 
 
