@@ -118,7 +118,9 @@ Contenders = dict[str, Contender]
 
 def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) -> Contenders:
     """Start all engines of `ttft`."""
-    daemon = stack.enter_context(running_daemon(folder / "w", device_bytes=16 << 30))
+    daemon = stack.enter_context(
+        running_daemon(folder / "w", device_bytes=16 << 30, arena_bytes=2 << 30)
+    )
     twfs_tier = {
         "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier",
         "socket": str(daemon.socket), "patience_s": 5.0,
@@ -292,7 +294,7 @@ class Sessions:
 def agents(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Throughput and latency with and without the connector, turn about."""
     found: dict[str, list[dict[str, float]]] = {"twfs": [], "none": []}
-    with running_daemon(folder / "w", device_bytes=4 << 30) as daemon:
+    with running_daemon(folder / "w", device_bytes=4 << 30, arena_bytes=1 << 30) as daemon:
         usual = transfer_config(
             daemon.socket, arena_bytes=128 << 20, load_deadline_s=None, min_load_tokens=None
         )
