@@ -75,7 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding", "engines.keyed"),
-    ("engines.transfers", "engines.vllm_layout"),
+    ("engines.transfers", "engines.vllm_layout", "engines.vllm_prefill"),
     (
         "engines.lmcache",
         "engines.sglang",

@@ -190,6 +190,20 @@ def test_other_tenant_never_hits_and_the_same_does(warehouse: Warehouse, model: 
     assert prefix_store(warehouse, model, tenant="a").load(ids)[1] == 48
 
 
+def test_what_prefill_takes_tells_what_was_saved(warehouse: Warehouse, model: Any) -> None:
+    kv, ids = prefix_store(warehouse, model), tokens_of(65)
+    kv.save(ids, compute(model, ids)[1])
+    assert kv.load(ids)[1] == 64
+    (row,) = warehouse.statistics()["tenants"]["metered"]
+    assert row["prefill_seconds_saved"] is None
+    kv.count_prefill(640, 2.0)
+    kv.count_prefill(640, 3.0)
+    (row,) = warehouse.statistics()["tenants"]["metered"]
+    assert row["prefill_seconds_saved"] == pytest.approx(row["served_tokens"] * 5.0 / 1280)
+    with pytest.raises(InvalidInput, match="prefill of 0 tokens"):
+        kv.count_prefill(0, 1.0)
+
+
 def test_reopened_warehouse_hits(scratch: Path, model: Any) -> None:
     directory = scratch / "warehouse"
     Warehouse.create(directory, [DeviceSpec(directory / "device0.img", IMAGE_BYTES)])

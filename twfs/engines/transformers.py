@@ -258,6 +258,13 @@ class PrefixStore:
         self._seen = data
         return self._chain.names()
 
+    def count_prefill(self, tokens: int, seconds: float) -> None:
+        """Say how long computing so many tokens of prompts took, from which savings are told.
+
+        Only the caller knows: a GPU must have been waited for. InvalidInput as in the store.
+        """
+        self._store.count_prefill(self.model, tokens, seconds)
+
     def statistics(self) -> dict[str, int]:
         """Calls, bytes written, and tokens asked for and loaded."""
         return dict(self._counts)

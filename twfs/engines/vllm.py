@@ -35,6 +35,7 @@ from twfs.engines.finding import Finder, Held
 from twfs.engines.requests import params_of
 from twfs.engines.transfers import Offer, Transfers, runs_of
 from twfs.engines.vllm_layout import layout_of, prepare
+from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
 from twfs.units import align_up
 from twfs.upload import PIECES_MAX
 
@@ -237,6 +238,11 @@ class TwfsWorker(OffloadingWorker):
         shard = 0 if spec.config.replicated_layout else spec.config.parallel.rank
         self.attachment = spec.attach(arena_bytes=spec.arena_bytes)
         self.transfers = Transfers(self.attachment, shard=shard)
+        # With pipeline stages no rank computes whole tokens, so none can tell the rate.
+        alone = spec.config.parallel.rank == 0 and spec.config.parallel.pp_size == 1
+        on_gpu = any(t.tensor.device.type == "cuda" for t in kv_caches.tensors)
+        mark = GpuMark if on_gpu else Mark
+        self.prefill = PrefillTimes(self.attachment, mark) if alone else None
         self.failed: set[int] = set()  # the engine's blocks that a load did not fill
         self._loads: dict[int, list[list[int]]] = {}
         found = sum(row[0].nbytes for row in self._rows) * self._per_block
@@ -302,6 +308,8 @@ class TwfsWorker(OffloadingWorker):
     def shutdown(self) -> None:
         """Wait for all jobs, and let go."""
         self.transfers.close()
+        if self.prefill is not None:
+            self.prefill.close()
         self.attachment.close()
 
 
@@ -393,7 +401,26 @@ class TwfsConnector(OffloadingConnector):
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """Note when a step begins, and how many tokens it computes."""
         self._step = (time.monotonic(), scheduler_output.total_num_scheduled_tokens)
-        return super().build_connector_meta(scheduler_output)
+        meta: Any = super().build_connector_meta(scheduler_output)
+        tokens = 0 if meta.load_jobs else prompt_tokens(scheduler_output)
+        if tokens:
+            request = next(iter(scheduler_output.num_scheduled_tokens))
+            meta.twfs_prompts = Prompts(tokens, self.manager.finder.params(request).tenant)
+        return meta
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """A worker's step begins."""
+        super().bind_connector_metadata(connector_metadata)
+        worker = self.connector_worker and self.connector_worker.worker
+        if worker is not None and worker.prefill is not None:
+            worker.prefill.begin(getattr(connector_metadata, "twfs_prompts", None))
+
+    def wait_for_save(self) -> None:
+        """A worker's forward pass is submitted."""
+        worker = self.connector_worker and self.connector_worker.worker
+        if worker is not None and worker.prefill is not None:
+            worker.prefill.end()
+        super().wait_for_save()
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Note how long the step took, and which loads failed."""
