@@ -87,13 +87,19 @@ class Names:
 
 
 def joined(parts: Sequence[Names]) -> Names:
-    """The names of *parts*, one behind the other."""
+    """The names of *parts*, one behind the other; public as far as the leading ones are."""
+    public = 0
+    for part in parts:
+        public += part.public
+        if part.public < len(part):
+            break
     return Names(
         b"".join(part.hashes for part in parts),
         b"".join(part.digests for part in parts),
         b"".join(part.parents for part in parts),
         tuple(chain.from_iterable(part.positions for part in parts)),
         tuple(chain.from_iterable(part.keys for part in parts)),
+        public,
     )
 
 

@@ -190,6 +190,33 @@ def test_other_tenant_never_hits_and_the_same_does(warehouse: Warehouse, model: 
     assert prefix_store(warehouse, model, tenant="a").load(ids)[1] == 48
 
 
+def test_public_beginnings_are_shared_by_a_group_and_nothing_behind_them(
+    warehouse: Warehouse, model: Any
+) -> None:
+    for name, share in (("a", "g"), ("b", "g"), ("c", None)):
+        given = {} if share is None else {"share": share}
+        warehouse.operate("tenant-add", name=name, owner=0, uids=[], **given)
+    ids = tokens_of(65)
+    a, b, c = (prefix_store(warehouse, model, tenant=name) for name in ("a", "b", "c"))
+    kv = compute(model, ids)[1]
+    a.save(ids, kv, public_tokens=40)
+    loaded, held = b.load(ids, public_tokens=40)
+    assert held == 32
+    assert_same_kv(loaded, kv, 32)
+    assert a.load(ids, public_tokens=40)[1] == 64
+    # Without the number, or with another, it is another chain; as before it for who goes on.
+    assert (a.load(ids)[1], b.load(ids)[1], c.load(ids)[1]) == (0, 0, 0)
+    assert b.load(ids, public_tokens=16)[1] == 16
+    assert b.load(ids, public_tokens=64)[1] == 32
+    a.save(ids, kv)
+    assert (a.load(ids)[1], b.load(ids, public_tokens=40)[1]) == (64, 32)
+    with pytest.raises(InvalidInput, match="without a share group"):
+        c.load(ids, public_tokens=40)
+    assert c.load(ids)[1] == 0
+    c.save(ids, kv)
+    assert c.load(ids)[1] == 64
+
+
 def test_what_prefill_takes_tells_what_was_saved(warehouse: Warehouse, model: Any) -> None:
     kv, ids = prefix_store(warehouse, model), tokens_of(65)
     kv.save(ids, compute(model, ids)[1])

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Final, cast
 
@@ -19,11 +20,12 @@ import pytest
 from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.client import Client
 from twfs.engines.attaching import Attachment
-from twfs.engines.finding import Finder
+from twfs.engines.finding import Finder, names_in
 from twfs.engines.requests import NO_PARAMS, Params
 from twfs.engines.transfers import Done, Offer, Run, Transfers
 from twfs.hints import Hint
 from twfs.layout import Arrangement, Group, Layout
+from twfs.prefix import joined
 from twfs.store import ModelInfo
 
 Payload = npt.NDArray[np.uint8]
@@ -297,6 +299,72 @@ def test_bytes_that_rotted_are_told_and_so_is_all_behind_them(
     done = engine.load("r", 0, into)
     assert done.blocks == 2
     assert same(into[:2], payloads[:2])
+
+
+def test_a_public_beginning_is_stored_once_for_a_group_and_the_rest_for_its_tenant(
+    daemon: Daemon, engine: Engine
+) -> None:
+    """Engine's keys: two public blocks, and two that are acme's own; also told block by block."""
+    with daemon.client() as client:
+        for name, share in (("acme", "public"), ("other", "public"), ("third", "")):
+            given = {"share": share} if share else {}
+            client.operate("tenant-add", name=name, owner=0, uids=[], **given)
+    tokens = 2 * BLOCK_TOKENS + 3
+    keys, payloads = keys_of("a", 4), payloads_of(4)
+    engine.finder.admit("first", Params("acme", public_tokens=tokens))
+    assert engine.ask("first", keys) == 0
+    epoch = engine.finder.epoch("first")
+    assert epoch is not None
+    parts = [Run(tuple(keys[:1]), None, 0), Run(tuple(keys[1:]), keys[0], 1)]
+    for run, part in zip(parts, (payloads[:1], payloads[1:]), strict=True):
+        engine.jobs += 1
+        before = engine.attached[0].statistics().get("stored blocks", 0)
+        engine.workers[0].store(engine.jobs, Offer((run,), epoch, "acme", public=2), part)
+        engine.end(0, engine.jobs)
+        while engine.attached[0].statistics().get("stored blocks", 0) < before + len(part):
+            time.sleep(0.001)
+    for tenant, public, held in (
+        ("acme", tokens, 4), ("other", tokens, 2), ("other", BLOCK_TOKENS, 1), ("acme", 0, 0),
+        ("other", 0, 0), ("other", 4 * BLOCK_TOKENS, 2), ("third", tokens, 0), (None, tokens, 0),
+    ):  # fmt: skip
+        name = f"{tenant} {public}"
+        engine.finder.admit(name, Params(tenant, public_tokens=public))
+        assert engine.ask(name, keys) == held, name
+    into = empty_like(payloads[:2])
+    assert engine.load(f"other {tokens}", 0, into).blocks == 2
+    assert same(into, payloads[:2])
+    into = empty_like(payloads)
+    assert engine.load(f"acme {tokens}", 0, into).blocks == 4
+    assert same(into, payloads)
+    with daemon.client() as client:
+        info = info_of(client, engine)
+        assert info.blocks == 4
+        (session,) = client.sessions(info.id)
+        assert session.blocks == 4  # one chain, across the border
+        assert client.detached(info.id) == []
+    said = engine.scheduler.statistics()
+    assert said["public tokens without a share group: str"] == 2
+
+
+def test_names_of_keys_are_of_one_chain_however_they_are_cut(engine: Engine) -> None:
+    model = replace(
+        engine.attached[0].store.open_model("cut", layout_of(model="cut")),
+        salt=b"s" * 32, public_salt=b"p" * 32,
+    )  # fmt: skip
+    keys = keys_of("c", 7)
+    for public in range(9):
+        whole = names_in(model, keys, None, 0, BLOCK_TOKENS, public=public)
+        assert (len(whole), whole.public) == (7, min(public, 7))
+        assert whole.parents == (bytes(16) + whole.hashes)[: 16 * 7]
+        for cut in range(8):
+            above = keys[cut - 1] if cut else None
+            rest = names_in(model, keys[cut:], above, cut, BLOCK_TOKENS, public=public)
+            assert rest == whole.slice(cut, 7)
+            assert joined([whole.head(cut), rest]) == whole
+    different = {
+        names_in(model, keys, None, 0, BLOCK_TOKENS, public=n).hash_at(6) for n in range(9)
+    }
+    assert len(different) == 8  # 7 and 8 are public all the same
 
 
 def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(

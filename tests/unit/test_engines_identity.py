@@ -104,17 +104,19 @@ def test_a_long_name_leaves_room_for_the_fingerprint() -> None:
 def test_a_request_says_whose_it_is_and_when_it_is_back() -> None:
     assert params_of(None) == (NO_PARAMS, [])
     given = {
-        "tenant": "acme", "session": "s", "class": "durable", "stop": "tool_use", "return_ms": 7
+        "tenant": "acme", "session": "s", "class": "durable", "stop": "tool_use", "return_ms": 7,
+        "public_tokens": 9,
     }  # fmt: skip
     params, wrong = params_of({"twfs": given})
     assert wrong == []
-    assert params.tenant == "acme"
+    assert (params.tenant, params.public_tokens) == ("acme", 9)
     assert params.hint == Hint("s", Retention.DURABLE, Stop.TOOL_USE, 7)
 
 
 @pytest.mark.parametrize(
     "given",
     [7, {"class": "gold"}, {"stop": 1}, {"return_ms": -1}, {"return_ms": True}, {"tenant": 3},
+     {"public_tokens": -1},
      {"session": "x" * 200}, {"colour": "red"}, {"session": "\udc80"}],
 )  # fmt: skip
 def test_what_a_request_says_wrongly_is_left_out_and_told(given: object) -> None:

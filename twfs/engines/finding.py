@@ -9,7 +9,7 @@ parent of the next. Used by one scheduler thread; nothing here raises because of
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Final
 
@@ -17,10 +17,12 @@ from twfs.engines.attaching import Attachment
 from twfs.engines.requests import NO_PARAMS, Params
 from twfs.prefix import Names, joined, names_of_run
 from twfs.store import LeasedMatch, Model
+from twfs.units import HASH_BYTES
 
 ANSWER_SECONDS: Final = 0.0005  # that a step may wait for an answer, in all
 WAITS_APART_S: Final = 0.005  # steps are longer than this; within it only one ask may wait
 NAMED_AT_ONCE: Final = 128  # keys: about 0.2 ms of one processor, then others may have Python
+BEHIND_PUBLIC: Final = b"behind public "  # enters the names of what goes on from public blocks
 RENEW_SECONDS: Final = 20.0  # a lease lasts 60 s; a request that waits longer is renewed
 
 
@@ -75,15 +77,40 @@ class Desk:
             work()
 
 
+def names_in(
+    model: Model, keys: Sequence[bytes], parent: bytes | None, first: int, block_tokens: int,
+    *, public: int = 0,
+) -> Names:  # fmt: skip
+    """Return the names of *keys*, each the parent of the next, at places from *first* on.
+
+    The first *public* blocks of their chain are the share group's, if *model* was opened for a
+    member; what is behind them is the tenant's own, and found only behind as many of them.
+    InvalidInput on a key that is none.
+    """
+    ends = range(block_tokens * (first + 1), block_tokens * (first + len(keys)) + 1, block_tokens)
+    if not public or not model.public_salt:
+        return names_of_run(model.root(), keys, parent, ends)
+    cut = min(max(0, public - first), len(keys))
+    shared, own = model.root(public=True), model.root(BEHIND_PUBLIC + public.to_bytes(4, "little"))
+    head = replace(names_of_run(shared, keys[:cut], parent, ends[:cut]), public=cut)
+    above = keys[cut - 1] if cut else parent
+    rest = names_of_run(own, keys[cut:], above, ends[cut:])
+    if len(rest) and first + cut == public and above is not None:
+        linked = names_of_run(shared, [above], None, [0]).hashes + rest.parents[HASH_BYTES:]
+        rest = replace(rest, parents=linked)
+    return joined([head, rest])
+
+
 def name_keys(
-    model: Model, keys: Sequence[bytes], first: int, stop: int, block_tokens: int
-) -> Names:
+    model: Model, keys: Sequence[bytes], first: int, stop: int, block_tokens: int, *,
+    public: int = 0,
+) -> Names:  # fmt: skip
     """Return the names of *keys* from *first* up to *stop*, letting other threads run meanwhile."""
-    root, parts = model.root(), []
+    parts = []
     for at in range(first, stop, NAMED_AT_ONCE):
         end = min(at + NAMED_AT_ONCE, stop)
-        ends = range(block_tokens * (at + 1), block_tokens * end + 1, block_tokens)
-        parts.append(names_of_run(root, keys[at:end], keys[at - 1] if at else None, ends))
+        above = keys[at - 1] if at else None
+        parts.append(names_in(model, keys[at:end], above, at, block_tokens, public=public))
         time.sleep(0)
     return joined(parts)
 
@@ -195,7 +222,10 @@ class Finder:
         known = asked.names if asked.model == model else None
         first = 0 if known is None else len(known)
         if known is None or first < len(keys):
-            more = name_keys(model, keys, first, len(keys), self._block_tokens)
+            public = asked.params.public_tokens // self._block_tokens
+            if public and not model.public_salt:
+                self._attachment.complain("public tokens without a share group", model.name)
+            more = name_keys(model, keys, first, len(keys), self._block_tokens, public=public)
             known = more if known is None else joined([known, more])
             asked.names, asked.model = known, model
         return known.head(len(keys))

@@ -1,4 +1,4 @@
-"""What a request says of itself through an engine's own door: tenant, session, class, stop, return.
+"""What a request says of itself through an engine's own door: whose it is, and of its session.
 
 A value that is none is left out, counted and logged once: a client's typing error is no reason to
 fail its request.
@@ -12,15 +12,20 @@ from twfs.errors import InvalidInput
 from twfs.hints import NO_HINT, Hint, Retention, Stop
 
 PARAMETERS: Final = "twfs"  # the name under which an engine's open parameters carry ours
-KNOWN: Final = frozenset({"tenant", "session", "class", "stop", "return_ms"})
+KNOWN: Final = frozenset({"tenant", "session", "class", "stop", "return_ms", "public_tokens"})
 
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """A request's tenant (None: everybody), and the hint of its session."""
+    """A request's tenant (None: everybody), the hint of its session, and its public beginning.
+
+    Of the first *public_tokens* (a system prompt, tools: nobody's secret) whole blocks are the
+    tenant's share group's.
+    """
 
     tenant: str | None = None
     hint: Hint = NO_HINT
+    public_tokens: int = 0
 
 
 NO_PARAMS: Final = Params()
@@ -37,7 +42,7 @@ def params_of(given: Mapping[str, Any] | None) -> tuple[Params, list[str]]:
     values: dict[str, Any] = {}
     for name, make in (
         ("tenant", _text), ("session", _text), ("class", Retention), ("stop", Stop),
-        ("return_ms", _count),
+        ("return_ms", _count), ("public_tokens", _count),
     ):  # fmt: skip
         if raw.get(name) is not None:
             try:
@@ -52,7 +57,7 @@ def params_of(given: Mapping[str, Any] | None) -> tuple[Params, list[str]]:
     except InvalidInput as error:
         hint = NO_HINT
         wrong.append(str(error))
-    return Params(values.get("tenant"), hint), wrong
+    return Params(values.get("tenant"), hint, values.get("public_tokens", 0)), wrong
 
 
 def _text(value: object) -> str:
@@ -63,5 +68,5 @@ def _text(value: object) -> str:
 
 def _count(value: object) -> int:
     if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r:.40} is no number of milliseconds")
+        raise TypeError(f"{value!r:.40} is no whole number from 0 on")
     return value

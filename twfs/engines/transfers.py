@@ -16,10 +16,10 @@ from typing import Any, Final
 from twfs.checksums import loaded_torch
 from twfs.copying import Copying
 from twfs.engines.attaching import Attachment
-from twfs.engines.finding import Held
+from twfs.engines.finding import Held, names_in
 from twfs.errors import InvalidInput
 from twfs.hints import NO_HINT, Hint
-from twfs.prefix import Names, joined, names_of_run
+from twfs.prefix import Names, joined
 from twfs.store import LeasedMatch, Model, Pieces, PutResult
 
 LOADERS: Final = 4  # loads at once: each reads its blocks in parallel itself
@@ -49,6 +49,7 @@ class Offer:
     epoch: int
     tenant: str | None = None
     hint: Hint = NO_HINT
+    public: int = 0  # leading blocks of the request's chain that are the share group's
 
     @property
     def blocks(self) -> int:
@@ -57,16 +58,12 @@ class Offer:
 
     def names(self, model: Model, block_tokens: int) -> Names:
         """The blocks' names in *model*; InvalidInput on a key that is none."""
-        root = model.root()
         return joined(
             [
-                names_of_run(
-                    root, run.keys, run.parent,
-                    [block_tokens * (run.index + i + 1) for i in range(len(run.keys))],
-                )
+                names_in(model, run.keys, run.parent, run.index, block_tokens, public=self.public)
                 for run in self.runs
             ]
-        )  # fmt: skip
+        )
 
 
 def runs_of(chain: Sequence[bytes], indices: Sequence[int]) -> tuple[Run, ...]:

@@ -15,7 +15,7 @@ from twfs.arena import Arena
 from twfs.checksums import lanes_of
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
-from twfs.prefix import Chain, Names, tokens_to_bytes
+from twfs.prefix import Names, tokens_to_bytes
 from twfs.store import LeasedMatch, PutOutcome, PutResult, Retention, Store
 from twfs.units import ByteCount, align_up
 from twfs.upload import PIECES_MAX
@@ -107,6 +107,7 @@ class PrefixStore:
         self._device = hf_model.device
         self._dtype = hf_model.dtype
         self._chain = self.model.chain(salt)
+        self._public = 0
         self._seen = b""  # the tokens in _chain, so that a turn hashes only what is new
         self._counts = {
             "saves": 0,
@@ -116,14 +117,17 @@ class PrefixStore:
             "hit_tokens": 0,
         }
 
-    def save(self, token_ids: Any, past_key_values: Any) -> PutResult:
+    def save(self, token_ids: Any, past_key_values: Any, *, public_tokens: int = 0) -> PutResult:
         """Store every whole block of *past_key_values*, the KV of *token_ids* from the first on.
 
         Only what the store lacks is copied; the outcomes are of all whole blocks in order.
-        InvalidInput on a batch, on KV of another shape than the model's, or on more KV than
-        tokens; WarehouseFull as in Store.put.
+        The first *public_tokens* (a system prompt, tools) are shared with the tenants of the share
+        group, as far as they fill blocks: load with the same number. InvalidInput on a batch, on KV
+        of another shape than the model's, on more KV than tokens, or on public tokens of a tenant
+        in no group; WarehouseFull as in Store.put.
         """
         ids = _flat_ids(token_ids)
+        self._begin(public_tokens)
         group = self.model.layout.groups[0]
         return self._save(ids, _tensors_of(past_key_values, group, self._dtype, rows=1))
 
@@ -132,6 +136,7 @@ class PrefixStore:
     ) -> list[PutResult]:
         """As save, for each row of *token_ids* [B, T], padded on the left where the mask is 0."""
         rows = _rows_of(token_ids, attention_mask)
+        self._begin(0)
         group = self.model.layout.groups[0]
         tensors = _tensors_of(past_key_values, group, self._dtype, rows=len(rows))
         return [
@@ -164,14 +169,15 @@ class PrefixStore:
         self._counts["saved_bytes"] += written
         return PutResult(outcomes, written)
 
-    def load(self, token_ids: Any, into: Any = None) -> tuple[Any, int]:
+    def load(self, token_ids: Any, into: Any = None, *, public_tokens: int = 0) -> tuple[Any, int]:
         """Return a cache with the longest held prefix of *token_ids*, and its tokens.
 
         That is *into*, an empty cache with room for it (StaticCache), or else a new DynamicCache.
         At least one token is always left to compute, since its logits are what a prompt is sent
-        for. A miss is an empty cache and 0. InvalidInput on a batch.
+        for. A miss is an empty cache and 0. *public_tokens* as in save. InvalidInput on a batch.
         """
         cache = _empty_cache(into)
+        self._begin(public_tokens)
         tensors, held = self._load(_flat_ids(token_ids))
         if held:
             _fill(cache, tensors)
@@ -188,6 +194,7 @@ class PrefixStore:
         import torch  # noqa: PLC0415 - the model that was given has imported it
 
         cache, rows = _empty_cache(into), _rows_of(token_ids, attention_mask)
+        self._begin(0)
         loaded = [self._load(ids) for ids, _ in rows]
         length = len(rows[0][0]) + rows[0][1]
         columns = min(pad + held for (_, pad), (_, held) in zip(rows, loaded, strict=True))
@@ -249,11 +256,26 @@ class PrefixStore:
             for kv in (0, 1)
         ]
 
+    def _begin(self, public_tokens: int) -> None:
+        """Let what follows have so many public tokens."""
+        if public_tokens != self._public:
+            before, self._public = self._public, public_tokens
+            try:
+                self._restart()
+            except InvalidInput:
+                self._public = before
+                raise
+
+    def _restart(self) -> None:
+        """Begin a new chain."""
+        self._chain = self.model.chain(self._salt, public_tokens=self._public)
+        self._seen = b""
+
     def _names(self, ids: Any) -> Names:
         """Return the names of the whole blocks of *ids*, hashing only what is new."""
         data = tokens_to_bytes(ids)
         if not data.startswith(self._seen):
-            self._chain, self._seen = Chain(self._chain.root, self._chain.block_tokens), b""
+            self._restart()
         self._chain.extend(np.frombuffer(data[len(self._seen) :], "<u4"))
         self._seen = data
         return self._chain.names()

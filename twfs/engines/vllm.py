@@ -172,7 +172,10 @@ class TwfsManager(OffloadingManager):
                 wanted[index] = key
         params = self.finder.params(request_id)
         chain = self.keys_of(request_id) if wanted else []
-        offer = Offer(runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint)
+        offer = Offer(
+            runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint,
+            params.public_tokens // step,
+        )  # fmt: skip
         stored = [wanted[index] for index in sorted(wanted)]
         return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint), [])
 

@@ -99,8 +99,9 @@ class TwfsTier(SecondaryTierManager):
         params = self.finder.params(request_id)
         epoch = self.finder.epoch(request_id)
         offer = Offer(
-            runs_of(chain, indices), -1 if epoch is None else epoch, params.tenant, params.hint
-        )
+            runs_of(chain, indices), -1 if epoch is None else epoch, params.tenant, params.hint,
+            params.public_tokens // self.layout.block_tokens,
+        )  # fmt: skip
         self.transfers.store(job_metadata.job_id, offer, [rows[index] for index in indices])
 
     def submit_load(self, job_metadata: Any) -> None:
