@@ -71,6 +71,7 @@ def test_a_session_moves_with_its_turns_also_where_only_a_touch_says_so(
         assert third.ids == ("agent-8",)  # the other one ends where it did
         # All of it is stored and in the engine's memory: of this turn there is only a touch.
         vllm.generate(LONGER, params=told["agent-7"])
+        vllm.generate({"seed": 9, "tokens": 40})  # whose steps tell the connector of the end
         assert wait_session(daemon, "agent-7", 2700).ids == ("agent-7", "agent-8")
         assert [each.head for each in sessions_of(daemon)] == [third.head]
 

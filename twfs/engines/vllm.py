@@ -34,7 +34,7 @@ from twfs.engines.breakeven import BreakEven
 from twfs.engines.finding import Finder, Held
 from twfs.engines.requests import params_of
 from twfs.engines.transfers import Offer, Transfers, runs_of
-from twfs.engines.vllm_layout import layout_of, prepare
+from twfs.engines.vllm_layout import check_windows, layout_of, prepare
 from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
 from twfs.units import align_up
 from twfs.upload import PIECES_MAX
@@ -366,6 +366,7 @@ class TwfsConnector(OffloadingConnector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         prepare(vllm_config, ("TwfsSpec", "twfs.engines.vllm"))
+        check_windows(kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
         self._step: tuple[float, int] = (0.0, 0)
         stock: Any = getattr(self, "connector_scheduler", None)

@@ -51,6 +51,24 @@ def prepare(vllm_config: Any, spec: tuple[str, str]) -> None:
     extra[IDENTITY] = identity_of(vllm_config, extra)
 
 
+def check_windows(kv_cache_config: Any) -> None:
+    """Refuse a model whose one group of layers drops what has left its window, or keeps states.
+
+    vLLM 0.32 tells the spec of no window. Of several groups `layout_of` says what is wrong.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: PLC0415 - see identity_of
+
+    groups = kv_cache_config.kv_cache_groups
+    specs = [] if len(groups) != 1 else [groups[0].kv_cache_spec]
+    for spec in specs:
+        for each in getattr(spec, "kv_cache_specs", {"": spec}).values():
+            if not isinstance(each, FullAttentionSpec):
+                raise InvalidInput(
+                    f"a model with {type(each).__name__} (sliding windows in all layers, or "
+                    "states): only full attention is kept"
+                )
+
+
 def identity_of(vllm_config: Any, extra: Mapping[str, Any]) -> dict[str, str]:
     """Return what names the weights and how they are run, JSON-ready."""
     import vllm  # noqa: PLC0415 - the engine that calls has imported it

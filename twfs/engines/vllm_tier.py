@@ -22,7 +22,7 @@ from twfs.engines.attaching import PATIENCE_S, Attachment
 from twfs.engines.finding import Finder
 from twfs.engines.requests import params_of
 from twfs.engines.transfers import Offer, Transfers, runs_of
-from twfs.engines.vllm_layout import IDENTITY, layout_of, prepare
+from twfs.engines.vllm_layout import IDENTITY, check_windows, layout_of, prepare
 from twfs.errors import InvalidInput
 
 
@@ -31,6 +31,7 @@ class TwfsTierConnector(OffloadingConnector):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         prepare(vllm_config, ("TieringOffloadingSpec", "vllm.v1.kv_offload.tiering.spec"))
+        check_windows(kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
 
 
