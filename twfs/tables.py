@@ -322,6 +322,11 @@ class ReadView:
         for extent, (why,) in self._places("limbo", LIMBO):
             yield extent, why
 
+    def in_limbo(self, extent: Extent) -> bool:
+        """Tell whether *extent* is in limbo, whatever for; CorruptMetadata."""
+        value = self._get("limbo", PLACE_KEY.pack(extent.device, extent.offset))
+        return value is not None and _unpacked(LIMBO, value, "a value of limbo")[0] == extent.length
+
     def _places(self, table: str, form: struct.Struct) -> Iterator[tuple[Extent, tuple[int, ...]]]:
         """The extents of *table*, each with what follows its length."""
         for key, value in self._txn.cursor(db=self._tables[table]):
