@@ -145,13 +145,8 @@ class ModelRecord:
         if not all(type(number) is int and 0 <= number < 1 << 64 for number in numbers):
             raise ValueError(f"epoch and time are {numbers!r:.80}")
         epoch, created_ms = numbers
-        return cls(
-            model_id,
-            check_model_name(parts["name"]),
-            epoch,
-            Layout.from_dict(parts["layout"]),
-            Millis(created_ms),
-        )
+        layout = Layout.from_dict(parts["layout"])
+        return cls(model_id, check_model_name(parts["name"]), epoch, layout, Millis(created_ms))
 
 
 def _unreadable(what: str, error: Exception) -> CorruptMetadata:
