@@ -28,6 +28,7 @@ from twfs.filerows import (
     ROOT_INO,
     FileRow,
 )
+from twfs.tables import ReadView
 from twfs.units import Ino
 
 TRIES: Final = 16  # of a change that others changed under
@@ -91,10 +92,13 @@ class Drafting:
             raise NoSuchFile(f"no file has the inode {ino}")
         return row
 
-    def rows(self, inos: Sequence[int]) -> list[FileRow | None]:
-        """The published files with these inodes, in one look; None for one that is not there."""
+    def rows(self, parent: int, listed: Sequence[tuple[bytes, Ino]]) -> list[FileRow | None]:
+        """What the names of a directory, *listed* before, lead to now, in one look; None: nothing.
+
+        A file that was written anew has another inode since, and its name was there all the time.
+        """
         with self._core.metadata.read() as view:
-            return [filetables.get_row(view, ino) for ino in inos]
+            return [_row_listed(view, parent, name, ino) for name, ino in listed]
 
     @property
     def has_gone(self) -> bool:
@@ -317,6 +321,13 @@ class Drafting:
             row = self._unlinked.pop(number, None)
         if row is not None:
             self.blocks.discard([row])
+
+
+def _row_listed(view: ReadView, parent: int, name: bytes, ino: Ino) -> FileRow | None:
+    row = filetables.get_row(view, ino)
+    if row is not None and (row.parent, row.name) == (parent, name):
+        return row
+    return filetables.row_at(view, parent, name)
 
 
 def check_name(name: bytes) -> None:

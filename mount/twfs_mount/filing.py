@@ -232,10 +232,10 @@ class FileReading(Operations):
         at = start_id
         while at < len(handle.names):
             part = handle.names[at : at + ROWS_AT_ONCE]
-            rows = self._files.rows([ino for _, ino in part])
+            rows = self._files.rows(handle.ino, part)
             for name, row in zip([name for name, _ in part], rows, strict=True):
                 at += 1
-                if row is None or (row.parent, row.name) != (handle.ino, name):
+                if row is None:
                     continue  # gone, or renamed, since the directory was opened
                 told = self._told_file(row, used=False)
                 if not pyfuse3.readdir_reply(token, name, told, at):

@@ -1,6 +1,6 @@
 """vLLM on twfs against vLLM without: time to first token, and agents' sessions through the server.
 
-    export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED=vllm PYTHONPATH=tests
+    export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED="vllm lmcache" PYTHONPATH=tests
     python -m engines.bench_vllm ttft [--rounds 7]
     python -m engines.bench_vllm agents
     python -m engines.bench_vllm scheduler [--rounds STEPS]
@@ -84,6 +84,13 @@ def settle(vllm: Vllm, stored: Callable[[], int]) -> None:
         before = now
 
 
+def forget(vllm: Vllm) -> None:
+    """Have the engine forget its own KV, once nobody uses a block of it."""
+    while not vllm.ask(do="reset"):
+        vllm.generate({"seed": 999, "tokens": 20}, out=1)
+        time.sleep(0.1)
+
+
 def published(daemon: Daemon) -> int:
     """Blocks that the daemon has published."""
     with daemon.client(arena_bytes=0) as client:
@@ -111,7 +118,9 @@ Contenders = dict[str, Contender]
 
 def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) -> Contenders:
     """Start all engines of `ttft`."""
-    daemon = stack.enter_context(running_daemon(folder / "w", device_bytes=16 << 30))
+    daemon = stack.enter_context(
+        running_daemon(folder / "w", device_bytes=16 << 30, arena_bytes=2 << 30)
+    )
     twfs_tier = {
         "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier",
         "socket": str(daemon.socket), "patience_s": 5.0,
@@ -135,7 +144,8 @@ def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) ->
 
     found = {
         "direct": Contender(
-            engine(transfer_config(daemon.socket, arena_bytes=128 << 20)), in_daemon
+            engine(transfer_config(daemon.socket, arena_bytes=128 << 20, load_deadline_s=None)),
+            in_daemon,
         ),
         "twfs tier": Contender(engine(tier_config(daemon, twfs_tier)), in_daemon),
         "fs tier": Contender(engine(tier_config(daemon, fs_tier)), lambda: files_in(folder / "fs")),
@@ -171,7 +181,7 @@ def ttft(model: Path, folder: Path, rounds: int, *, lmcache: bool = False) -> di
                     seconds.setdefault((name, length, "cold"), []).append(cold["seconds"])
             for seed, length in enumerate(LENGTHS):
                 for name, each in engines.items():
-                    assert each.vllm.ask(do="reset")
+                    forget(each.vllm)
                     each.clear()
                     drop_caches()
                     warm = each.vllm.generate({"seed": seed, "tokens": length}, out=1)
@@ -284,9 +294,12 @@ class Sessions:
 def agents(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Throughput and latency with and without the connector, turn about."""
     found: dict[str, list[dict[str, float]]] = {"twfs": [], "none": []}
-    with running_daemon(folder / "w", device_bytes=4 << 30) as daemon:
+    with running_daemon(folder / "w", device_bytes=4 << 30, arena_bytes=1 << 30) as daemon:
+        usual = transfer_config(
+            daemon.socket, arena_bytes=128 << 20, load_deadline_s=None, min_load_tokens=None
+        )
         for number in range(rounds):
-            for name, config in (("none", None), ("twfs", transfer_config(daemon.socket))):
+            for name, config in (("none", None), ("twfs", usual)):
                 with server(model, config):
                     sessions = Sessions(100 * (number + 1))
                     seconds = sessions.run()

@@ -35,7 +35,8 @@ def transfer_config(socket: Path, **extra: Any) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
             "socket": str(socket), "block_size": STORED_TOKENS, "patience_s": 20.0,
-            "arena_bytes": 32 << 20, "min_load_tokens": 0, **extra,
+            "arena_bytes": 32 << 20, "min_load_tokens": 0,
+            "load_deadline_s": 20.0, **extra,
         },
     }  # fmt: skip
 

@@ -149,7 +149,9 @@ def test_a_store_that_was_slow_once_is_tried_again() -> None:
 
 
 def test_a_least_length_decides_alone() -> None:
-    even = BreakEven(tokens_min=512)
+    even = BreakEven(tokens_min=512, deadline_s=7.0)
+    even.computed(1000, 1.0)
+    assert even.deadline_s(10) == 7.0
     even.computed(1000, 1.0)
     even.loaded(1000, 9.0)
     assert even.pays(512)

@@ -505,3 +505,16 @@ def test_a_client_cannot_name_the_model_of_files(scratch: Path) -> None:
             for request in (ListHeads(1, number), InfoOfBlock(1, key)):
                 with pytest.raises(NoSuchModel):
                     Permitted(warehouse, uid).permit(request)
+
+
+def test_a_listing_finds_under_a_name_what_it_leads_to_now(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        files = warehouse.files
+        for name in (b"anew", b"gone", b"moved"):
+            make_file(files, 0, name, b"old")
+        listed = files.names(0)
+        anew = make_file(files, 0, b"anew", b"new")
+        files.unlink(0, b"gone")
+        files.rename(0, b"moved", 0, b"there")
+        found = files.rows(0, listed)
+        assert [None if row is None else row.ino for row in found] == [anew, None, None]

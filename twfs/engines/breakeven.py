@@ -16,8 +16,11 @@ DEADLINE_S: Final = 2.0  # of a load, at most
 class BreakEven:
     """Seconds per token of computing and of loading; None until seen."""
 
-    def __init__(self, *, tokens_min: int | None = None) -> None:
+    def __init__(
+        self, *, tokens_min: int | None = None, deadline_s: float | None = None
+    ) -> None:  # fmt: skip
         self.tokens_min = tokens_min  # fewer are never loaded; None: as estimated
+        self.given_s = deadline_s  # that every load may take; None: as estimated
         self.compute_s: float | None = None
         self.load_s: float | None = None
         self.declined = 0
@@ -48,6 +51,8 @@ class BreakEven:
 
     def deadline_s(self, tokens: int) -> float:
         """How long a load of *tokens* may take: as long as computing them, 2 s at most."""
+        if self.given_s is not None:
+            return self.given_s
         if self.compute_s is None:
             return DEADLINE_S
         return min(DEADLINE_S, max(self.compute_s * tokens, 2 * LOAD_OVERHEAD_S))

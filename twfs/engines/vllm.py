@@ -80,7 +80,10 @@ class TwfsManager(OffloadingManager):
         self.attachment = spec.attach(arena_bytes=0)
         self.layout = spec.layout
         self.finder = Finder(self.attachment, self.layout.block_tokens)
-        self.breakeven = BreakEven(tokens_min=spec.extra_config.get("min_load_tokens"))
+        self.breakeven = BreakEven(
+            tokens_min=spec.extra_config.get("min_load_tokens"),
+            deadline_s=spec.extra_config.get("load_deadline_s"),
+        )
         self.requests: dict[str, _Request] = {}
         self._hashes_per_block = self.layout.block_tokens // spec.tokens_per_hash
         self._known: dict[bytes, float] = {}
