@@ -13,7 +13,7 @@ import numpy.typing as npt
 from twfs.accesses import LEVEL_MAX, Group, Kind
 from twfs.units import ALIGN
 
-ROWS_MAX: Final = 30_000  # looked at, one after the other
+ROWS_MAX: Final = 60_000  # looked at, one after the other
 SAMPLES_MAX: Final = 1_500_000  # looked at, again for each capacity
 NOT_HELD: Final = np.inf  # of a block that nobody held before the record heard of it
 USUAL_DEVIATIONS: Final = 1.5  # from how many uses a sample should have; found on three traces
