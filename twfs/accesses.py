@@ -3,8 +3,11 @@
 A row is one match, put or touch: when, of which model, tenant and class, how many blocks it asked
 for and how far it hit. Of its blocks it keeps those alone whose name, mixed with the warehouse's
 secret, is below a threshold that is the same for all (SHARDS: Waldspurger et al., FAST '15): of a
-block all uses are kept or none, which is what reuse distances need. Neither token ids nor names
+block all uses are kept or none, which is what a simulation needs. Neither token ids nor names
 are in it. A row without such a block is a part of sums.
+
+How a request that was matched ended is a row with one sample: the least of its chain, so that it is
+kept just as long as the row of the match is. With the time between both it says which one that is.
 
 Rows lie in groups, of which each has a checksum, and groups in segments: files that are only ever
 appended to. What a crash cut off ends its segment; all before it counts.
@@ -39,13 +42,21 @@ class Kind(IntEnum):
 
     MATCH = 1  # asked for them
     PUT = 2  # brought them, and no match had asked
-    TOUCH = 3  # said that it used them, and no match had asked just before
+    TOUCH = 3  # said that it used them, and no match had asked of late
+    END = 4  # what a match had asked for was brought, or used again, or said how it ended
 
+
+AGAIN_MS: Final = 1000  # what comes so long after the last use of its chain is told apart from it
+# In `stop` of an END, above the code of hints.Stop:
+CODE_MASK: Final = 3
+PUT_NOW: Final = 4  # what the match missed was put at its end
+USED_NOW: Final = 8  # the chain was touched
+PUT_SOON: Final = 16  # what the match missed was put right after it
 
 ROW_DTYPE: Final = np.dtype([
     ("time_ms", "<u8"), ("model", "<u4"), ("tenant", "<u2"), ("kind", "u1"), ("retention", "u1"),
-    ("start", "<u4"),  # blocks before it are the asker's own: used, but not asked for
-    ("stop", "<u4"),  # and held up to here
+    ("start", "<u4"),  # blocks before it are the asker's own: used, not asked for; END: ms since
+    ("stop", "<u4"),  # a match held up to here; of the others how the request ended
     ("count", "<u4"),  # the length of the chain
     ("samples", "<u4"),  # how many of the group's samples are this row's
     ("units", "<u4"),  # of 4 KiB that a block takes, all its groups and shards

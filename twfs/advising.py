@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 
 from twfs.accesses import Group, Kind, sums_of, totals_of
+from twfs.asking import Asked, Bools, asked_of, live_sessions, within_bounds
 from twfs.core import Core
-from twfs.distances import Distances, distances_of, live_sessions, within_bounds
 from twfs.hints import RANKS, Retention
+from twfs.miniature import simulate
 from twfs.operating import NoArguments, Verb, Verbs
 from twfs.parting import partings, sentence
+from twfs.scoring import policy_of
 from twfs.units import ALIGN
 
 DAY_MS: Final = 86_400_000
@@ -40,6 +42,8 @@ class Live:
     models: dict[int, str] = field(default_factory=dict)
     tenants: dict[int, str] = field(default_factory=dict)
     held: list[tuple[int, int, int]] = field(default_factory=list)  # tenant, class, bytes
+    policy: str = "reuse"  # of eviction
+    attention_tokens: int = 0  # that it goes by; see scoring.Reuse
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def live(core: Core) -> Live:
             {number: record.name for number, record in core.models.items()},
             {each.id: each.name for each in core.tenants} | {0: core.tenants.name_of(0)},
             [(*account, size) for account, size in sorted(held.items()) if size],
+            core.policy.name, core.config.eviction.attention_tokens,
         )  # fmt: skip
 
 
@@ -94,7 +99,8 @@ def advise(record: Group, now: Live, wishes: Wishes) -> dict[str, Any]:
     """The document of `twfs advise`; shapes and units are in its keys."""
     totals = sums_of(record.totals, totals_of(record.rows))
     thin = within_bounds(record)
-    found = distances_of(thin, now.used_bytes)
+    found = asked_of(thin, now.used_bytes)
+    policy = policy_of(now.policy, now.attention_tokens)
     asked = float((totals["asked"] * totals["tokens"]).sum())
     held = float((totals["held"] * totals["tokens"]).sum())
     days = max(record.last_ms - record.first_ms, SPAN_MS_MIN) / DAY_MS
@@ -103,38 +109,38 @@ def advise(record: Group, now: Live, wishes: Wishes) -> dict[str, Any]:
         *(wishes.capacities or (int(now.total_bytes * factor) for factor in FACTORS)),
         *((now.total_bytes,) if now.total_bytes else ()), int(found.footprint_bytes) + 1,
     } - {0})  # fmt: skip
-    at_present = found.hits(now.total_bytes, asked) if now.total_bytes else None
+    held_at = {capacity: simulate(found, capacity, policy) for capacity in capacities}
+    rates = {capacity: found.hits(each, asked) for capacity, each in held_at.items()}
+    at_present = rates.get(now.total_bytes)
     curve = [
-        _point(capacity, found, wishes, asked=asked, written=written, at_present=at_present)
-        for capacity in capacities
+        _point(capacity, rate, wishes, written=written, at_present=at_present)
+        for capacity, rate in rates.items()
     ]
     return {
         "span_days": days, "first_ms": record.first_ms, "last_ms": record.last_ms,
         "requests": int(totals["requests"][totals["kind"] == Kind.MATCH].sum()),
         "lost_requests": record.lost, "block_part": found.rate,
-        "sampled_uses": len(found.tokens),
+        "sampled_uses": len(found.tokens), "policy": policy.name,
         "asked_tokens": int(asked), "held_tokens": int(held),
         "hit_rate": held / asked if asked else 0.0,
         "hit_rate_since_open": now.matched_blocks / now.asked_blocks if now.asked_blocks else None,
         "predicted_hit_rate": at_present,
-        "ceiling": found.hits(np.inf, asked) if asked else 0.0,
+        "ceiling": found.hits(found.before, asked),
         "total_bytes": now.total_bytes, "used_bytes": now.used_bytes,
         "footprint_bytes": int(found.footprint_bytes),
         "curve": curve,
         "writes": _writes(written, now.total_bytes, wishes),
-        "tenants": _tenants(thin, totals, found, now, [each["bytes"] for each in curve]),
+        "tenants": _tenants(totals, found, now, held_at),
         "classes": _classes(totals, now, days),
         "models": _models(totals, now),
-        "sessions": live_sessions(thin, found, wishes.idle_ms),
+        "sessions": live_sessions(found, wishes.idle_ms),
     }  # fmt: skip
 
 
 def _point(
-    capacity: int, found: Distances, wishes: Wishes, *, asked: float, written: float,
-    at_present: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    capacity: int, hits: float, wishes: Wishes, *, written: float, at_present: float | None
+) -> dict[str, Any]:
     """The curve at one capacity; what is written follows what is missed."""
-    hits = found.hits(capacity, asked)
     misses_now = None if at_present is None else 1 - at_present
     per_day = written * (1 - hits) / misses_now if misses_now else None
     return {
@@ -176,9 +182,10 @@ def _pays(held_tokens: int, held_bytes: int, days: float) -> float | None:
 
 
 def _tenants(
-    record: Group, totals: Any, found: Distances, now: Live, capacities: list[int]
+    totals: Any, found: Asked, now: Live, held_at: dict[int, Bools]
 ) -> list[dict[str, Any]]:
     """Each tenant's part, and what it would be with more or less for all of them."""
+    record = found.record
     days = max(record.last_ms - record.first_ms, SPAN_MS_MIN) / DAY_MS
     held: Counter[int] = Counter()
     for tenant, _, size in now.held:
@@ -193,8 +200,8 @@ def _tenants(
             "held_bytes": held[number],
             "tokens_per_gib_day": _pays(share["held_tokens"], held[number], days),
             "curve": [
-                {"bytes": each, "hit_rate": found.hits(each, share["asked_tokens"], where)}
-                for each in capacities
+                {"bytes": size, "hit_rate": found.hits(each, share["asked_tokens"], where)}
+                for size, each in held_at.items()
                 if where.any()
             ],
         })  # fmt: skip

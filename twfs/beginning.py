@@ -16,12 +16,13 @@ from twfs.units import ModelId
 def begin_put(
     core: Core, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
     tenant: int = EVERYBODY, uid: int | None = None, lengths: Sequence[int] = (),
-    hint: Hint = NO_HINT,
+    hint: Hint = NO_HINT, beside_share: bool = False,
 ) -> Put:  # fmt: skip
     """Compare *names* with what is there, and reserve room for the rest; may evict and wait.
 
     The blocks will belong to *tenant*; with *uid* the bound on one user's reservations holds.
-    *lengths* has the payload bytes of each where the layout allows any.
+    *lengths* has the payload bytes of each where the layout allows any. What is pinned
+    *beside_share* has a bound of its own: it is not refused because others have pinned much.
     StaleEpoch, NoSuchModel, NoSuchTenant, InvalidInput, TooLarge, WarehouseFull, QuotaExceeded,
     PromiseRefused.
     """
@@ -56,7 +57,9 @@ def begin_put(
         core.puts_of[tenant] += 1  # until it ends: a tenant with puts is not removed
     try:
         with core.lock:
-            lacking = put.promise(put.admit(lacking))
+            lacking = put.admit(lacking)
+            if not beside_share:
+                lacking = put.promise(lacking)
         put.reserve(lacking)
     except BaseException:
         put.abandon()

@@ -97,8 +97,7 @@ class Doomed:
         core = self._core
 
         def job(view: WriteView) -> list[Extent]:
-            there = {extent for extent, _ in view.all_limbo()}
-            mine = [extent for extent in extents if extent in there]
+            mine = [extent for extent in extents if view.in_limbo(extent)]
             for extent in mine:
                 view.drop_limbo(extent)
                 view.add_free(extent)

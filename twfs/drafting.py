@@ -31,10 +31,7 @@ from twfs.filerows import (
 from twfs.tables import ReadView
 from twfs.units import Ino
 
-TRIES: Final = 16  # of a change that others changed under
 DRAFTS_MAX: Final = 1 << 16
-DIRECTORY_PARTS: Final = 16  # of the space may be directories: they are never evicted
-UNOPENED_SECONDS: Final = 60.0  # a draft that was made for an open which never came
 PERMISSIONS: Final = 0o7777
 
 Place = tuple[int, bytes]

@@ -125,6 +125,7 @@ class FileBlocks:
         put = begin_put(
             core, self._known().id, self.names(keys), group=0, shard=0, retention=retention,
             uid=None if row.uid in operators else row.uid, lengths=lengths,
+            beside_share=row.is_directory,  # files.DIRECTORY_PARTS bounds those
         )  # fmt: skip
         if len(put.lacking) != len(keys):
             there = put.is_present

@@ -44,6 +44,7 @@ class Files(Drafting):
 
     def __init__(self, core: Core) -> None:
         super().__init__(core)
+        self._directories: int | None = None  # how many there are, once that was asked
         recover(core, self.blocks)
 
     # Names. All of these wait for a commit.
@@ -66,7 +67,13 @@ class Files(Drafting):
             if filetables.ino_at(view, parent, name) is not None:
                 raise FileExists(f"there is a {name!r}")
         self.blocks.put_row(row, lambda view: filetables.enter(view, row, now, over=False), _done)
+        self._count_directories(1)
         return row
+
+    def _count_directories(self, more: int) -> None:
+        with self._lock:
+            if self._directories is not None:
+                self._directories += more
 
     def _check_directories(self) -> None:
         """Raise WarehouseFull if directories, which are never evicted, take much of the space."""
@@ -74,8 +81,10 @@ class Files(Drafting):
             rows = view.counts()["files"]
         if rows * 2 * ALIGN * DIRECTORY_PARTS < self._core.allocator.total_bytes:
             return  # even if all were directories
-        with self._core.metadata.read() as view:
-            held = filetables.count_directories(view)
+        held = self._directories
+        if held is None:  # every row is looked at, but once
+            with self._core.metadata.read() as view:
+                held = self._directories = filetables.count_directories(view)
         if held * 2 * ALIGN * DIRECTORY_PARTS >= self._core.allocator.total_bytes:
             raise WarehouseFull(
                 f"{held} directories take 1/{DIRECTORY_PARTS} of the space, which is all they may: "
@@ -90,6 +99,7 @@ class Files(Drafting):
                 raise NotEmpty(f"files are being written in {name!r}")
         now = self.blocks.now_ns()
         gone = self._submit(lambda view: filetables.rmdir(view, parent, name, now))
+        self._count_directories(-1)
         self.blocks.discard([gone])
 
     def unlink(self, parent: int, name: bytes, writer: int = 0) -> None:
@@ -251,6 +261,7 @@ class Files(Drafting):
         def then(changed: Changed) -> None:
             self.blocks.discard_row(changed.before)
             if changed.over is not None:
+                self._count_directories(-changed.over.is_directory)
                 self._let_go([changed.over])
 
         self.blocks.put_row(after, also, then)

@@ -364,6 +364,7 @@ def touch_blocks(
             core.recorder.note(
                 Kind.TOUCH, model, core.models[model].layout, names.hashes, tenant=tenant,
                 retention=int(core.slots.retention[slots[-1]]),
+                stop=0 if hint.stop is None else hint.stop.code,
             )  # fmt: skip
         if held and (hint.session or hint.retention is not None):
             note_session(core, model, tenant, names.hash_at(held - 1), hint)

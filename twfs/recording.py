@@ -21,11 +21,15 @@ import numpy as np
 import xxhash
 
 from twfs.accesses import (
+    AGAIN_MS,
     LEVEL_MAX,
+    PUT_NOW,
+    PUT_SOON,
     ROW_DTYPE,
     SAMPLE_DTYPE,
     SEGMENT_SUFFIX,
     TOTAL_DTYPE,
+    USED_NOW,
     Group,
     Kind,
     last_id,
@@ -44,10 +48,10 @@ PENDING_BYTES_MAX: Final = 64 << 20  # of names: 8,700 requests of agents, and t
 FLUSH_BYTES: Final = 1 << 20  # are worth a write at once
 FLUSH_SECONDS: Final = 10.0  # what a crash may lose otherwise
 ENDS_MAX: Final = 1 << 13  # chains used lately: their puts, and touches soon after, are known
-AGAIN_MS: Final = 1000  # a touch so long after the last use of its chain is a use of its own
 FULL_PART: Final = 0.75  # is left by one compaction, or the next would come too soon
 ROOMY_PARTS: Final = 4  # a record of less than a fourth of its bound keeps more blocks again
 DAY_MS: Final = 86_400_000
+START_MAX: Final = (1 << 32) - 1  # of a row
 
 
 def units_of(layout: Layout) -> int:
@@ -69,6 +73,44 @@ class _Pending:
     lost: int = 0
 
 
+KIND_AT, START_AT, STOP_AT = (
+    list(ROW_DTYPE.fields or ()).index(each) for each in ("kind", "start", "stop")
+)
+
+
+@dataclass(slots=True)
+class _Use:
+    """A chain that was used of late, by its last name."""
+
+    row_ms: int  # when the row of its match or touch was noted
+    used_ms: int  # when it was used last
+    least: bytes  # the name that stands for it in an END; empty if a put began it
+    ended: int = 0  # the code of how it ended, as far as told
+    put_soon: bool = False  # right after the match
+
+
+def _is_soon(use: _Use, kind: Kind, now_ms: int) -> bool:
+    """Tell whether a put or touch at *now_ms* belongs to the use of its chain before."""
+    return kind is Kind.PUT or now_ms - use.used_ms < AGAIN_MS
+
+
+def _ended(use: _Use, kind: Kind, code: int, now_ms: int) -> int:
+    """What a put or touch that says *code* tells of *use*, as in `stop` of an END; 0: nothing."""
+    told = 0
+    if kind is Kind.PUT and now_ms - use.row_ms < AGAIN_MS:
+        use.put_soon = True
+    elif kind is Kind.PUT:
+        told = PUT_NOW
+    elif now_ms - use.used_ms >= AGAIN_MS:
+        told, use.used_ms = USED_NOW, now_ms
+    if code not in {0, use.ended}:
+        if kind is Kind.PUT:
+            told = PUT_NOW
+        else:
+            told, use.ended = USED_NOW, code
+    return told | (code or use.ended) | (PUT_SOON if use.put_soon else 0) if told else 0
+
+
 class Recorder:
     """See the module's docstring. `note` and `known` from any thread; the rest from one."""
 
@@ -84,7 +126,7 @@ class Recorder:
         self._mix = np.uint64(xxhash.xxh3_64_intdigest(b"twfs record\0" + secret) | 1)
         self._lock = threading.Lock()  # guards what is pending, and the ends
         self._pending = _Pending()
-        self._ends: dict[bytes, int] = {}  # when a chain was used last
+        self._ends: dict[bytes, _Use] = {}
         self._sizes: dict[ModelId, tuple[int, int]] = {}
         self._segments: dict[Path, tuple[int, int, int]] = {}  # bytes, level, last_ms; in order
         self._level = 0
@@ -130,40 +172,59 @@ class Recorder:
     ) -> None:  # fmt: skip
         """Note a use of the chain whose names are *hashes*, 16 bytes each.
 
-        A match asked from block *start* on and found up to *stop*. A put has the blocks from
-        *start* on alone. One that ends as a chain used of late says nothing new; nor does a touch
-        of such a one, unless its request took a while to be answered: then the chain is recent
-        again, which is what an LRU goes by.
+        A match asked from block *start* on and found up to *stop*; of others *stop* is the code of
+        how the request ended. A put has the blocks from *start* on alone. A put or touch that ends
+        as a chain used of late is its END, and says nothing new if it comes soon after.
         """
         if not self.on or not hashes:
             return
-        end = hashes[-HASH_BYTES:]
         sizes = self._sizes.get(model)
         if sizes is None:
             sizes = self._sizes[model] = (units_of(layout), layout.block_tokens)
         count = len(hashes) // HASH_BYTES + (start if kind is Kind.PUT else 0)
         with self._lock:
-            used_ms, now_ms = self._ends.get(end), self._clock()
-            if used_ms is not None and (
-                kind is Kind.PUT or (kind is Kind.TOUCH and now_ms - used_ms < AGAIN_MS)
-            ):
-                return
-            self._ends.pop(end, None)
-            self._ends[end] = now_ms
+            now_ms, end = self._clock(), hashes[-HASH_BYTES:]
+            use = self._ends.pop(end, None)
+            if kind is Kind.MATCH or use is None or not (use.least or _is_soon(use, kind, now_ms)):
+                least = b"" if kind is Kind.PUT else self._least(hashes)
+                use = _Use(now_ms, now_ms, least, 0 if kind is Kind.MATCH else stop)
+            else:
+                kind, stop, hashes = Kind.END, _ended(use, kind, stop, now_ms), use.least
+                start = min(max(0, now_ms - use.row_ms), START_MAX)
+            self._ends[end] = use
             if len(self._ends) > ENDS_MAX:
                 del self._ends[next(iter(self._ends))]
-            pending = self._pending
-            if (
-                len(pending.rows) >= PENDING_ROWS_MAX
-                or pending.byte_count + len(hashes) > PENDING_BYTES_MAX
-            ):
-                pending.lost += 1
+            if kind is not Kind.END or (stop and hashes):
+                self._wait((
+                    now_ms, model, tenant, kind, retention, start, stop, count, 0, *sizes,
+                ), hashes)  # fmt: skip
+
+    def _least(self, hashes: bytes) -> bytes:
+        """The one of *hashes* that a thinned record keeps longest."""
+        ids = np.frombuffer(hashes, "<u8")[::2] * self._mix
+        at = int(ids.argmin()) * HASH_BYTES
+        return hashes[at : at + HASH_BYTES]
+
+    def _wait(self, row: tuple[int, ...], hashes: bytes) -> None:
+        """Let *row* be pending; a touch that follows the put of the same request is one with it."""
+        pending = self._pending
+        if row[KIND_AT] == Kind.END and pending.rows and pending.hashes[-1] == hashes:
+            before = pending.rows[-1]
+            alike = before[1 : KIND_AT + 1] == row[1 : KIND_AT + 1]
+            since = row[0] - row[START_AT] == before[0] - before[START_AT]
+            if alike and since and row[0] - before[0] < AGAIN_MS:
+                told = before[STOP_AT] | row[STOP_AT]
+                pending.rows[-1] = (*row[:STOP_AT], told, *row[STOP_AT + 1 :])
                 return
-            pending.rows.append((
-                now_ms, model, tenant, kind, retention, start, stop, count, 0, *sizes,
-            ))  # fmt: skip
-            pending.hashes.append(hashes)
-            pending.byte_count += len(hashes)
+        if (
+            len(pending.rows) >= PENDING_ROWS_MAX
+            or pending.byte_count + len(hashes) > PENDING_BYTES_MAX
+        ):
+            pending.lost += 1
+            return
+        pending.rows.append(row)
+        pending.hashes.append(hashes)
+        pending.byte_count += len(hashes)
 
     def tend(self, written_bytes: int) -> None:
         """Write down what is pending, if it is worth it or old; *written_bytes* since the open."""

@@ -156,16 +156,13 @@ class Reuse:
         """Chance by time, of each block for itself."""
         stamps = slots.stamp[which]
         ages = np.maximum(np.float64(now_ms) - stamps.astype(np.float64), 1.0)
-        values = self._index(slots.stop[which], ages)
         passed = slots.uses.latest_ms[slots.session[which]] > stamps
-        values[passed] *= PASSED_PART
+        values = self.values(slots.stop[which], ages, passed)
         back = slots.back_ms[which].astype(np.int64) - now_ms
         if (back > 0).any():
             expected = 1000 / np.maximum(back + LATE_MS, 1)
             values = np.where((back > 0) & ~passed, np.maximum(values, expected), values)
-        if self._per_token:
-            values *= 1 + slots.position[which] * self._per_token
-        return values
+        return self.deepened(values, slots.position[which])
 
     def score(self, slots: Slots, slot: int, now_ms: int) -> float:
         """Chance by time of one block."""
@@ -179,6 +176,19 @@ class Reuse:
         if self._per_token:
             value *= 1 + int(slots.position[slot]) * self._per_token
         return value
+
+    def values(self, stops: IntArray, ages: Scores, passed: npt.NDArray[np.bool_]) -> Scores:
+        """The index by how a request ended, ms since then (1 or more), and if it was passed over.
+
+        Without what sessions say of their return, and what blocks count for by their depth.
+        """
+        values = self._index(stops, ages)
+        values[passed] *= PASSED_PART
+        return values
+
+    def deepened(self, values: Scores, positions: IntArray) -> Scores:
+        """*values* times what blocks that end at *positions*, in tokens, count for."""
+        return values * (1 + positions * self._per_token) if self._per_token else values
 
     def _index(self, stops: IntArray, ages: Scores) -> Scores:
         """From the table, for ages of 1 ms or more: a float's bits are the log and the rest."""

@@ -145,13 +145,8 @@ class ModelRecord:
         if not all(type(number) is int and 0 <= number < 1 << 64 for number in numbers):
             raise ValueError(f"epoch and time are {numbers!r:.80}")
         epoch, created_ms = numbers
-        return cls(
-            model_id,
-            check_model_name(parts["name"]),
-            epoch,
-            Layout.from_dict(parts["layout"]),
-            Millis(created_ms),
-        )
+        layout = Layout.from_dict(parts["layout"])
+        return cls(model_id, check_model_name(parts["name"]), epoch, layout, Millis(created_ms))
 
 
 def _unreadable(what: str, error: Exception) -> CorruptMetadata:
@@ -321,6 +316,11 @@ class ReadView:
         """All extents of limbo, and why each is there; CorruptMetadata."""
         for extent, (why,) in self._places("limbo", LIMBO):
             yield extent, why
+
+    def in_limbo(self, extent: Extent) -> bool:
+        """Tell whether *extent* is in limbo, whatever for; CorruptMetadata."""
+        value = self._get("limbo", PLACE_KEY.pack(extent.device, extent.offset))
+        return value is not None and _unpacked(LIMBO, value, "a value of limbo")[0] == extent.length
 
     def _places(self, table: str, form: struct.Struct) -> Iterator[tuple[Extent, tuple[int, ...]]]:
         """The extents of *table*, each with what follows its length."""

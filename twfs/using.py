@@ -58,7 +58,7 @@ def note_put(core: Core, model: ModelId, tenant: int, done: Published, hint: Hin
         core.recorder.note(
             Kind.PUT, model, record.layout,
             b"".join([each.key.prefix_hash for each in done.entered]), tenant=tenant,
-            retention=begun.retention,
+            retention=begun.retention, stop=0 if hint.stop is None else hint.stop.code,
             start=max(0, begun.position // record.layout.block_tokens - 1),
         )  # fmt: skip
 

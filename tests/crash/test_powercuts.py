@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.brokenwriters import BROKEN, RELAXED_ONLY
+from support.brokenwriters import BROKEN, BROKEN_FILES, RELAXED_ONLY
 from support.cutting import run
 from twfs.store import Durability
 
@@ -34,6 +34,20 @@ def test_relaxed_loses_the_last_commit_at_most() -> None:
     assert (report.images, report.bad, report.first) == (IMAGES, 0, [])
     assert report.last_commit_lost > 0  # or the cuts were none
     assert report.published > 50
+
+
+@pytest.mark.parametrize("durability", Durability)
+def test_changes_of_files_happen_whole_or_not_at_all(durability: Durability) -> None:
+    report = run(IMAGES, 1, durability, files=True)
+    assert (report.images, report.bad, report.first) == (IMAGES, 0, [])
+    assert report.steps > 50
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN_FILES))
+def test_a_broken_writer_of_files_is_caught(name: str) -> None:
+    report = run(IMAGES_MAX, 1, "strict", name, files=True)
+    assert report.bad > 0
+    assert report.first
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))

@@ -5,6 +5,7 @@ Each function breaks the library under a patch. Until the power goes the checker
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,9 @@ from twfs import choosing, evicting, ledger, metadata, reserving
 from twfs.core import Core
 from twfs.device import Device
 from twfs.devicestates import Standings
+from twfs.errors import NoSuchFile
+from twfs.fileblocks import FileBlocks
+from twfs.files import Files
 from twfs.metadata import Metadata
 from twfs.payload import aligned_buffer
 from twfs.putting import Put
@@ -196,4 +200,33 @@ BROKEN = {
         lmdb_without_metasync, free_before_commit, reuse_before_certain, numbers_before_certain,
     )
 }  # fmt: skip
+
+
+def rename_after_unlink(patch: pytest.MonkeyPatch) -> None:
+    """A rename over a file takes that out first, in a commit of its own."""
+    right = Files.rename
+
+    def hasty(files: Files, parent: int, name: bytes, above: int, new: bytes, **more: Any) -> None:
+        with suppress(NoSuchFile):
+            files.unlink(above, new)
+        right(files, parent, name, above, new, **more)
+
+    patch.setattr(Files, "rename", hasty)
+
+
+def name_before_bytes(patch: pytest.MonkeyPatch) -> None:
+    """The row and the name of a file are committed before the blocks with its bytes."""
+    right = FileBlocks.publish
+
+    def hasty(blocks: FileBlocks, put: Put, row: Any, also: Any, then: Any) -> None:
+        entered = blocks._core.metadata.submit(also).result()
+        right(blocks, put, row, lambda _: entered, then)
+
+    patch.setattr(FileBlocks, "publish", hasty)
+
+
+BROKEN_FILES = {
+    each.__name__: each
+    for each in (no_flush, lmdb_without_sync, rename_after_unlink, name_before_bytes)
+}
 RELAXED_ONLY = frozenset({"reuse_before_certain", "numbers_before_certain"})

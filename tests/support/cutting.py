@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from typing import Any, Final
 import lmdb.verify  # noqa: TID251
 import pytest
 
-from support.brokenwriters import BROKEN
+from support.brokenwriters import BROKEN, BROKEN_FILES
+from support.cutfiles import FilesLoad, sizes_of, small_pieces
 from support.cutload import WIDE, CutLoad, shrink
+from support.filing import make_file, tree_of
 from support.powercut import Image, Recorder, Replay
 from support.warehouses import (
     DEVICE_BYTES,
@@ -54,6 +57,7 @@ class Report:
     seed: int
     durability: str
     broken: str | None
+    files: bool = False
     images: int = 0
     bad: int = 0
     lost: int = 0  # of the bad ones: a publish was answered and is gone
@@ -61,18 +65,16 @@ class Report:
     rounds: int = 0
     commits: int = 0
     published: int = 0  # blocks that were answered as published
+    steps: int = 0  # changes of files that were answered
     seconds: float = 0.0
     first: list[str] = field(default_factory=list)
 
 
-class Cutter:
+class Judge(ABC):
     """Makes crash states of one load in a directory of its own, and judges each."""
 
-    def __init__(
-        self, directory: Path, load: CutLoad, durability: Durability, patch: pytest.MonkeyPatch
-    ) -> None:
+    def __init__(self, directory: Path, durability: Durability, patch: pytest.MonkeyPatch) -> None:
         self._directory = directory
-        self._load = load
         self._durability = durability
         self._touched: list[tuple[str, int, int]] = []  # since the image: device, offset, length
         transfer = Device._transfer
@@ -115,8 +117,21 @@ class Cutter:
             if len(report.first) < FIRST_MAX:
                 report.first.append(f"round {report.rounds}, {image.text}: {complaints[0]}")
 
+    @abstractmethod
     def _open(self, image: Image, chance: random.Random, report: Report) -> list[str]:
         """What is wrong with the warehouse that opens after the cut."""
+
+
+class Cutter(Judge):
+    """Judges what a load of chains has left."""
+
+    def __init__(
+        self, directory: Path, load: CutLoad, durability: Durability, patch: pytest.MonkeyPatch
+    ) -> None:
+        super().__init__(directory, durability, patch)
+        self._load = load
+
+    def _open(self, image: Image, chance: random.Random, report: Report) -> list[str]:
         with Warehouse.open(self._directory, durability=self._durability) as warehouse:
             found = records_of(warehouse._core)
             lives = {key: (block.generation, block.hole) for key, block in found.items()}
@@ -182,6 +197,34 @@ class Cutter:
         assert read_all(warehouse, model, names) <= held, "more is read than was put"
 
 
+class FilesCutter(Judge):
+    """Judges what a load of files has left."""
+
+    def __init__(
+        self, directory: Path, load: FilesLoad, durability: Durability, patch: pytest.MonkeyPatch
+    ) -> None:
+        super().__init__(directory, durability, patch)
+        self._load = load
+        small_pieces(patch)
+
+    def _open(self, image: Image, chance: random.Random, report: Report) -> list[str]:  # noqa: ARG002
+        with Warehouse.open(self._directory, durability=self._durability) as warehouse:
+            files = warehouse.files
+            found, complaints = tree_of(files), []
+            since = image.since if self._durability is Durability.RELAXED else image.marked
+            if found not in self._load.allowed(since, image.marked):
+                complaints.append(f"{image.marked}: there are {sizes_of(found)}")
+            complaints += map(str, warehouse.check(data=True).findings)
+            if not complaints and chance.random() < GO_ON:
+                make_file(files, 0, b"new", b"as it was")
+                make_file(files, 0, b"newer", b"as it is")
+                files.rename(0, b"newer", 0, b"new")
+                if tree_of(files) != found | {b"/new": b"as it is"}:
+                    complaints.append(f"the tree cannot be changed: {sizes_of(tree_of(files))}")
+                complaints += map(str, warehouse.check(data=True).findings)
+        return complaints
+
+
 def _verified(tables: Path) -> list[str]:
     """What LMDB's offline checker says: it maps nothing, so it survives any file."""
     try:
@@ -201,12 +244,18 @@ def one_round(base: Path, seed: int, report: Report, images: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch)
         if report.broken is not None:
-            BROKEN[report.broken](patch)
-        load = CutLoad(live, recorder, durability)
+            (BROKEN_FILES if report.files else BROKEN)[report.broken](patch)
+        load = (FilesLoad if report.files else CutLoad)(live, recorder, durability)
+        if report.files:
+            small_pieces(patch)
         load.run(chance, STEPS)
     replay = Replay(recorder, relaxed=durability is Durability.RELAXED)
     with pytest.MonkeyPatch.context() as patch:
-        cutter = Cutter(copy, load, durability, patch)
+        cutter = (
+            FilesCutter(copy, load, durability, patch)
+            if isinstance(load, FilesLoad)
+            else Cutter(copy, load, durability, patch)
+        )
         for each in replay.images(chance, images):
             if isinstance(each, Image):
                 cutter.judge(each, replay, chance, report)
@@ -216,16 +265,17 @@ def one_round(base: Path, seed: int, report: Report, images: int) -> None:
     report.rounds += 1
     report.commits += len(recorder.records) - 1
     report.published += replay.published()
+    report.steps += replay.steps()
     shutil.rmtree(live)
     shutil.rmtree(copy)
 
 
 def run(
     images: int, seed: int, durability: str = "strict", broken: str | None = None,
-    directory: Path | None = None,
+    directory: Path | None = None, *, files: bool = False,
 ) -> Report:  # fmt: skip
     """Try *images* states; with *broken* as far as to the first bad one."""
-    report = Report(seed, durability, broken)
+    report = Report(seed, durability, broken, files)
     began = time.monotonic()
     base = Path(tempfile.mkdtemp(prefix="twfs-cuts-", dir=directory or _in_memory()))
     try:

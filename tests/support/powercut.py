@@ -79,7 +79,15 @@ class Opened:
     model: int
 
 
-Event = Write | Flushed | Begun | Committed | Synced | Returned | Opened
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """The load says that its *step* is about to begin, or has *ended* for its caller."""
+
+    step: int
+    ended: bool
+
+
+Event = Write | Flushed | Begun | Committed | Synced | Returned | Opened | Marked
 
 
 class Recorder:
@@ -206,6 +214,11 @@ class Recorder:
         with self._lock:
             self.log.append(Opened(model))
 
+    def mark(self, mark: Marked) -> None:
+        """Note how far the load is."""
+        with self._lock:
+            self.log.append(mark)
+
     def unflushed_bytes(self) -> int:
         """Bytes on devices that a cut may take now."""
         return sum(
@@ -287,6 +300,8 @@ class Image:
     generation: int  # the highest in any header on its way to a device
     model: int  # the highest number of a model or epoch that the caller knows
     text: str  # where the cut was
+    marked: Marked | None  # how far the load was
+    since: Marked | None  # and how far when the last commit began that no cut takes
 
 
 class Replay:
@@ -300,6 +315,8 @@ class Replay:
         self._begun = self._ended = self._certain = 0
         self._returned: set[tuple[BlockKey, int]] = set()
         self._generation = self._model = 0
+        self._marked: Marked | None = None
+        self._marked_at: dict[int, Marked | None] = {}  # when each transaction began
 
     def images(self, chance: random.Random, count: int) -> Iterator[list[Write] | Image]:
         """Yield *count* images at random places, and between them what has become durable."""
@@ -324,6 +341,7 @@ class Replay:
                 return [write for write in durable if write.file.name != "data.mdb"]
             case Begun(number):
                 self._begun = number
+                self._marked_at[number] = self._marked
             case Committed(number):
                 self._certain = max(self._certain, number - 1 if self._relaxed else number)
                 self._ended = number
@@ -333,6 +351,8 @@ class Replay:
                 self._returned |= blocks
             case Opened(model):
                 self._model = max(self._model, model)
+            case Marked():
+                self._marked = event
         return []
 
     def _image(self, chance: random.Random, where: str) -> Image:
@@ -361,8 +381,13 @@ class Replay:
         text = f"{where}, {how} of {len(pending)} writes, {self._ended} commits"
         returned = set(self._returned)
         return Image(
-            bytes(tables), parts, allowed, promised, returned, self._generation, self._model, text
-        )
+            bytes(tables), parts, allowed, promised, returned, self._generation, self._model, text,
+            self._marked, self._marked_at.get(self._certain),
+        )  # fmt: skip
+
+    def steps(self) -> int:
+        """Steps of the load that have ended, as far as the walk has come."""
+        return 0 if self._marked is None else self._marked.step + self._marked.ended
 
     def published(self) -> int:
         """Blocks that were answered as published, as far as the walk has come."""

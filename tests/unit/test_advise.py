@@ -1,7 +1,7 @@
-"""What `twfs advise` predicts is what an exact LRU does, and what it says of prompts is there.
+"""What `twfs advise` predicts is what a warehouse does, and what it says of prompts is there.
 
-The estimate from samples is compared with stores that look at every block: the replay's exact LRU,
-and where chains come in pieces one that moves blocks in a list.
+The miniature is compared with a store that looks at every block, and with replays through the real
+one.
 """
 
 import os
@@ -29,11 +29,15 @@ from support.warehouses import (
 from twfs import connect
 from twfs.accesses import Group, Kind, read_record, segments_in
 from twfs.advising import Live, Wishes, advise
+from twfs.asking import Asked, asked_of, live_sessions, within_bounds
 from twfs.config import RecordSettings
-from twfs.distances import distances_of, live_sessions, within_bounds
 from twfs.errors import InvalidInput
+from twfs.hints import Stop
+from twfs.miniature import simulate
 from twfs.parting import partings
-from twfs.recording import Recorder
+from twfs.recording import Recorder, units_of
+from twfs.scoring import Policy, Reuse, policy_of
+from twfs.units import ModelId
 from twfs_tools.replay import bounds
 from twfs_tools.replay.streams import Stream, make_stream
 from twfs_tools.replay.traces import read_traces
@@ -42,58 +46,123 @@ BLOCK_BYTES: Final = 2 * 4096  # of MHA: a header, and a payload that fits 4 KiB
 PARTS: Final = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
+STOPS: Final = {"tool_use": Stop.TOOL_USE.code, "end_turn": Stop.END_TURN.code}
+
+
 def recorded(stream: Stream, directory: Path, *, size: int = 64 << 20) -> Group:
     """The record of *stream*, as a store that holds nothing notes it."""
     clock = Clock()
     begin = clock.now_ms
     record = Recorder(directory, RecordSettings(bytes=size, days=365), clock, SECRET)
-    names = names_of(0, stream.unique_blocks)
-    whole = np.frombuffer(names, "V16")
-    for number in range(len(stream)):
-        clock.now_ms = begin + int(stream.at_ms[number])
-        chain = stream.chain(number)
-        record.note(
-            Kind.MATCH, MODEL, MHA, whole[chain].tobytes(),
-            tenant=int(stream.tenant[number]), retention=1,
-        )  # fmt: skip
-        if number % 50 == 0:
+    whole = np.frombuffer(names_of(0, stream.unique_blocks), "V16")
+    for done, (ms, number, ended) in enumerate(stream.moments()):
+        clock.now_ms = begin + ms
+        names = whole[stream.chain(number)].tobytes()
+        code = STOPS.get(stream.stop[number], 0) if ended else 0
+        for kind in (Kind.PUT, Kind.TOUCH) if ended else (Kind.MATCH,):
+            record.note(
+                kind, MODEL, MHA, names, tenant=int(stream.tenant[number]), retention=1, stop=code
+            )
+        if done % 50 == 0:
             record.flush(0)
     record.flush(0)
     return read_record(directory)
 
 
-def worst(record: Group, stream: Stream, parts: Sequence[float]) -> float:
-    """The largest distance between prediction and exact LRU over some capacities."""
-    capacities = [max(1, round(part * stream.unique_blocks)) for part in parts]
-    found, asked = distances_of(within_bounds(record)), len(stream.blocks)
-    return max(
-        abs(
-            found.hits(blocks * BLOCK_BYTES, asked * MHA.block_tokens)
-            - float(hits.blocks.sum()) / asked
-        )
-        for blocks, hits in zip(capacities, bounds.lru(stream, capacities), strict=True)
-    )
+class Plain:
+    """A store of single blocks: each knows when it was used, how that ended, and whose it is."""
+
+    def __init__(self, capacity: int, policy: Policy) -> None:
+        self.capacity, self.policy = capacity, policy
+        self.blocks: dict[int, tuple[int, int, int]] = {}  # used_ms, stop, session
+        self.latest: dict[int, int] = {}
+
+    def leading(self, chain: Sequence[int]) -> int:
+        return next((at for at, each in enumerate(chain) if each not in self.blocks), len(chain))
+
+    def match(self, chain: Sequence[int], ms: int, session: int) -> int:
+        held = self.leading(chain)
+        for block in chain[:held]:
+            self.blocks[block] = (ms, 0, session)
+        return held
+
+    def end(
+        self, chain: Sequence[int], ms: int, stop: int, session: int, parent: dict[int, int]
+    ) -> None:
+        for block in chain:
+            self.blocks[block] = (ms, stop, session)
+        self.latest[session] = ms
+        while len(self.blocks) > self.capacity:
+            above = {parent[block] for block in self.blocks}
+            leaves = [block for block in self.blocks if block not in above]
+            del self.blocks[min(leaves, key=lambda block: self.worth(block, ms))]
+
+    def worth(self, block: int, now_ms: int) -> float:
+        used, stop, session = self.blocks[block]
+        if not isinstance(self.policy, Reuse):
+            return float(used)
+        passed = np.array([self.latest.get(session, 0) > used])
+        ages = np.array([max(1, now_ms - used)], np.float64)
+        return float(self.policy.values(np.array([stop]), ages, passed)[0])
 
 
-def test_all_uses_give_the_exact_lru(tmp_path: Path) -> None:
-    write_agents(tmp_path, sessions=30, turns=25)
-    stream = make_stream(read_traces([tmp_path]), window_s=600, seed=1)
+def plain_hits(stream: Stream, asked: Asked, capacity: int, policy: Policy) -> float:
+    """The part of the blocks asked for that a store of single blocks holds, with those sessions."""
+    store, hits = Plain(capacity, policy), 0
+    parent = dict(enumerate(stream.parent.tolist()))
+    matches = np.flatnonzero(asked.record.rows["kind"] == Kind.MATCH)
+    for ms, number, ended in stream.moments():
+        chain, session = stream.chain(number).tolist(), int(asked.session[matches[number]])
+        if ended:
+            stop = STOPS.get(stream.stop[number], 0)
+            store.end(chain, ms, stop, session, parent)
+        else:
+            hits += store.match(chain, ms, session)
+    return hits / len(stream.blocks)
+
+
+def rate_of(asked: Asked, stream: Stream, part: float, policy: str) -> float:
+    """What is predicted of *part* of all blocks."""
+    capacity = max(1, round(part * stream.unique_blocks)) * BLOCK_BYTES
+    held = simulate(asked, capacity, policy_of(policy))
+    return asked.hits(held, len(stream.blocks) * MHA.block_tokens)
+
+
+@pytest.mark.parametrize("policy", ["lru", "reuse"])
+def test_all_uses_give_what_a_store_of_single_blocks_does(tmp_path: Path, policy: str) -> None:
+    write_agents(tmp_path, sessions=10, turns=8)
+    stream = make_stream(read_traces([tmp_path]), window_s=60, seed=1)
     record = recorded(stream, tmp_path / "record")
     assert record.level == 0
-    assert worst(record, stream, PARTS) < 1e-9
-    footprint = distances_of(record).footprint_bytes
-    assert footprint == stream.unique_blocks * BLOCK_BYTES
+    asked = asked_of(within_bounds(record))
+    assert asked.footprint_bytes == stream.unique_blocks * BLOCK_BYTES
+    rates = []
+    for part in PARTS:
+        capacity = max(1, round(part * stream.unique_blocks))
+        rates.append(rate_of(asked, stream, part, policy))
+        expected = plain_hits(stream, asked, capacity, policy_of(policy))
+        assert rates[-1] == pytest.approx(expected, abs=1e-9)
+    assert rates[0] < rates[2] < rates[-1]
+    ceiling = asked.hits(asked.before, len(stream.blocks) * MHA.block_tokens)
+    assert ceiling == pytest.approx(float(bounds.ceiling(stream).sum()) / len(stream.blocks))
 
 
-def test_a_sample_gives_it_within_two_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["lru", "reuse"])
+def test_a_sample_gives_it_within_two_points(tmp_path: Path, policy: str) -> None:
     write_agents(tmp_path, sessions=150, turns=40, seed=3)
     stream = make_stream(read_traces([tmp_path]), window_s=3600, seed=1)
-    record = recorded(stream, tmp_path / "record", size=1 << 19)
+    record = recorded(stream, tmp_path / "record", size=1 << 20)
     assert record.level >= 2, "the bound was reached"
-    assert worst(record, stream, (0.05, 0.1, 0.5, 1.0)) < 0.02
-    assert worst(record, stream, PARTS) < 0.05, "where the curve is steep"
-    found = distances_of(record)
-    assert found.footprint_bytes == pytest.approx(stream.unique_blocks * BLOCK_BYTES, rel=0.1)
+    whole, small = (
+        asked_of(within_bounds(each))
+        for each in (recorded(stream, tmp_path / "whole", size=1 << 28), record)
+    )
+    for part in PARTS:
+        steep = part in {0.02, 0.25}
+        assert rate_of(small, stream, part, policy) == pytest.approx(
+            rate_of(whole, stream, part, policy), abs=0.05 if steep else 0.02
+        )
+    assert small.footprint_bytes == pytest.approx(stream.unique_blocks * BLOCK_BYTES, rel=0.1)
 
 
 @needs_traces
@@ -101,7 +170,12 @@ def test_of_the_public_traces_a_sixteenth_is_enough(tmp_path: Path) -> None:
     stream = make_stream(read_traces([agents()]), window_s=3600, seed=1)
     record = recorded(stream, tmp_path / "record", size=4 << 20)
     assert record.level >= 2
-    assert worst(record, stream, (0.05, 0.1, 0.25, 0.5, 1.0)) < 0.02
+    small = asked_of(within_bounds(record))
+    whole = asked_of(recorded(stream, tmp_path / "whole"))
+    for part in (0.01, 0.05, 0.25):
+        assert rate_of(small, stream, part, "reuse") == pytest.approx(
+            rate_of(whole, stream, part, "reuse"), abs=0.02
+        )
 
 
 def test_a_block_that_all_begin_with_does_not_tip_the_estimate(tmp_path: Path) -> None:
@@ -114,51 +188,52 @@ def test_a_block_that_all_begin_with_does_not_tip_the_estimate(tmp_path: Path) -
         record.flush(0)
     group = read_record(tmp_path / "record")
     assert group.level >= 2
-    hits = distances_of(group).hits(1 << 40, 2 * rounds * MHA.block_tokens)
-    assert hits == pytest.approx(0.5, abs=0.05)
+    asked = asked_of(group)
+    for policy in ("lru", "reuse"):
+        held = simulate(asked, 1 << 40, policy_of(policy))
+        rate = asked.hits(held, 2 * rounds * MHA.block_tokens)
+        assert rate == pytest.approx(0.5, abs=0.05)
 
 
-def list_lru(requests: Sequence[tuple[Kind, int, Sequence[int]]], capacity: int) -> int:
-    """Blocks hit in leading runs, by moving single blocks in a list, latest first."""
-    stack: list[int] = []
-    hits = 0
-    for kind, start, blocks in requests:
-        if kind is Kind.MATCH:
-            held = set(stack[:capacity])
-            for index, block in enumerate(blocks):
-                if index >= start:
-                    if block not in held:
-                        break
-                    hits += 1
-        used = set(blocks)
-        stack = list(blocks) + [block for block in stack if block not in used]
-    return hits
+def test_what_is_in_flight_takes_no_room(tmp_path: Path) -> None:
+    """Two chains that together have no room: a hit if the second is put after the next match."""
+    first, second = names_of(0, 8, "a"), names_of(0, 8, "b")
+    found = []
+    for late in (False, True):
+        clock = Clock()
+        record = Recorder(tmp_path / f"{late}", RecordSettings(), clock, SECRET)
+        for chain in (first, second, first):
+            clock.now_ms += 1
+            match(record, chain)
+            if not late or chain is first:
+                record.note(Kind.PUT, MODEL, MHA, chain, tenant=0, retention=1)
+        clock.now_ms += 60_000
+        record.note(Kind.PUT, MODEL, MHA, second, tenant=0, retention=1)
+        record.flush(0)
+        asked = asked_of(read_record(tmp_path / f"{late}"))
+        held = simulate(asked, 8 * BLOCK_BYTES, policy_of("lru"))
+        found.append(held.sum())
+    assert found == [0, 8]
 
 
-def test_chains_put_and_touched_in_pieces(tmp_path: Path) -> None:
-    drawn = np.random.default_rng(5)
-    requests: list[tuple[Kind, int, list[int]]] = []
-    for _ in range(300):
-        session, length = int(drawn.integers(12)), int(drawn.integers(2, 30))
-        chain = [session * 1000 + at for at in range(length)]
-        start = int(drawn.integers(0, length)) if drawn.random() < 0.3 else 0
-        requests.append((Kind.MATCH, start, chain))
-        if drawn.random() < 0.5:
-            requests.append((Kind.TOUCH, 0, chain[: length // 2 + 1]))
+def test_other_models_take_their_own_bytes_and_pieces_go_with_what_is_before(
+    tmp_path: Path,
+) -> None:
+    """A put of a chain's end alone enters where its beginning is held, and nowhere else."""
     clock = Clock()
     record = Recorder(tmp_path / "record", RecordSettings(), clock, SECRET)
-    asked = 0
-    for kind, start, blocks in requests:
-        clock.now_ms += 1000
-        names = b"".join(names_of(block, block + 1) for block in blocks)
-        record._ends.clear()  # every touch is noted here
-        record.note(kind, MODEL, MHA, names, tenant=0, retention=1, start=start)
-        asked += len(blocks) - start if kind is Kind.MATCH else 0
+    chain = names_of(0, 8)
+    for part, start in ((chain[: 4 * 16], 0), (chain[4 * 16 :], 4), (names_of(20, 24), 20)):
+        record.note(Kind.PUT, MODEL, MHA, part, tenant=0, retention=1, start=start)
+        clock.now_ms += 10_000
+    match(record, chain, start=2)
+    record.note(Kind.MATCH, ModelId(2), SHARDED, names_of(0, 3, "s"), tenant=0, retention=1)
     record.flush(0)
-    found = distances_of(read_record(tmp_path / "record"))
-    for capacity in (5, 20, 60, 150, 400):
-        said = found.hits(capacity * BLOCK_BYTES, asked * MHA.block_tokens) * asked
-        assert said == pytest.approx(list_lru(requests, capacity), abs=0.5)
+    asked = asked_of(read_record(tmp_path / "record"))
+    whole = asked.footprint_bytes
+    assert whole == (8 + 4 + 0) * BLOCK_BYTES + 3 * units_of(SHARDED) * 4096
+    for capacity, hits in ((whole, 6), (8 * BLOCK_BYTES, 2), (7 * BLOCK_BYTES, 1)):
+        assert simulate(asked, capacity, policy_of("lru")).sum() == hits
 
 
 def test_what_was_held_before_the_record_began_is_no_miss_of_what_there_is(tmp_path: Path) -> None:
@@ -204,12 +279,12 @@ def test_what_live_sessions_need(tmp_path: Path) -> None:
             match(record, chain)
     record.flush(0)
     group = read_record(tmp_path / "record")
-    found = distances_of(group)
-    told = live_sessions(group, found, 120_000)
+    found = asked_of(group)
+    told = live_sessions(found, 120_000)
     assert told["sessions"] == pytest.approx(3)
     assert told["chain_bytes"] / BLOCK_BYTES == pytest.approx(71.5, rel=0.02)
     assert told["needed_bytes"] / BLOCK_BYTES == pytest.approx(71.5 - 20 / 3, rel=0.02)
-    assert live_sessions(group, found, 5_000)["sessions"] == pytest.approx(1)
+    assert live_sessions(found, 5_000)["sessions"] == pytest.approx(1)
 
 
 @pytest.fixture
@@ -330,14 +405,21 @@ def test_a_replay_compares_what_its_record_predicts(scratch: Path, tmp_path: Pat
     write_agents(tmp_path, sessions=8, turns=12)
     told = document(
         "replay", tmp_path, "--window", "10m", "--policy", "lru", "--capacity", "20%",
-        "--advise", "10%", "--advise", "60%", "--directory", scratch,
+        "--policy", "reuse", "--capacity", "60%",
+        "--advise", "20%", "--advise", "60%", "--advise", "40%", "--directory", scratch,
     )  # fmt: skip
-    [run] = [each for each in told["runs"] if each["replayed"]]
-    assert run["findings"] == []
-    assert [round(each["capacity_part"], 1) for each in run["advised"]] == [0.1, 0.6]
-    for each in run["advised"]:
-        assert abs(each["off_by"]) < 0.02
-        assert each["exact_lru_hit_rate"] > 0.1
+    runs = [each for each in told["runs"] if each["replayed"]]
+    assert len(runs) == 4
+    for run in runs:
+        assert run["findings"] == []
+        assert [round(each["capacity_part"], 1) for each in run["advised"]] == [0.2, 0.6, 0.4]
+        for each in run["advised"]:
+            assert each["policy"] == run["policy"]
+        *both, between = run["advised"]
+        assert between["off_by"] is None, "no run had that capacity"
+        for each in both:
+            assert abs(each["off_by"]) < 0.02
+            assert each["replayed_hit_rate"] > 0.5
 
 
 def test_the_record_of_a_killed_daemon_goes_on(scratch: Path) -> None:

@@ -29,6 +29,7 @@ from twfs.errors import (
     NotADirectory,
     NotEmpty,
     NotSupported,
+    PromiseRefused,
     TwfsError,
     WarehouseFull,
 )
@@ -518,3 +519,45 @@ def test_a_listing_finds_under_a_name_what_it_leads_to_now(scratch: Path) -> Non
         files.rename(0, b"moved", 0, b"there")
         found = files.rows(0, listed)
         assert [None if row is None else row.ino for row in found] == [anew, None, None]
+
+
+def make_directories(files: Files, wanted: int) -> int:
+    """Make up to *wanted* directories; how many there was room for."""
+    for made in range(wanted):
+        try:
+            files.mkdir(0, b"%d" % files._new_ino(), mode=0o755, uid=0, gid=0)
+        except WarehouseFull as error:
+            if "directories take 1/16 of the space" not in str(error):
+                raise
+            return made
+    return wanted
+
+
+def test_directories_may_take_their_part_of_the_space_and_no_more(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        files, total = warehouse.files, warehouse.space().total_bytes
+        made = make_directories(files, 1000)
+        assert (made - 1) * 8192 * 16 < total <= (made + 2) * 8192 * 16  # the root is one
+        names = [name for name, _ in files.names(0)]
+        files.rmdir(0, names.pop())
+        assert make_directories(files, 2) == 1
+        files.rename(0, names[0], 0, names[1])  # takes the place of that one
+        assert make_directories(files, 2) == 1
+    with open_warehouse(scratch) as warehouse:
+        assert make_directories(warehouse.files, 1) == 0
+
+
+def test_directories_need_none_of_what_may_be_pinned(scratch: Path) -> None:
+    make_warehouse(scratch)
+    (scratch / "twfs.toml").write_text("[retention.pinned]\nshare = 0.000001\n")
+    with open_warehouse(scratch) as warehouse:
+        files = warehouse.files
+        row = files.mkdir(0, b"d", mode=0o755, uid=0, gid=0)
+        files.set_attributes(row.ino, mode=0o700)
+        files.rename(0, b"d", 0, b"e")
+        make_file(files, row.ino, b"f", b"kept as others")
+        files.set_retention(row.ino, Retention.PINNED)  # of the files that are made in it
+        with pytest.raises(PromiseRefused, match="cannot be pinned") as caught:
+            make_file(files, row.ino, b"g", b"kept for good")
+        assert caught.value.errno == errno.ENOSPC
+        assert tree_of(files) == {b"/e": None, b"/e/f": b"kept as others"}

@@ -13,8 +13,10 @@ import pytest
 
 from support.cli import ENVIRONMENT, twfs
 from support.daemon import Daemon, client_of, running_daemon
+from support.loops import loop_device, needs_loops
 from support.rebuilding import assert_back, state_of
 from support.warehouses import (
+    DEVICE_BYTES,
     MHA,
     assert_sound,
     block_at,
@@ -36,12 +38,15 @@ from twfs.errors import (
     NoSuchTenant,
     NotAllowed,
 )
+from twfs.formatting import DeviceSpec
 from twfs.hints import Hint
 from twfs.prefix import Names
 from twfs.purging import Purge, rows_of
 from twfs.rebuild import rebuild
 from twfs.store import Model
+from twfs.units import ALIGN
 from twfs.usage import By, usage
+from twfs.warehouse import Warehouse
 from twfs_tools.purge import EXIT_LEFT
 
 OWNER, ENGINE, STRANGER = 5001, 5002, 5003
@@ -99,6 +104,33 @@ def test_no_byte_of_a_purged_session_is_left_on_the_raw_image_and_what_it_shared
     with open_warehouse(scratch) as warehouse:
         assert_back(before, state_of(warehouse), exactly=True)
         assert read_all(warehouse, warehouse.open_model("m"), goes) == 4
+
+
+@needs_loops
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_purge_reaches_the_drive(scratch: Path, *, overwrite: bool) -> None:
+    """A discard of a loop device is a hole in its file: what the drive was told is seen there."""
+    backing = scratch / "backing"
+    with loop_device(backing, DEVICE_BYTES) as device:
+        Warehouse.create(scratch, [DeviceSpec(device)])
+        with Warehouse.open(scratch) as warehouse:
+            model = warehouse.open_model("m", MHA)
+            names = chain_of(model, 10)
+            before = backing.stat().st_blocks
+            put(warehouse, model, names, hint=Hint(session="tiger"))
+            marks = marks_of(model, names)
+            assert sum(mark in backing.read_bytes() for mark in marks) == 10
+            done = warehouse.operate("purge", session="tiger", overwrite=overwrite)
+            assert done["complete"]
+            assert done["overwritten_bytes"] == (done["purged_bytes"] if overwrite else 0)
+            assert done["discarded_bytes"] == (0 if overwrite else done["purged_bytes"])
+            raw = backing.read_bytes()
+            assert not any(mark in raw for mark in marks)
+            taken = (backing.stat().st_blocks - before) * 512  # else all that is free is a hole
+            assert taken > DEVICE_BYTES // 2 if overwrite else taken <= 8 * ALIGN
+            put(warehouse, model, names)
+            assert read_all(warehouse, model, names) == 10
+            assert_sound(warehouse)
 
 
 def test_a_purge_erases_earlier_copies_in_free_space_too(scratch: Path) -> None:

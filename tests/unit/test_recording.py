@@ -10,9 +10,13 @@ import xxhash
 from support.recording import MODEL, Clock, match, names_of, recorder
 from support.warehouses import MHA, chain_of, make_warehouse, open_warehouse, put
 from twfs.accesses import (
+    AGAIN_MS,
     HEAD,
+    PUT_NOW,
+    PUT_SOON,
     ROW_DTYPE,
     SAMPLE_DTYPE,
+    USED_NOW,
     Kind,
     groups_in,
     last_id,
@@ -21,10 +25,11 @@ from twfs.accesses import (
     read_segment,
     segments_in,
 )
+from twfs.asking import asked_of
 from twfs.config import Config, RecordSettings, parse
 from twfs.errors import InvalidInput
-from twfs.hints import Hint
-from twfs.recording import AGAIN_MS, ENDS_MAX, PENDING_ROWS_MAX, Recorder, units_of
+from twfs.hints import Hint, Stop
+from twfs.recording import ENDS_MAX, PENDING_ROWS_MAX, Recorder, units_of
 from twfs.warehouse import Warehouse
 
 
@@ -83,7 +88,7 @@ def test_puts_and_touches_of_what_was_matched_are_noted_once(tmp_path: Path) -> 
     assert len(record._ends) == ENDS_MAX
 
 
-def test_a_touch_long_after_its_match_is_a_use_of_its_own(tmp_path: Path) -> None:
+def test_how_a_request_ended_is_a_row_with_the_least_block_of_its_chain(tmp_path: Path) -> None:
     clock = Clock()
     record = recorder(tmp_path / "record", clock)
     chain = names_of(0, 8)
@@ -93,8 +98,52 @@ def test_a_touch_long_after_its_match_is_a_use_of_its_own(tmp_path: Path) -> Non
         record.note(Kind.TOUCH, MODEL, MHA, chain, tenant=0, retention=1)
     record.flush(0)
     found = read_record(tmp_path / "record")
-    assert found.rows["kind"].tolist() == [Kind.MATCH, Kind.TOUCH, Kind.TOUCH]
+    assert found.rows["kind"].tolist() == [Kind.MATCH, Kind.END, Kind.END]
     assert np.diff(found.rows["time_ms"].astype(np.int64)).tolist() == [AGAIN_MS, AGAIN_MS + 1]
+    assert found.rows["start"].tolist() == [0, AGAIN_MS, 2 * AGAIN_MS + 1]
+    assert found.rows["stop"].tolist() == [0, USED_NOW, USED_NOW]
+    assert found.rows["samples"].tolist() == [8, 1, 1]
+    assert found.samples["id"][8] == found.samples["id"][9] == found.samples["id"][:8].min()
+
+
+def test_ends_say_when_it_was_put_and_why_it_stopped_and_stay_as_long_as_matches(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    record = recorder(tmp_path / "record", clock)
+
+    def note(kind: Kind, chain: bytes, stop: Stop | None = None) -> None:
+        code = 0 if stop is None else stop.code
+        record.note(kind, MODEL, MHA, chain, tenant=0, retention=1, stop=code)
+
+    late, soon, told = (names_of(0, 8, each) for each in ("late", "soon", "told"))
+    for chain in (late, soon, told):
+        match(record, chain)
+    note(Kind.PUT, soon)
+    note(Kind.PUT, told, Stop.TOOL_USE)
+    note(Kind.TOUCH, told, Stop.TOOL_USE)
+    note(Kind.TOUCH, told, Stop.TOOL_USE)
+    clock.now_ms += 5000
+    note(Kind.PUT, late, Stop.END_TURN)
+    clock.now_ms += 3
+    note(Kind.TOUCH, late, Stop.END_TURN)
+    note(Kind.TOUCH, soon)
+    record.flush(0)
+    found = read_record(tmp_path / "record")
+    ends = found.rows[found.rows["kind"] == Kind.END]
+    assert [tuple(row) for row in ends[["start", "stop", "count"]].tolist()] == [
+        (0, PUT_NOW | USED_NOW | PUT_SOON | Stop.TOOL_USE.code, 8),
+        (5003, PUT_NOW | USED_NOW | Stop.END_TURN.code, 8),
+        (5003, USED_NOW | PUT_SOON, 8),
+    ]
+    asked = asked_of(found)
+    assert asked.of_match.tolist() == [-1, -1, -1, 2, 0, 1]
+    assert asked.session[3:].tolist() == asked.session[[2, 0, 1]].tolist()
+    for level in range(1, 8):
+        thin = found.thinned(level)
+        kinds = thin.rows["kind"].tolist()
+        assert kinds.count(Kind.MATCH) == kinds.count(Kind.END)
+        assert (asked_of(thin).of_match >= 0).sum() == kinds.count(Kind.END)
 
 
 def test_a_full_record_keeps_fewer_blocks_and_all_uses_of_these(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def advise(  # noqa: PLR0917 - the command line
 ) -> None:
     """Say what more or less space would do, who pays for it, and how long the drives last.
 
-    From the access record that the daemon keeps. Hit rates are of tokens in whole blocks, as an
-    LRU of that size would have them.
+    From the access record that the daemon keeps. Hit rates are of tokens in whole blocks, as a
+    warehouse of that size with the same policy of eviction would have them.
     """
     idle_ms = duration_ms(idle)
     if not idle_ms:
@@ -89,6 +89,7 @@ def _print(document: dict[str, Any]) -> None:
         f"different blocks are {size(document['footprint_bytes'])}\n"
     )
     total = document["total_bytes"]
+    say(f"simulated with these blocks, and the policy {document['policy']}:")
     print_table(
         ["SPACE", ">OF NOW", ">HITS", ">WRITTEN/DAY", ">DRIVES LAST"],
         [

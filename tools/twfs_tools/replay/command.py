@@ -254,20 +254,23 @@ def _print_speed(runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _print_advised(runs: Sequence[Mapping[str, Any]]) -> None:
-    """What `twfs advise` says after each run, and the exact LRU that it predicts."""
+    """What `twfs advise` says after each run, beside the run at that capacity if there was one."""
     if not runs:
         return
     say("")
     print_table(
-        ["recorded with", ">window", ">seed", ">at capacity", ">advised %", ">exact lru %",
+        ["recorded with", ">window", ">seed", ">at capacity", ">advised %", ">replayed %",
          ">off by", ">a live session needs"],
         [
             [
                 f"{run['policy']}, {100 * run['capacity_part']:.3g} %",
                 f"{run['window_s'] / 3600:g} h", run["seed"],
                 f"{100 * each['capacity_part']:.3g} %", f"{100 * each['hit_rate']:.2f}",
-                f"{100 * each['exact_lru_hit_rate']:.2f}",
-                f"{100 * each['off_by']:+.2f}",
+                *(
+                    ("-", "-")
+                    if each["off_by"] is None
+                    else (f"{100 * each['replayed_hit_rate']:.2f}", f"{100 * each['off_by']:+.2f}")
+                ),
                 "-" if each["session_bytes"] is None else size(each["session_bytes"]),
             ]
             for run in runs

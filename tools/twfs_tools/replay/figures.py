@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from twfs_tools.replay.bounds import Hits, lru
+from twfs_tools.replay.bounds import Hits
 from twfs_tools.replay.drive import Outcome, Setup
 from twfs_tools.replay.streams import IntArray, Stream
 
@@ -122,23 +122,23 @@ class Marks:
         }  # fmt: skip
 
     def _advised(self, setup: Setup, outcome: Outcome) -> list[Figures]:
-        """What the run's own access record predicts for other capacities, beside an exact LRU."""
+        """What the run's own access record predicts for other capacities; see `compared`."""
         if not setup.advised_blocks:
             return []
         whole = len(self.stream.blocks) * self.stream.block_tokens
         scale = whole / int(self.stream.prompt_tokens.sum())  # the record knows whole blocks only
         by_bytes = {each["bytes"]: each["hit_rate"] for each in outcome.advice["curve"]}
-        truth = lru(self.stream, setup.advised_blocks)
-        rows = []
-        for blocks, hits in zip(setup.advised_blocks, truth, strict=True):
-            said, exact = scale * by_bytes[blocks * setup.unit_bytes], self.rate(hits.blocks)
-            rows.append({
+        return [
+            {
                 "capacity_part": blocks / self.stream.unique_blocks, "capacity_blocks": blocks,
-                "hit_rate": said, "exact_lru_hit_rate": exact, "off_by": said - exact,
+                "policy": outcome.advice["policy"],
+                "hit_rate": scale * by_bytes[blocks * setup.unit_bytes],
+                "replayed_hit_rate": None, "off_by": None,
                 "block_part": outcome.advice["block_part"],
                 "session_bytes": self._session_bytes(setup, outcome),
-            })  # fmt: skip
-        return rows
+            }
+            for blocks in setup.advised_blocks
+        ]  # fmt: skip
 
     def _session_bytes(self, setup: Setup, outcome: Outcome) -> float | None:
         """Modelled bytes that a live session needs, as its record says."""
@@ -168,6 +168,20 @@ class Marks:
                 "refused_blocks": int(outcome.refused[where].sum()),
             })  # fmt: skip
         return found
+
+
+def compared(runs: Iterable[Mapping[str, Any]]) -> None:
+    """Say of each prediction how far it is off the run of that policy and capacity, if one was."""
+
+    def key(run: Mapping[str, Any], capacity: int) -> tuple[Any, ...]:
+        return run["policy"], run["window_s"], run["seed"], capacity
+
+    replayed = [run for run in runs if run["replayed"]]
+    truth = {key(run, run["capacity_blocks"]): run["hit_rate"] for run in replayed}
+    for run in replayed:
+        for each in run["advised"]:
+            rate = each["replayed_hit_rate"] = truth.get(key(run, each["capacity_blocks"]))
+            each["off_by"] = None if rate is None else each["hit_rate"] - rate
 
 
 def summary(runs: Iterable[Mapping[str, Any]]) -> list[Figures]:

@@ -9,7 +9,7 @@ from twfs.config import CONFIG_FILE
 from twfs.store import Durability
 from twfs_tools.bench.report import environment
 from twfs_tools.replay import bounds, drive
-from twfs_tools.replay.figures import Figures, Marks, summary
+from twfs_tools.replay.figures import Figures, Marks, compared, summary
 from twfs_tools.replay.options import (
     DEFAULT_POLICY,
     blocks_of,
@@ -106,6 +106,7 @@ def run(plan: Plan, advance: Callable[[int], None]) -> dict[str, Any]:
                             stream, setup, plan.directory, _front(stream, setup), advance
                         )
                         runs.append(marks.replayed(policy, setup, outcome))
+    compared(runs)
     return {
         "replay": "twfs", "environment": environment(plan.directory), "settings": plan.settings(),
         "streams": streams, "summary": summary(runs), "runs": runs,
