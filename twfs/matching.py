@@ -357,15 +357,16 @@ def touch_blocks(
             return
         held, needed = gather(core, model, names, 0, tenant)
         used = [run.records["slot"] for run in needed if len(run.records)]
+        retention = Retention.STANDARD.rank
         if used:
             slots = np.concatenate(used)
+            retention = int(core.slots.retention[slots[-1]])
             core.slots.use(slots, core.clock())
             note_touch(core, model, names.hash_at(0), slots, hint, tenant=tenant)
-            core.recorder.note(
-                Kind.TOUCH, model, core.models[model].layout, names.hashes, tenant=tenant,
-                retention=int(core.slots.retention[slots[-1]]),
-                stop=0 if hint.stop is None else hint.stop.code,
-            )  # fmt: skip
+        core.recorder.note(
+            Kind.TOUCH, model, core.models[model].layout, names.hashes, tenant=tenant,
+            retention=retention, stop=0 if hint.stop is None else hint.stop.code, held=bool(used),
+        )  # fmt: skip
         if held and (hint.session or hint.retention is not None):
             note_session(core, model, tenant, names.hash_at(held - 1), hint)
 

@@ -168,13 +168,14 @@ class Recorder:
 
     def note(
         self, kind: Kind, model: ModelId, layout: Layout, hashes: bytes, *, tenant: int,
-        retention: int, start: int = 0, stop: int = 0,
+        retention: int, start: int = 0, stop: int = 0, held: bool = True,
     ) -> None:  # fmt: skip
         """Note a use of the chain whose names are *hashes*, 16 bytes each.
 
         A match asked from block *start* on and found up to *stop*; of others *stop* is the code of
         how the request ended. A put has the blocks from *start* on alone. A put or touch that ends
-        as a chain used of late is its END, and says nothing new if it comes soon after.
+        as a chain used of late is its END, and says nothing new if it comes soon after. If nothing
+        of the chain is *held* it is noted as an END only: a larger store had put it then.
         """
         if not self.on or not hashes:
             return
@@ -184,6 +185,8 @@ class Recorder:
         count = len(hashes) // HASH_BYTES + (start if kind is Kind.PUT else 0)
         with self._lock:
             now_ms, end = self._clock(), hashes[-HASH_BYTES:]
+            if not held and (end not in self._ends or not self._ends[end].least):
+                return
             use = self._ends.pop(end, None)
             if kind is Kind.MATCH or use is None or not (use.least or _is_soon(use, kind, now_ms)):
                 least = b"" if kind is Kind.PUT else self._least(hashes)

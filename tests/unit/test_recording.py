@@ -30,6 +30,7 @@ from twfs.config import Config, RecordSettings, parse
 from twfs.errors import InvalidInput
 from twfs.hints import Hint, Stop
 from twfs.recording import ENDS_MAX, PENDING_ROWS_MAX, Recorder, units_of
+from twfs.units import Millis
 from twfs.warehouse import Warehouse
 
 
@@ -321,6 +322,27 @@ def test_the_warehouse_notes_matches_puts_and_touches(scratch: Path) -> None:
         (Kind.MATCH, 0, 6, 6, 6),
     ]
     assert noted.written_bytes == 9 * 8192
+
+
+def test_a_touch_of_what_was_not_let_in_ends_its_match_and_is_no_use_of_its_own(
+    scratch: Path,
+) -> None:
+    clock = Clock()
+    make_warehouse(scratch)
+    with Warehouse.open(scratch, clock=lambda: Millis(clock())) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, 6)
+        with warehouse.match(model, names):
+            pass
+        clock.now_ms += 5000
+        warehouse.touch(model, names, Hint(stop=Stop.TOOL_USE))
+        warehouse.touch(model, chain_of(model, 3, 5), Hint(stop=Stop.TOOL_USE))
+        warehouse.operate("record")
+    noted = read_record(scratch / "record")
+    assert [tuple(row) for row in noted.rows[["kind", "start", "stop"]].tolist()] == [
+        (Kind.MATCH, 0, 0),
+        (Kind.END, 5000, USED_NOW | Stop.TOOL_USE.code),
+    ]
 
 
 def test_a_new_warehouse_has_no_record_of_the_one_before(scratch: Path) -> None:
