@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingWorkerMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
 )
@@ -368,7 +371,6 @@ class TwfsConnector(OffloadingConnector):
         prepare(vllm_config, ("TwfsSpec", "twfs.engines.vllm"))
         check_windows(kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
-        self._step: tuple[float, int] = (0.0, 0)
         stock: Any = getattr(self, "connector_scheduler", None)
         if stock is not None:
             self.manager: TwfsManager = stock.manager
@@ -403,8 +405,7 @@ class TwfsConnector(OffloadingConnector):
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        """Note when a step begins, and how many tokens it computes."""
-        self._step = (time.monotonic(), scheduler_output.total_num_scheduled_tokens)
+        """Let the worker know of a step that computes prompts alone: it times that."""
         meta: Any = super().build_connector_meta(scheduler_output)
         tokens = 0 if meta.load_jobs else prompt_tokens(scheduler_output)
         if tokens:
@@ -426,9 +427,24 @@ class TwfsConnector(OffloadingConnector):
             worker.prefill.end()
         super().wait_for_save()
 
+    def build_connector_worker_meta(self) -> Any:
+        """As vLLM's, with what the worker has timed. The aggregate of several ranks loses it."""
+        meta: Any = super().build_connector_worker_meta()
+        worker = self.connector_worker and self.connector_worker.worker
+        timed = worker.prefill.take() if worker is not None and worker.prefill is not None else None
+        if timed is not None:
+            meta = meta or OffloadingWorkerMetadata()
+            meta.twfs_computed = timed
+        return meta
+
     def update_connector_output(self, connector_output: Any) -> None:
-        """Note how long the step took, and which loads failed."""
-        self.manager.breakeven.computed(self._step[1], time.monotonic() - self._step[0])
+        """Note how fast the engine computes, and which loads failed.
+
+        Only the worker can tell: when an output comes, the next step may long have been scheduled.
+        """
+        timed = getattr(connector_output.kv_connector_worker_meta, "twfs_computed", None)
+        if timed is not None:
+            self.manager.breakeven.computed(*timed)
         if connector_output.invalid_block_ids:
             self.manager.failed(connector_output.invalid_block_ids)
         super().update_connector_output(connector_output)

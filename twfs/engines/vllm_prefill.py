@@ -80,6 +80,7 @@ class PrefillTimes:
         self._begun: tuple[Prompts, Any] | None = None
         self._open: deque[tuple[Prompts, Any, Any]] = deque()
         self._tokens, self._seconds = 0, 0.0
+        self._fresh = (0, 0.0)  # tokens and seconds that `take` has not told
         self._tenant: str | None = None
         self._desk = Desk("twfs-prefill")
 
@@ -95,11 +96,18 @@ class PrefillTimes:
             self._begun = None
         while self._open and self._open[0][2].reached():
             prompts, begun, ended = self._open.popleft()
+            seconds = ended.seconds_since(begun)
             self._tokens += prompts.tokens
-            self._seconds += ended.seconds_since(begun)
+            self._seconds += seconds
+            self._fresh = (self._fresh[0] + prompts.tokens, self._fresh[1] + seconds)
             self._tenant = prompts.tenant
         if self._seconds >= REPORT_SECONDS:
             self._report()
+
+    def take(self) -> tuple[int, float] | None:
+        """Tokens computed, and in how many seconds, since the last call; None: nothing new."""
+        fresh, self._fresh = self._fresh, (0, 0.0)
+        return fresh if fresh[0] else None
 
     def _report(self) -> None:
         tokens, seconds, tenant = self._tokens, self._seconds, self._tenant
