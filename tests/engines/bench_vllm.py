@@ -27,7 +27,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -100,8 +100,11 @@ def published(daemon: Daemon) -> int:
 
 def files_in(folder: Path) -> int:
     """Bytes and files there are."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return len(found) + sum(path.stat().st_size for path in found)
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            found += 1 + path.stat().st_size
+    return found
 
 
 @dataclass
