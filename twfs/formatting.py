@@ -275,17 +275,21 @@ def _sized(descriptor: int, spec: DeviceSpec, *, is_block: bool, force: bool) ->
             f"{path} carries {carried}: name another device, or force it, which loses all of that"
         )
     if not is_block:
+        room = os.fstatvfs(descriptor)
+        free = room.f_bavail * room.f_frsize
+        # Asked first, or it would be full for a moment, and others' writes would fail.
         try:
+            if size - os.fstat(descriptor).st_blocks * 512 > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             # A write to a published image must never find the filesystem full.
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             os.ftruncate(descriptor, held)
             if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                 raise
-            room = os.fstatvfs(descriptor)
             raise NoSpaceForImage(
-                f"{path} needs {size} bytes and its filesystem has "
-                f"{room.f_bavail * room.f_frsize} free: ask for less, or use another filesystem"
+                f"{path} needs {size} bytes and its filesystem has {free} free: ask for less, or "
+                "use another filesystem"
             ) from error
         if spec.size_bytes is not None:
             os.ftruncate(descriptor, size)
