@@ -51,6 +51,7 @@ FIRST_TOKENS: Final = 1500
 TURN_TOKENS: Final = 500
 ANSWER_TOKENS: Final = 32
 BLOCK_TOKENS: Final = 64
+PATIENCE_S: Final = 60.0  # for what an engine does soon
 CALM_STEPS: Final = 5  # without anything stored: all is
 KV_TOKENS: Final = 8192  # of the engine's own; all sessions have 8 x 3,100
 
@@ -77,7 +78,9 @@ def drop_caches() -> None:
 def settle(vllm: Vllm, stored: Callable[[], int]) -> None:
     """Wait until no more is *stored*; the engine steps while it answers."""
     before, calm = stored(), 0
+    late_s = time.monotonic() + PATIENCE_S
     while calm < CALM_STEPS:
+        assert time.monotonic() < late_s, "it stores on and on"
         vllm.generate({"seed": 999, "tokens": 20}, out=1)
         time.sleep(0.1)
         now = stored()
@@ -87,7 +90,9 @@ def settle(vllm: Vllm, stored: Callable[[], int]) -> None:
 
 def forget(vllm: Vllm) -> None:
     """Have the engine forget its own KV, once nobody uses a block of it."""
+    late_s = time.monotonic() + PATIENCE_S
     while not vllm.ask(do="reset"):
+        assert time.monotonic() < late_s, "some block is in use all the time"
         vllm.generate({"seed": 999, "tokens": 20}, out=1)
         time.sleep(0.1)
 

@@ -158,3 +158,14 @@ def test_a_least_length_decides_alone() -> None:
     even.loaded(1000, 9.0)
     assert even.pays(512)
     assert not even.pays(511)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"tokens_min": "512"}, {"tokens_min": -1}, {"tokens_min": True}, {"tokens_min": 0.5},
+     {"deadline_s": "2"}, {"deadline_s": 0}, {"deadline_s": -1.0}, {"deadline_s": float("nan")}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_number_is_refused_at_the_engines_start(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="give"):
+        BreakEven(**given)

@@ -6,6 +6,8 @@ the hardware. Used by one thread.
 
 from typing import Final
 
+from twfs.errors import InvalidInput
+
 WEIGHT: Final = 0.2  # of the newest observation
 TOKENS_MIN: Final = 64  # of a step that tells how fast computing is; shorter ones are overhead
 LOAD_OVERHEAD_S: Final = 0.005  # of any load: a match, a join, a step of the engine
@@ -14,11 +16,22 @@ DEADLINE_S: Final = 2.0  # of a load, at most
 
 
 class BreakEven:
-    """Seconds per token of computing and of loading; None until seen."""
+    """Seconds per token of computing and of loading; None until seen.
+
+    InvalidInput, at the engine's start, if what the operator gave is no such number.
+    """
 
     def __init__(
         self, *, tokens_min: int | None = None, deadline_s: float | None = None
     ) -> None:  # fmt: skip
+        if tokens_min is not None and (type(tokens_min) is not int or tokens_min < 0):
+            raise InvalidInput(
+                f"min_load_tokens is {tokens_min!r:.40}: give a whole number of tokens, or nothing"
+            )
+        if deadline_s is not None and (type(deadline_s) not in {int, float} or not deadline_s > 0):
+            raise InvalidInput(
+                f"load_deadline_s is {deadline_s!r:.40}: give seconds above 0, or leave it out"
+            )
         self.tokens_min = tokens_min  # fewer are never loaded; None: as estimated
         self.given_s = deadline_s  # that every load may take; None: as estimated
         self.compute_s: float | None = None
