@@ -75,7 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding", "engines.keyed"),
-    ("engines.transfers", "engines.vllm_layout", "engines.vllm_prefill"),
+    ("engines.transfers", "engines.vllm_layout", "engines.vllm_prefill", "engines.vllm_reports"),
     (
         "engines.lmcache",
         "engines.sglang",

@@ -210,6 +210,7 @@ def restore(vllm: Vllm, daemon: Daemon) -> None:
 def test_ranks_store_a_shard_each(engine: str, model: Path, daemon: Daemon) -> None:
     with Vllm(engine, model, transfer_config(daemon.socket), tensor_parallel_size=2) as vllm:
         cold = vllm.generate(PROMPT)
+        assert vllm.ask(do="estimate") > 0  # which rank 0 alone has timed
         wait_stored(daemon, 2 * (HELD // STORED_TOKENS))
     daemon.restart()
     with Vllm(engine, model, transfer_config(daemon.socket), tensor_parallel_size=2) as vllm:

@@ -49,6 +49,12 @@ WRAPPER
     chmod +x bin/python
 }
 
+# vLLM with Ray, for what an engine over several nodes is told.
+make_ray() {
+    over_vllm "$1"
+    pip_in . --no-deps ray==2.60.0 msgpack==1.2.4
+}
+
 # Mooncake's store without CUDA: its wheel brings the master, and links with these of the system.
 make_mooncake() {
     "$1" -m venv .

@@ -59,6 +59,9 @@ def answer(llm: Any, request: dict[str, Any]) -> Any:
 
             worker: Any = get_kv_transfer_group()
             return worker.connector_worker.worker.attachment.statistics()
+        case "estimate":  # seconds per token of computing, as the scheduler has been told
+            core: Any = llm.llm_engine.engine_core
+            return core.engine_core.scheduler.connector.manager.breakeven.compute_s
         case _:
             pass
     raise ValueError(request)

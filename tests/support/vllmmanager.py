@@ -5,12 +5,14 @@ ends with an assertion that failed, or prints "held".
 """
 
 import hashlib
+import pickle
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferStats
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 from vllm.v1.kv_offload.config import (
     OffloadingCacheConfig,
@@ -23,6 +25,7 @@ from vllm.v1.kv_offload.config import (
 from twfs.engines.transfers import Transfers
 from twfs.engines.vllm import TwfsManager, TwfsSpec, _Request
 from twfs.engines.vllm_layout import IDENTITY
+from twfs.engines.vllm_reports import RankReport
 
 TOKENS: Final = 64
 BLOCK_BYTES: Final = 4096
@@ -45,10 +48,12 @@ def spec_of(socket: Path, **extra: Any) -> TwfsSpec:
     )  # fmt: skip
 
 
-def request_of(manager: TwfsManager, name: str, count: int) -> tuple[Any, ReqContext, list[Any]]:
+def request_of(
+    manager: TwfsManager, name: str, count: int, **params: Any
+) -> tuple[Any, ReqContext, list[Any]]:
     """A request of so many blocks, admitted."""
     hashes = [hashlib.sha256(f"{i}".encode()).digest() for i in range(count)]
-    context = ReqContext(req_id=name)
+    context = ReqContext(req_id=name, kv_transfer_params={"twfs": params})
     keys = [make_offload_key(each, 0) for each in hashes]
     for index, key in enumerate(keys):
         context.set_offload_key_position(key, (index + 1) * TOKENS)
@@ -63,8 +68,35 @@ def until_ready(manager: TwfsManager, request: Any, computed: int = 0) -> None:
         time.sleep(0.001)
 
 
+def try_owners(manager: TwfsManager, first: ReqContext) -> None:
+    """What one tenant has stored is offered for another, and for another public beginning."""
+    others: list[dict[str, Any]] = [
+        {"tenant": "other"},
+        {"tenant": "other", "public_tokens": 2 * TOKENS},
+    ]
+    for number, params in enumerate(others):
+        request, context, keys = request_of(manager, f"owner {number}", 4, **params)
+        until_ready(manager, request)
+        assert manager.prepare_store(keys[:0], context).keys_to_store == []
+        offered = manager.prepare_store(keys[:4], context).keys_to_store
+        assert offered == keys[:4], (params, offered)
+        manager.on_request_finished(context)
+        manager.complete_store(offered, context)  # which may be later than the end
+        assert manager.prepare_store(keys, first).keys_to_store == []
+    list(manager.take_events())
+
+
+def try_reports() -> None:
+    """The sum of the ranks' reports keeps what one of them has timed, whoever comes first."""
+    reports = [RankReport({7: 1}, TransferStats(), (100, 0.5)), RankReport({7: 1, 8: 1})]
+    for first, second in (reports, reversed(reports)):
+        total = pickle.loads(pickle.dumps(first)).aggregate(second).aggregate(RankReport({7: 1}))
+        assert (total.completed_jobs, total.computed) == ({7: 3, 8: 1}, (100, 0.5))
+
+
 def main() -> None:
     """Try one promise after the other."""
+    try_reports()
     spec = spec_of(Path(sys.argv[1]))
     manager = TwfsManager(spec)
     manager.breakeven.tokens_min = 0
@@ -86,6 +118,7 @@ def main() -> None:
     assert manager.prepare_store(keys, context).keys_to_store == keys[10:]  # and what is known: not
     while workers.statistics().get("stored blocks", 0) < 10:
         time.sleep(0.01)
+    try_owners(manager, context)
     # What is held is a hit from where the engine's own memory ends; a failed load is a miss then.
     request, context, keys = request_of(manager, "b", 16)
     until_ready(manager, request, 2 * TOKENS)

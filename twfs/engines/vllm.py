@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
-    OffloadingWorkerMetadata,
-)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
     OffloadingConnectorScheduler,
 )
@@ -39,11 +36,14 @@ from twfs.engines.requests import params_of
 from twfs.engines.transfers import Offer, Transfers, runs_of
 from twfs.engines.vllm_layout import check_windows, layout_of, prepare
 from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
+from twfs.engines.vllm_reports import RankReport
 from twfs.units import align_up
 from twfs.upload import PIECES_MAX
 
 KNOWN_SECONDS: Final = 60.0  # that a block which was stored is not offered again
-KNOWN_MAX: Final = 200_000  # of these; 60 bytes each
+KNOWN_MAX: Final = 200_000  # of these; 120 bytes each
+
+Owner = tuple[str | None, int]  # tenant, and public blocks: what else than its key names a block
 
 
 @dataclass
@@ -90,8 +90,8 @@ class TwfsManager(OffloadingManager):
         )
         self.requests: dict[str, _Request] = {}
         self._hashes_per_block = self.layout.block_tokens // spec.tokens_per_hash
-        self._known: dict[bytes, float] = {}
-        self._storing: set[bytes] = set()  # blocks that take the workers' room
+        self._known: dict[tuple[Owner, bytes], float] = {}
+        self._storing: set[tuple[str, bytes]] = set()  # blocks that take the workers' room
         self._events: list[OffloadingEvent] = []
 
     def keys_of(self, request_id: str) -> list[bytes]:
@@ -157,37 +157,42 @@ class TwfsManager(OffloadingManager):
         """
         request_id, step = req_context.req_id, self.layout.block_tokens
         epoch, known = self.finder.epoch(request_id), self.requests.get(request_id)
-        now_s = time.monotonic()
+        owner, now_s = self._owner_of(req_context), time.monotonic()
         wanted: dict[int, Any] = {}
         if epoch is not None and known is not None:
             room = self.spec.arena_bytes // align_up(self.layout.block_bytes()) - len(self._storing)
             for key in keys:
                 index = req_context.get_offload_key_position(key) // step - 1
                 if known.start <= index < (known.blocks or 0) or (
-                    now_s - self._known.get(key, -KNOWN_SECONDS) < KNOWN_SECONDS
+                    now_s - self._known.get((owner, key), -KNOWN_SECONDS) < KNOWN_SECONDS
                 ):
                     continue
                 if index >= known.start:
                     if room <= 0:
                         break
                     room -= 1
-                    self._storing.add(key)
+                    self._storing.add((request_id, key))
                 wanted[index] = key
         params = self.finder.params(request_id)
         chain = self.keys_of(request_id) if wanted else []
         offer = Offer(
-            runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint,
-            params.public_tokens // step,
-        )  # fmt: skip
+            runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint, owner[1]
+        )
         stored = [wanted[index] for index in sorted(wanted)]
         return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint), [])
 
+    def _owner_of(self, req_context: Any) -> Owner:
+        """Whose the request's blocks are; also of one that has finished."""
+        params, _ = params_of(req_context.kv_transfer_params)
+        return params.tenant, params.public_tokens // self.layout.block_tokens
+
     def complete_store(self, keys: Collection[Any], req_context: Any, success: bool = True) -> None:
         """The workers have read the blocks; whether they are held is the daemon's to say."""
-        self._storing.difference_update(keys)
+        self._storing.difference_update((req_context.req_id, key) for key in keys)
         if len(self._known) > KNOWN_MAX:
             self._known.clear()
-        self._known.update(dict.fromkeys(keys, time.monotonic()))
+        owner, now_s = self._owner_of(req_context), time.monotonic()
+        self._known.update(((owner, key), now_s) for key in keys)
         if self.spec.config.enable_kv_cache_events:
             event = OffloadingEvent(keys=list(keys), medium=Medium.STORAGE, removed=False)
             self._events.append(event)
@@ -428,23 +433,22 @@ class TwfsConnector(OffloadingConnector):
         super().wait_for_save()
 
     def build_connector_worker_meta(self) -> Any:
-        """As vLLM's, with what the worker has timed. The aggregate of several ranks loses it."""
+        """As vLLM's, with what this rank has timed."""
         meta: Any = super().build_connector_worker_meta()
         worker = self.connector_worker and self.connector_worker.worker
         timed = worker.prefill.take() if worker is not None and worker.prefill is not None else None
-        if timed is not None:
-            meta = meta or OffloadingWorkerMetadata()
-            meta.twfs_computed = timed
-        return meta
+        if meta is None:
+            return None if timed is None else RankReport(computed=timed)
+        return RankReport(meta.completed_jobs, meta.transfer_stats, timed)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Note how fast the engine computes, and which loads failed.
 
         Only the worker can tell: when an output comes, the next step may long have been scheduled.
         """
-        timed = getattr(connector_output.kv_connector_worker_meta, "twfs_computed", None)
-        if timed is not None:
-            self.manager.breakeven.computed(*timed)
+        report: RankReport | None = connector_output.kv_connector_worker_meta
+        if report is not None and report.computed is not None:
+            self.manager.breakeven.computed(*report.computed)
         if connector_output.invalid_block_ids:
             self.manager.failed(connector_output.invalid_block_ids)
         super().update_connector_output(connector_output)

@@ -27,9 +27,10 @@ def prepare(vllm_config: Any, spec: tuple[str, str]) -> None:
     """
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     extra = transfer.kv_connector_extra_config
-    if parallel.nnodes > 1:
+    nodes = nodes_of(parallel)
+    if nodes > 1:
         raise InvalidInput(
-            f"one engine over {parallel.nnodes} nodes: a warehouse is of one node, so its ranks "
+            f"one engine over {nodes} nodes: a warehouse is of one node, so its ranks "
             "would not find each other's shards; run one engine a node (data parallel)"
         )
     if transfer.kv_load_failure_policy != "recompute":
@@ -49,6 +50,17 @@ def prepare(vllm_config: Any, spec: tuple[str, str]) -> None:
     extra.setdefault("spec_name", spec[0])
     extra.setdefault("spec_module_path", spec[1])
     extra[IDENTITY] = identity_of(vllm_config, extra)
+
+
+def nodes_of(parallel: Any) -> int:
+    """On how many nodes an engine's ranks are; under Ray its group of places says so."""
+    if parallel.placement_group is None:
+        return int(parallel.nnodes_within_dp)
+    import ray  # noqa: PLC0415 - the engine that calls has imported it
+    from ray.util import placement_group_table  # noqa: PLC0415
+
+    places = placement_group_table(parallel.placement_group)["bundles_to_node_id"]
+    return len({ray.get_runtime_context().get_node_id(), *places.values()})
 
 
 def check_windows(kv_cache_config: Any) -> None:
