@@ -9,7 +9,7 @@ cannot be erased now (leased, its device away or read-only) stays marked, and is
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from twfs import wasting
 from twfs.core import Core
 from twfs.doomed import Doomed, Erased
 from twfs.errors import InvalidInput, NoSuchTenant, NotAllowed, TwfsError, WarehouseClosed
-from twfs.operating import Verb, Verbs
+from twfs.operating import NoArguments, Verb, Verbs
 from twfs.records import BlockKey, Extent
 from twfs.retaining import end_session, flush
 from twfs.roster import Roster
@@ -89,9 +89,13 @@ class Purger:
     def verbs(self, uid: int | None = None) -> Verbs:
         """`purge`, as *uid* may use it: NotAllowed but for a tenant of theirs; None: an operator's.
 
-        NoSuchTenant, NoSuchModel, NoSuchBlock for a session that is not there, InvalidInput.
+        NoSuchTenant, NoSuchModel, NoSuchBlock for a session that is not there, InvalidInput. And
+        `purges`, which permitting.py leaves to operators.
         """
-        return {"purge": Verb(Purge, partial(self.purge, uid=uid))}
+        return {
+            "purge": Verb(Purge, partial(self.purge, uid=uid)),
+            "purges": Verb(NoArguments, lambda _: self.waiting()),
+        }
 
     def stop(self) -> None:
         """Let what is under way end at the next batch: the next start goes on with it."""
@@ -290,29 +294,56 @@ class Purger:
         held = (extent for extents in self._core.limbo.values() for extent in extents)
         return [extent for extent in held if extent in tally.mine]
 
+    def _left(self, extents: Iterable[Extent]) -> list[dict[str, Any]]:
+        """What of *extents* nobody reads and is not erased yet, by device, and why."""
+        stuck: dict[int, int] = defaultdict(int)
+        for extent in extents:
+            stuck[extent.device] += extent.length
+        return [
+            {"device": device, "bytes": count, "why": self._doomed.why(device)}
+            for device, count in sorted(stuck.items())
+        ]
+
+    def waiting(self) -> dict[str, Any]:
+        """The purges that are not over, and what those that are have left to be erased."""
+        core = self._core
+        with core.lock, core.metadata.read() as view:
+            rows = rows_of(view)
+            doomed = list(core.doomed)
+            leased = sum(
+                extent.length
+                for extent, why in view.all_limbo()
+                if why in {TO_DISCARD, TO_OVERWRITE} and extent not in core.doomed
+            )
+            purges = [
+                {
+                    "number": row.number, "asked_ms": row.asked_ms, "model": row.model,
+                    "tenant": None if row.tenant is None else core.tenants.name_of(row.tenant),
+                    "before_ms": row.before_ms,
+                    "sessions": [name or head for _, _, name, head in row.ends or ()],
+                }
+                for row in rows
+            ]  # fmt: skip
+        return {
+            "purges": purges, "leased_bytes": leased, "left_on_devices": self._left(doomed),
+        }  # fmt: skip
+
     def _report(self, row: Row, tally: _Tally) -> dict[str, Any]:
         core = self._core
         with core.lock, core.metadata.read() as view:
             leased = self._leased(tally)
-            stuck: dict[int, int] = defaultdict(int)
-            for extent in core.doomed:
-                if extent in tally.mine:
-                    stuck[extent.device] += extent.length
+            stuck = [extent for extent in core.doomed if extent in tally.mine]
             retired = sum(extent.length for extent, why in view.all_limbo() if why == RETIRED)
         leased_bytes = sum(extent.length for extent in leased)
-        left = [
-            {"device": device, "bytes": count, "why": self._doomed.why(device)}
-            for device, count in sorted(stuck.items())
-        ]
         purged = sum(extent.length for extent in tally.mine)
         erased = self._doomed.take_erased()
         return {
             "dry_run": False, "number": row.number, "sessions": tally.sessions,
             "purged_blocks": tally.blocks, "purged_bytes": purged,
-            "erased_bytes": purged - leased_bytes - sum(stuck.values()),
+            "erased_bytes": purged - leased_bytes - sum(extent.length for extent in stuck),
             "discarded_bytes": erased.discarded, "overwritten_bytes": erased.overwritten,
             "shared_blocks": tally.shared_blocks, "shared_bytes": tally.shared_bytes,
-            "leased_bytes": leased_bytes, "left_on_devices": left,
+            "leased_bytes": leased_bytes, "left_on_devices": self._left(stuck),
             "retired_bytes": retired,
             "free_space": row.free_space,
             "free_discarded_bytes": tally.free.discarded,

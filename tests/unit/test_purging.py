@@ -50,6 +50,7 @@ from twfs.warehouse import Warehouse
 from twfs_tools.purge import EXIT_LEFT
 
 OWNER, ENGINE, STRANGER = 5001, 5002, 5003
+NOTHING_WAITS = {"purges": [], "leased_bytes": 0, "left_on_devices": []}
 
 
 def marks_of(model: Model, names: Names) -> list[bytes]:
@@ -208,10 +209,14 @@ def test_what_a_lease_reads_is_reported_and_erased_when_it_ends(scratch: Path) -
             assert warehouse.lookup(model, names) == 0  # unpublished at once
             assert found_in(scratch, marks) == 5
             assert match.blocks == 5
+            assert warehouse.operate("purges") == {
+                "purges": [], "leased_bytes": done["purged_bytes"], "left_on_devices": [],
+            }  # fmt: skip
         settle(warehouse)
         warehouse.purger.tend()
         warehouse.purger._thread.submit(lambda: None).result()
         assert found_in(scratch, marks) == 0
+        assert warehouse.operate("purges") == NOTHING_WAITS
         settle(warehouse)
         assert_sound(warehouse)
         assert warehouse.space().free_bytes == warehouse.space().total_bytes
@@ -236,6 +241,9 @@ def test_a_device_that_fails_is_reported_and_the_next_start_erases_it(
             {"device": 0, "bytes": done["purged_bytes"], "why": "it burns"}
         ]
         assert not done["complete"]
+        assert warehouse.operate("purges") == NOTHING_WAITS | {
+            "left_on_devices": done["left_on_devices"]
+        }
         assert usage(warehouse._core, By.TENANT, 10).adds_up
         assert found_in(scratch, marks) == 5
     with open_warehouse(scratch) as warehouse:
@@ -243,6 +251,28 @@ def test_a_device_that_fails_is_reported_and_the_next_start_erases_it(
         assert found_in(scratch, marks) == 0
         settle(warehouse)
         assert warehouse.space().free_bytes == warehouse.space().total_bytes
+
+
+def test_a_purge_under_way_is_listed(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Any] = []
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        put(warehouse, model, chain_of(model, 4), hint=Hint(session="tiger"))
+        right = Device.flush
+
+        def flush(device: Device) -> None:
+            listed.append(warehouse.operate("purges"))
+            right(device)
+
+        monkeypatch.setattr(Device, "flush", flush)
+        done = warehouse.operate("purge", session="tiger", model="m", free_space=False)
+        monkeypatch.undo()
+        [seen] = listed
+        [purge] = seen["purges"]
+        assert (purge["number"], purge["model"], purge["tenant"]) == (done["number"], "m", None)
+        assert (purge["sessions"], purge["before_ms"]) == (["tiger"], None)
+        assert [each["bytes"] for each in seen["left_on_devices"]] == [done["purged_bytes"]]
+        assert warehouse.operate("purges") == NOTHING_WAITS
 
 
 def test_extents_are_free_only_after_the_flush_and_the_row_goes_last(
@@ -333,6 +363,8 @@ def test_a_daemon_purges_for_operators_and_owners_and_for_nobody_else(scratch: P
                 in_daemon(daemon, uid, tenant="acme")
         with pytest.raises(NotAllowed):
             in_daemon(daemon, OWNER, model="m")
+        with client_of(daemon, OWNER) as client, pytest.raises(NotAllowed):
+            client.operate("purges")  # of everybody
         assert engine.lookup(model, names) == 4
         assert in_daemon(daemon, OWNER, tenant="acme")["purged_blocks"] == 4
         assert engine.lookup(model, names) == 0
@@ -436,3 +468,20 @@ def test_the_command_asks_counts_purges_and_tells_by_its_code_what_was_left(scra
     assert done.returncode == EXIT_LEFT
     assert "lost places" in done.stdout
     assert twfs("purge", scratch, "--yes").returncode == InvalidInput.exit_code
+
+
+def test_the_command_lists_what_waits(scratch: Path) -> None:
+    with running_daemon(scratch) as daemon:
+        place = ("purge", daemon.directory, "--socket", daemon.socket)
+        assert "nothing waits" in twfs(*place, "--list").stdout
+        with client_of(daemon, os.geteuid()) as client:
+            model = client.open_model("m", MHA)
+            names = chain_of(model, 4)
+            client.put(model, names, [payload_of(MHA, names.hash_at(at)) for at in range(4)])
+            with client.match(model, names):
+                left = twfs(*place, "--model", "m", "--yes", "--wait", "0s")
+                assert left.returncode == EXIT_LEFT, left.stderr
+                assert "being read" in twfs(*place, "--list").stdout
+                waits = json.loads(twfs(*place, "--list", "--json").stdout)
+                assert waits == NOTHING_WAITS | {"leased_bytes": 4 * 8192}
+    assert twfs("purge", scratch, "--list", "--model", "m").returncode == InvalidInput.exit_code
