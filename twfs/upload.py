@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from twfs.arena import Arena, Piece
-from twfs.checksums import flat_bytes, flat_tensor, lanes_of, loaded_torch, on_device
+from twfs.checksums import copy_bytes, flat_bytes, flat_tensor, lanes_of, loaded_torch, on_device
 from twfs.copying import Copying
 from twfs.errors import GivenUp, InvalidInput, TooLarge
 from twfs.layout import Layout
@@ -278,7 +278,7 @@ def _copy(pieces: "Sequence[Buffer]", into: Any) -> tuple[bytes, int, int]:
             source = flat_bytes(piece)
             for start in range(0, source.size, SUMMED_BYTES):
                 stop = min(start + SUMMED_BYTES, source.size)
-                into[at + start : at + stop] = source[start:stop]  # lets go of the GIL
+                copy_bytes(into[at + start : at + stop], source[start:stop])
                 sums.advance(at + stop)
     sums.advance(into.size, end=True)
     return sums.result()

@@ -53,6 +53,9 @@ ANSWER_TOKENS: Final = 32
 BLOCK_TOKENS: Final = 64
 PATIENCE_S: Final = 60.0  # for what an engine does soon
 CALM_STEPS: Final = 5  # without anything stored: all is
+# In a process of its own, as LLM and the server have it; within one that also asks, an engine that
+# has nothing to compute takes Python from all other threads, those that load too.
+AS_SERVED: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 KV_TOKENS: Final = 8192  # of the engine's own; all sessions have 8 x 3,100
 
 
@@ -140,7 +143,9 @@ def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) ->
     }  # fmt: skip
 
     def engine(config: dict[str, Any] | None, name: str = "vllm", **more: Any) -> Vllm:
-        options: dict[str, Any] = {"max_model_len": 8448, "max_num_batched_tokens": 8448, **more}
+        options: dict[str, Any] = {
+            "max_model_len": 8448, "max_num_batched_tokens": 8448, "environment": AS_SERVED, **more,
+        }  # fmt: skip
         return stack.enter_context(Vllm(name, model, config, **options))
 
     def in_daemon() -> int:

@@ -15,6 +15,10 @@ from twfs.store import SessionInfo
 GPU_BLOCK_TOKENS: Final = 64  # of the engine's own blocks; CPU attention wants multiples of 32
 STORED_TOKENS: Final = 256  # of a block in the store
 DEVICE_BYTES: Final = 256 << 20  # room for all that a test stores
+ENVIRONMENT: Final = {
+    "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}  # fmt: skip
 LOG: Final = os.environ.get("TWFS_ENGINE_LOG", os.devnull)  # where the engines' own output goes
 
 
@@ -67,11 +71,7 @@ class Vllm:
         self.process = subprocess.Popen(
             [*wrapper, engine_python(engine), "-m", "support.vllmengine", json.dumps(given)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=engine_environment(
-                VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="INFO",
-                VLLM_ENABLE_V1_MULTIPROCESSING="0",
-                VLLM_CPU_OMP_THREADS_BIND="nobind", **environment or {},
-            ),
+            env=engine_environment(**ENVIRONMENT | (environment or {})),
         )  # fmt: skip
         assert self._answer() == "ready"
 

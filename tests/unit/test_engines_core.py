@@ -19,6 +19,7 @@ import pytest
 
 from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.client import Client
+from twfs.engines import attaching
 from twfs.engines.attaching import Attachment
 from twfs.engines.finding import Finder, names_in
 from twfs.engines.requests import NO_PARAMS, Params
@@ -391,6 +392,22 @@ def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(
     assert engine.ask("t", keys) == 0
     with daemon.client() as client:
         assert info_of(client, engine).blocks == 0
+
+
+def test_what_a_prompt_that_misses_computes_is_stored_however_long_ago_the_model_was_opened(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attaching, "FRESH_SECONDS", 0.0)
+    first, second = keys_of("first", 2), keys_of("second", 2)
+    engine.store(first, payloads_of(2))  # so the model is open
+    assert engine.ask("cold", second) == 0
+    before = engine.finder.epoch("cold")
+    assert before is not None, "what is computed now would not be stored"
+    assert engine.attached[0].new_epoch()
+    assert engine.ask("after", first) == 0
+    after = engine.finder.epoch("after")
+    assert after is not None
+    assert after > before, "a miss may mean a new epoch: the model is opened again"
 
 
 def test_wrong_salt_tenant_and_key_are_misses(

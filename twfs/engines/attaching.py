@@ -93,6 +93,7 @@ class Attachment(Quiet):
             socket, arena_bytes=arena_bytes, patience_s=patience_s
         )
         self._models: dict[str | None, tuple[Model | None, float]] = {}  # by tenant; when opened
+        self._doubted: set[str | None] = set()  # of these: to be opened again before the next use
 
     def model(self, tenant: str | None = None, *, epoch: int | None = None) -> Model | None:
         """Return the model as opened for *tenant*, None if it cannot be had now.
@@ -102,7 +103,8 @@ class Attachment(Quiet):
         with self._lock:
             model, opened_s = self._models.get(tenant, (None, -REOPEN_SECONDS))
             now_s = time.monotonic()
-            if model is not None and epoch in {None, model.epoch}:
+            doubted = tenant in self._doubted
+            if model is not None and not doubted and epoch in {None, model.epoch}:
                 return model
             if model is None and now_s - opened_s < REOPEN_SECONDS:
                 return None
@@ -113,6 +115,7 @@ class Attachment(Quiet):
         )
         with self._lock:
             self._models[tenant] = (model, now_s)
+            self._doubted.discard(tenant)
         return model if model is None or epoch in {None, model.epoch} else None
 
     def epoch(self, tenant: str | None = None) -> int | None:
@@ -121,11 +124,14 @@ class Attachment(Quiet):
         return None if model is None else model.epoch
 
     def doubt(self, tenant: str | None = None) -> None:
-        """Let the model be opened again if that is some time ago: it may have a new epoch."""
+        """Let the model be opened again if that is some time ago: it may have a new epoch.
+
+        Until then the old one stands, or what the doubtful request computes would not be stored.
+        """
         with self._lock:
             model, opened_s = self._models.get(tenant, (None, 0.0))
             if model is not None and time.monotonic() - opened_s > FRESH_SECONDS:
-                del self._models[tenant]
+                self._doubted.add(tenant)
 
     def new_epoch(self) -> bool:
         """Make everything stored of this model unreachable: weights changed, or the cache reset.

@@ -169,9 +169,9 @@ class Transfers:
         if left_s <= 0:
             self._attachment.count("loads that were late before they began")
             return 0, 0
-        report = match.read_async(
+        report = match.read_into(
             destinations, group=group, shard=self._shard, first=first, timeout_s=left_s
-        ).result()
+        )
         if report.blocks < len(destinations):
             self._attachment.complain("a load was short", report.outcomes[report.blocks])
         return report.blocks, report.payload_bytes

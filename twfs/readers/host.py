@@ -15,11 +15,10 @@ from functools import partial
 from threading import Condition, Lock
 from typing import Any, Final
 
-import numpy as np
 import xxhash
 
 from twfs.arena import Arena, Piece
-from twfs.checksums import Bytes, flat_bytes
+from twfs.checksums import Bytes, copy_bytes, flat_bytes
 from twfs.readers.arenas import Arenas
 from twfs.readers.base import (
     ARENA_TIMEOUT_S,
@@ -207,7 +206,7 @@ class HostReader:
         at = 0
         for target in block.targets:
             assert target.array is not None
-            np.copyto(target.array, source[at : at + target.byte_count])
+            copy_bytes(target.array, source[at : at + target.byte_count])
             at += target.byte_count
 
     def _settle(self) -> None:

@@ -13,6 +13,7 @@ import xxhash
 from twfs.checksums import (
     MASK_64,
     Bytes,
+    copy_bytes,
     lanes_of_rows,
     lanes_tensor,
     loaded_torch,
@@ -61,7 +62,7 @@ def deliver_on_host(jobs: Sequence[Job]) -> list[bool]:
         at = 0
         for target in job.block.targets if right and job.staged_at is not None else ():
             assert target.array is not None
-            np.copyto(target.array, payload[at : at + target.byte_count])
+            copy_bytes(target.array, payload[at : at + target.byte_count])
             at += target.byte_count
     _clear_bad(jobs, good)
     return good
