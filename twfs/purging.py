@@ -1,9 +1,10 @@
 """Purges: what is asked for is gone, and its bytes are erased, also if a crash comes between.
 
-The order: what is to go is a durable row; blocks are unpublished, and in the same transaction their
-extents are marked as to be erased; each is erased and its device flushed; then it is free; at last
-the row goes. The next start goes on where a killed process was. Blocks that others use stay. What
-cannot be erased now (leased, its device away or read-only) stays marked, and is erased later.
+The order: what is to go is a durable row; who asked for it goes from the access record; blocks are
+unpublished, and in the same transaction their extents are marked as to be erased; each is erased
+and its device flushed; then it is free; at last the row goes. The next start goes on where a killed
+process was. Blocks that others use stay. What cannot be erased now (leased, its device away or
+read-only) stays marked, and is erased later.
 """
 
 import threading
@@ -22,7 +23,14 @@ import msgspec
 from twfs import wasting
 from twfs.core import Core
 from twfs.doomed import Doomed, Erased
-from twfs.errors import InvalidInput, NoSuchTenant, NotAllowed, TwfsError, WarehouseClosed
+from twfs.errors import (
+    CorruptMetadata,
+    InvalidInput,
+    NoSuchTenant,
+    NotAllowed,
+    TwfsError,
+    WarehouseClosed,
+)
 from twfs.operating import NoArguments, Verb, Verbs
 from twfs.records import BlockKey, Extent
 from twfs.retaining import end_session, flush
@@ -68,6 +76,8 @@ class _Tally:
     free: Erased = field(default_factory=Erased)
     free_left_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    accesses: int = 0  # rows of the access record
+    record_stays: bool = False
 
 
 class Purger:
@@ -232,7 +242,9 @@ class Purger:
             chosen = wasting.choose(self._core, row, condemn=True, resumed=resumed)
             self._core.changes += 1
         tally.shared_blocks, tally.shared_bytes = chosen.shared_blocks, chosen.shared_bytes
-        self._unpublish(row, wasting.in_order(self._core, chosen), tally)
+        keys = wasting.in_order(self._core, chosen)
+        self._erase_accesses(row, keys, tally)
+        self._unpublish(row, keys, tally)
         self._wait(tally, wait_ms)
         if row.free_space:
             tally.free, tally.free_left_bytes, notes = self._doomed.erase_free(row.overwrite)
@@ -257,6 +269,25 @@ class Purger:
 
             if without(self._core.roster) != self._core.roster:
                 self._core.enrol(without, lambda _: None)
+
+    def _erase_accesses(self, row: Row, keys: list[BlockKey], tally: _Tally) -> None:
+        """Take out of the access record who asked for what goes.
+
+        First, while it is known: a start that goes on with the purge only finds what is left.
+        """
+        with self._core.lock:
+            of = wasting.accesses_of(self._core, row)
+        try:
+            used = {
+                model: b"".join(key.prefix_hash for key in mine)
+                for model, mine in groupby(keys, lambda key: key.model)
+            }
+            tally.accesses = self._core.recorder.erase(used, of)
+        except (OSError, CorruptMetadata) as error:
+            tally.record_stays = True
+            tally.notes.append(
+                f"the access record was not erased: {getattr(error, 'strerror', None) or error}"
+            )
 
     def _unpublish(self, row: Row, keys: list[BlockKey], tally: _Tally) -> None:
         """Take condemned blocks out, a bounded transaction at a time, and erase behind it."""
@@ -344,12 +375,14 @@ class Purger:
             "discarded_bytes": erased.discarded, "overwritten_bytes": erased.overwritten,
             "shared_blocks": tally.shared_blocks, "shared_bytes": tally.shared_bytes,
             "leased_bytes": leased_bytes, "left_on_devices": self._left(stuck),
-            "retired_bytes": retired,
+            "retired_bytes": retired, "erased_accesses": tally.accesses,
             "free_space": row.free_space,
             "free_discarded_bytes": tally.free.discarded,
             "free_overwritten_bytes": tally.free.overwritten,
             "free_left_bytes": tally.free_left_bytes, "notes": tally.notes,
-            "complete": not (leased or stuck or tally.free_left_bytes or retired),
+            "complete": not (
+                leased or stuck or tally.free_left_bytes or retired or tally.record_stays
+            ),
         }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A purge: blocks and their bytes are gone, what others use stays, no rebuild brings it back."""
 
+import errno
 import json
 import os
 import random
@@ -29,6 +30,8 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
+from twfs import recording
+from twfs.accesses import Kind, read_record, read_segment
 from twfs.device import Device
 from twfs.errors import (
     DeviceError,
@@ -251,6 +254,65 @@ def test_a_device_that_fails_is_reported_and_the_next_start_erases_it(
         assert found_in(scratch, marks) == 0
         settle(warehouse)
         assert warehouse.space().free_bytes == warehouse.space().total_bytes
+
+
+def accesses(warehouse: Warehouse) -> list[tuple[int, int, int, int]]:
+    """Model, tenant, kind and samples of every row of the access record."""
+    noted = read_record(Path(warehouse.operate("record")["record"]))
+    return [tuple(row) for row in noted.rows[["model", "tenant", "kind", "samples"]].tolist()]
+
+
+def test_a_purge_takes_who_asked_out_of_the_access_record_too(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        stop_tending(warehouse)
+        model, other = warehouse.open_model("m", MHA), warehouse.open_model("n", MHA)
+        trunk = chain_of(model, 6)
+        goes, evicted = chain_of(model, 10, 3, fork=4), chain_of(model, 3, 9)
+        put(warehouse, model, trunk)
+        put(warehouse, model, goes, hint=Hint(session="tiger"))
+        for names in (trunk, goes, evicted, goes.head(4)):
+            with warehouse.match(model, names):
+                pass
+        with warehouse.match(other, chain_of(other, 2)):
+            pass
+        asked = [
+            (1, 0, Kind.PUT, 6),
+            (1, 0, Kind.PUT, 6),
+            *[(1, 0, Kind.MATCH, n) for n in (6, 10, 3, 4)],
+        ]
+        asked = [*asked, (2, 0, Kind.MATCH, 2)]
+        assert accesses(warehouse) == asked
+        [segment] = (scratch / "record").iterdir()
+        with segment.open("rb") as old:
+            done = warehouse.operate("purge", session="tiger")
+            assert done["erased_accesses"] == 2
+            assert not any(old.read()), "what was there is overwritten"
+        assert accesses(warehouse) == [asked[0], asked[2], *asked[4:]], (
+            "what it shared is others' too"
+        )
+        assert warehouse.operate("purge", model="m")["erased_accesses"] == 4
+        assert accesses(warehouse) == [asked[-1]]
+        put(warehouse, model, trunk)
+        assert accesses(warehouse) == [asked[-1], asked[0]], "and it goes on"
+    assert [group.level for group in read_segment(segment)[0]] == [0, 0]
+
+
+def test_a_record_that_cannot_be_written_is_no_complete_purge(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        put(warehouse, model, chain_of(model, 4))
+        warehouse.operate("record")
+        with monkeypatch.context() as patch:
+            patch.setattr(recording, "_replace_wiped", fails_to_write)
+            done = warehouse.operate("purge", model="m")
+        assert (done["complete"], done["purged_blocks"], done["erased_accesses"]) == (False, 4, 0)
+        assert done["notes"] == ["the access record was not erased: No space left on device"]
+
+
+def fails_to_write(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_purge_under_way_is_listed(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:

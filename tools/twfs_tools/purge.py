@@ -120,6 +120,7 @@ def _show(done: dict[str, Any], *, as_json: bool) -> None:
             ("overwritten", "", size(done["overwritten_bytes"])),
             ("free space discarded", "", size(done["free_discarded_bytes"])),
             ("free space overwritten", "", size(done["free_overwritten_bytes"])),
+            ("access record", f"{done['erased_accesses']:,} requests", ""),
             ("left: being read", "", size(done["leased_bytes"])),
         ]
         rows += [
