@@ -7,7 +7,7 @@
 
 For a quiet machine, as root (the page cache is dropped before each warm answer). Prints JSON.
 
-*ttft*: engines side by side, one at a time at work, in interleaved rounds: the direct connector,
+*ttft*: engines side by side, all but one paused, in interleaved rounds: the direct connector,
 twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, none; with `--lmcache` also vLLM on
 LMCache, twfs or its `fs_native` with O_DIRECT below that. Each round answers a prompt of each
 length that nobody has seen (cold), then one that is held (warm) with the engine's own KV reset and
@@ -178,29 +178,50 @@ def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) ->
     return found
 
 
+def answer(engine: Contender, seed: int, length: int) -> dict[str, Any]:
+    """One token behind a prompt, and all stored that comes of it."""
+    answered = engine.vllm.generate({"seed": seed, "tokens": length}, out=1)
+    settle(engine.vllm, engine.stored)
+    return answered
+
+
+@contextmanager
+def at_work(engine: Contender) -> Iterator[Contender]:
+    """Have *engine* go on for a while; all are paused otherwise."""
+    engine.vllm.resume()
+    try:
+        yield engine
+    finally:
+        engine.vllm.pause()
+
+
 def ttft(model: Path, folder: Path, rounds: int, *, lmcache: bool = False) -> dict[str, Any]:
     """Seconds to the first token by engine, length and temperature."""
     with ExitStack() as stack:
         engines = contenders(stack, model, folder, lmcache=lmcache)
+        sys.stderr.write(f"all are up, {time.strftime('%T')}\n")
         for each in engines.values():
-            for seed, length in enumerate(LENGTHS):
-                each.vllm.generate({"seed": seed, "tokens": length}, out=1)
-                settle(each.vllm, each.stored)
+            stack.callback(each.vllm.resume)  # or it could not end
+            each.vllm.pause()
+        for each in engines.values():
+            with at_work(each):
+                for seed, length in enumerate(LENGTHS):
+                    answer(each, seed, length)
         seconds: dict[tuple[str, int, str], list[float]] = {}
         held: dict[tuple[str, int], list[int]] = {}
         for number in range(rounds):
+            sys.stderr.write(f"round {number + 1} of {rounds}, {time.strftime('%T')}\n")
             for length in LENGTHS:
                 for name, each in engines.items():
-                    fresh = {"seed": 1000 + 10 * number + length // 1000, "tokens": length}
-                    cold = each.vllm.generate(fresh, out=1)
-                    settle(each.vllm, each.stored)
+                    with at_work(each):
+                        cold = answer(each, 1000 + 10 * number + length // 1000, length)
                     seconds.setdefault((name, length, "cold"), []).append(cold["seconds"])
             for seed, length in enumerate(LENGTHS):
                 for name, each in engines.items():
-                    (each.clear or partial(forget, each.vllm))()
-                    drop_caches()
-                    warm = each.vllm.generate({"seed": seed, "tokens": length}, out=1)
-                    settle(each.vllm, each.stored)
+                    with at_work(each):
+                        (each.clear or partial(forget, each.vllm))()
+                        drop_caches()
+                        warm = answer(each, seed, length)
                     seconds.setdefault((name, length, "warm"), []).append(warm["seconds"])
                     held.setdefault((name, length), []).extend(warm["cached"])
         return {
