@@ -25,6 +25,7 @@ from twfs.store import BlockInfo, iterate_heads
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 
+ENGINE: Final = "lmcache"
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 INSIDE: Final = Path(__file__).parent / "inside"
@@ -35,7 +36,7 @@ BLOCKS: Final = TOKENS // 256
 def test_the_adapter_holds_lmcaches_contract(scratch: Path) -> None:
     done = subprocess.run(
         [
-            engine_python("lmcache"), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
+            engine_python(ENGINE), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
             "-p", "no:cacheprovider", f"--basetemp={scratch / 'inside'}",
             INSIDE / "lmcache_l2.py",
         ],
@@ -43,11 +44,6 @@ def test_the_adapter_holds_lmcaches_contract(scratch: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model("lmcache", tmp_path_factory.mktemp("model") / "tiny")
 
 
 @contextmanager
@@ -99,12 +95,12 @@ def test_tokens_are_the_same_cold_warm_and_after_a_restart_of_everything(
             assert (salted["tokens"], salted["cached"]) == (cold["tokens"], [0])
         with engine_of(daemon, model, dtype="float32") as (_, vllm):
             assert vllm.generate(prompt, out=8)["cached"] == [0]
-        changed = random_model("lmcache", model, 1)  # other weights, the same path
+        changed = random_model(ENGINE, model, 1)  # other weights, the same path
         with engine_of(daemon, changed) as (_, vllm):
             answer = vllm.generate(prompt, out=8)
         assert answer["cached"] == [0]
         assert answer["tokens"] != cold["tokens"]
-        random_model("lmcache", model, 0)
+        random_model(ENGINE, model, 0)
 
 
 def assert_seen(daemon: Daemon, server: LMCacheServer, model: Path) -> None:

@@ -14,9 +14,9 @@ from support.daemon import Daemon, running_daemon
 from support.engines import engine_environment, engine_python, until
 from support.sglangs import PAGE_TOKENS, Sglang, linker_config
 from support.snippets import snippets_of
-from support.vllms import random_model
 from twfs.units import ALIGN
 
+ENGINE: Final = "sglang"
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 INSIDE: Final = Path(__file__).parent / "inside"
@@ -27,7 +27,7 @@ PROMPT: Final = {"seed": 1, "tokens": PAGE_TOKENS * PAGES + 20}
 def test_the_adapters_hold_sglangs_contracts(scratch: Path) -> None:
     done = subprocess.run(
         [
-            engine_python("sglang"), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
+            engine_python(ENGINE), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
             "-p", "no:cacheprovider", f"--basetemp={scratch / 'inside'}",
             INSIDE / "sglang_storage.py",
         ],
@@ -35,11 +35,6 @@ def test_the_adapters_hold_sglangs_contracts(scratch: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model("sglang", tmp_path_factory.mktemp("model") / "tiny")
 
 
 def until_stored(daemon: Daemon, blocks: int) -> None:
@@ -112,7 +107,7 @@ def test_the_pages_commands_are_understood_by_sglang() -> None:
         "from twfs.engines.sglang_linker import TwfsLinker\n"
     )
     done = subprocess.run(
-        [engine_python("sglang"), "-c", source, *sorted(options)], capture_output=True, text=True,
+        [engine_python(ENGINE), "-c", source, *sorted(options)], capture_output=True, text=True,
         check=True, env=engine_environment(SGLANG_USE_CPU_ENGINE="1"),
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[]"

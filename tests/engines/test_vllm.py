@@ -18,33 +18,15 @@ import pytest
 from support.daemon import Daemon, running_daemon
 from support.faultrules import Act, Op, Rule
 from support.faultydisks import FaultyDisks, faults_reason, faulty_disks
-from support.vllms import STORED_TOKENS, Vllm, random_model, transfer_config
+from support.vllms import DEVICE_BYTES, STORED_TOKENS, Vllm, random_model, transfer_config
 from twfs.formatting import DeviceSpec
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
-DEVICE_BYTES: Final = 256 << 20
 PROMPT: Final = {"seed": 1, "tokens": 2000}
 HELD: Final = 2000 // STORED_TOKENS * STORED_TOKENS
-
-
-@pytest.fixture(scope="module")
-def engine(request: pytest.FixtureRequest) -> str:
-    """Which vLLM; tests/engines/test_vllm33.py names another."""
-    return str(getattr(request.module, "ENGINE", "vllm"))
-
-
-@pytest.fixture(scope="module")
-def model(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(engine, tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def daemon(scratch: Path) -> Iterator[Daemon]:
-    with running_daemon(scratch / "w", device_bytes=DEVICE_BYTES) as running:
-        yield running
 
 
 def blocks_in(daemon: Daemon) -> int:
@@ -296,11 +278,9 @@ REFUSALS: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("words", REFUSALS)
 def test_what_cannot_work_is_refused_at_the_start(
-    engine: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+    engine: str, model: Path, log: Path, words: str
 ) -> None:
     transfer, options = REFUSALS[words]
-    log = tmp_path / "log"
-    monkeypatch.setattr("support.vllms.LOG", str(log))
     with pytest.raises(AssertionError, match="the engine has ended"):
-        Vllm(engine, model, transfer_config(tmp_path / "socket") | transfer, **options)
+        Vllm(engine, model, transfer_config(log / "socket") | transfer, **options)
     assert words in log.read_text()

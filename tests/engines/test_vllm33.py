@@ -1,10 +1,15 @@
-"""As test_vllm, on vLLM 0.33: its Python over compiled parts of 0.32 (tests/engines/venvs.sh)."""
+"""As test_vllm, test_vllm_docs and test_vllm_requests, on vLLM 0.33.
+
+That is its Python over compiled parts of 0.32 (tests/engines/venvs.sh).
+"""
 
 from pathlib import Path
 from typing import Final
 
 from engines.test_vllm import *  # noqa: F403
 from engines.test_vllm import HELD, PROMPT, wait_stored
+from engines.test_vllm_docs import *  # noqa: F403
+from engines.test_vllm_requests import *  # noqa: F403
 from support.daemon import Daemon
 from support.vllms import STORED_TOKENS, Vllm, transfer_config
 

@@ -16,29 +16,16 @@ from typing import Any, Final
 
 import pytest
 
-from support.daemon import Daemon, running_daemon
+from support.daemon import Daemon
 from support.engines import engine_environment, engine_python
 from support.snippets import snippets_of
-from support.vllms import LOG, Vllm, random_model
+from support.vllms import LOG, Vllm, sessions_of
 from twfs.hints import Retention
-from twfs.store import SessionInfo
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
-ENGINE: Final = "vllm"
 PORT: Final = 18741
 MODEL: Final = "meta-llama/Llama-3.1-8B"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(ENGINE, tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def daemon(scratch: Path) -> Iterator[Daemon]:
-    with running_daemon(scratch / "w", device_bytes=256 << 20) as running:
-        yield running
 
 
 def config_of(number: int, daemon: Daemon) -> dict[str, Any]:
@@ -51,7 +38,7 @@ def config_of(number: int, daemon: Daemon) -> dict[str, Any]:
 
 
 @contextmanager
-def server(command: str, model: Path, folder: Path) -> Iterator[None]:
+def server(command: str, engine: str, model: Path, folder: Path) -> Iterator[None]:
     """What `vllm serve ...` of the page starts, once it answers."""
     words = shlex.split(command.replace("\\\n", " ").replace('"$(cat twfs.json)"', "@config"))
     assert words[:3] == ["vllm", "serve", MODEL]
@@ -59,7 +46,7 @@ def server(command: str, model: Path, folder: Path) -> Iterator[None]:
     options = [config if word == "@config" else word for word in words[3:]]
     with Path(LOG).open("ab") as log:
         process = subprocess.Popen(
-            [engine_python(ENGINE), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+            [engine_python(engine), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
              "--served-model-name", MODEL, "--port", str(PORT), "--host", "127.0.0.1",
              "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager",
              "--block-size", "64", *options],
@@ -81,26 +68,20 @@ def server(command: str, model: Path, folder: Path) -> Iterator[None]:
             process.wait()
 
 
-def sessions_of(daemon: Daemon) -> list[SessionInfo]:
-    """All sessions of all models."""
-    with daemon.client(arena_bytes=0) as client:
-        return [each for info in client.models() for each in client.sessions(info.id)]
-
-
 def test_the_server_of_the_page_stores_and_the_request_of_the_page_says_so(
-    model: Path, daemon: Daemon, tmp_path: Path
+    engine: str, model: Path, daemon: Daemon, tmp_path: Path
 ) -> None:
     (tmp_path / "twfs.json").write_text(json.dumps(config_of(0, daemon)))
     shell = snippets_of("vllm.md", "sh")
     assert shell[0] == "pip install twfs\n"
     prompt = " ".join(f"word{i}" for i in range(150))
     curl = shell[2].replace("localhost:8000", f"127.0.0.1:{PORT}").replace('"hello"', f'"{prompt}"')
-    with server(shell[1], model, tmp_path):
+    with server(shell[1], engine, model, tmp_path):
         first = completion(curl)
         while not sessions_of(daemon):
             time.sleep(0.1)
     daemon.restart()
-    with server(shell[1], model, tmp_path):
+    with server(shell[1], engine, model, tmp_path):
         assert completion(curl) == first
         with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics") as answer:
             metrics = answer.read().decode()
@@ -122,7 +103,7 @@ def completion(curl: str) -> str:
 
 
 def test_the_tier_of_the_page_survives_a_restart_and_a_lost_block(
-    model: Path, daemon: Daemon
+    engine: str, model: Path, daemon: Daemon
 ) -> None:
     config = config_of(1, daemon)
     extra = config["kv_connector_extra_config"]
@@ -130,17 +111,17 @@ def test_the_tier_of_the_page_survives_a_restart_and_a_lost_block(
     extra |= {"cpu_bytes_to_use": 64 << 20}
     extra["secondary_tiers"][0]["patience_s"] = 20.0
     prompt = {"seed": 1, "tokens": 2000}
-    with Vllm(ENGINE, model, config) as vllm:
+    with Vllm(engine, model, config) as vllm:
         cold = vllm.generate(prompt)
         while sum(each.blocks for each in sessions_of(daemon)) < 7:
             vllm.generate({"seed": 9, "tokens": 40})  # its steps move what was stored on
             time.sleep(0.1)
     daemon.restart()
-    with Vllm(ENGINE, model, config) as vllm:
+    with Vllm(engine, model, config) as vllm:
         warm = vllm.generate(prompt)
         assert (warm["cached"], warm["tokens"]) == ([1792], cold["tokens"])
     rot(daemon)
-    with Vllm(ENGINE, model, config) as vllm:
+    with Vllm(engine, model, config) as vllm:
         failed = vllm.generate(prompt)  # would be asked for ever if it stayed a hit
         assert failed["tokens"] == cold["tokens"]
         assert failed["cached"][0] < 1792

