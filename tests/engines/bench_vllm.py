@@ -1,7 +1,7 @@
 """vLLM on twfs against vLLM without: time to first token, and agents' sessions through the server.
 
     export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED="vllm lmcache" PYTHONPATH=tests
-    python -m engines.bench_vllm ttft [--rounds 7]
+    python -m engines.bench_vllm ttft [--rounds 7] [--lmcache]
     python -m engines.bench_vllm agents
     python -m engines.bench_vllm scheduler [--rounds STEPS]
 
@@ -19,6 +19,7 @@ and without, turn about. *scheduler*: bench_scheduler.py, with a daemon.
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -377,6 +378,7 @@ def main() -> None:
     parser.add_argument("--lmcache", action="store_true", help="with ttft: LMCache's instead")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or engines would stay, paused
     folder = Path(tempfile.mkdtemp(prefix="twfs-bench-", dir=given.folder))
     try:
         if given.what == "scheduler":
