@@ -44,6 +44,10 @@ class Mount:
             match_timeout_s=PATIENT_S,
         )  # fmt: skip
 
+    def start(self) -> None:
+        """Start the daemon again, where it has been killed and its dead mount is still there."""
+        self.process = start_daemon(daemon_command(self.directory, self.path), self.log)
+
     def kill(self) -> None:
         """End the daemon as a crash would."""
         self.process.kill()
