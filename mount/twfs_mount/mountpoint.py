@@ -55,6 +55,7 @@ def prepare(mountpoint: str) -> str:
         raise NotAllowed(f"{FUSE_DEVICE} cannot be opened: run as root, or through mount.fuse3")
     try:
         found = os.stat(mountpoint)
+        os.statvfs(mountpoint)  # stat of a dead mount the kernel may answer, for a second
     except FileNotFoundError as error:
         raise MountRefused(f"{mountpoint} does not exist: create the directory first") from error
     except OSError as error:

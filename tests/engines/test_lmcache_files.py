@@ -1,7 +1,7 @@
 """LMCache's own `fs` and `fs_native` L2, unmodified, with O_DIRECT below /files.
 
-They hit after a restart, and what is lost is computed: bytes that changed on the device, blocks that
-cannot be read, a mount that has died.
+They hit after a restart, and what is lost is computed: bytes that changed on the device, blocks
+that cannot be read, a mount that has died.
 """
 
 import time

@@ -1,4 +1,8 @@
-"""Mooncake's store, unmodified, with its SSD offload below /files: all keys after a restart."""
+"""Mooncake's store, unmodified, with its SSD offload below /files.
+
+All keys are there after a restart. Those of a file that is lost are misses, and no others: Mooncake
+checks no bytes itself, so that the mount's EIO is what keeps wrong ones from it.
+"""
 
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +13,8 @@ from typing import Final
 import pytest
 
 from support.engines import ENGINES, engine_environment, engine_python
+from support.faultydisks import needs_faults
+from support.filefaults import faulty_files
 from support.filing import free_port
 from support.mounting import mounted
 from support.warehouses import make_warehouse
@@ -18,6 +24,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mar
 
 KEYS: Final = 24  # of 1 MiB, three buckets
 DEVICE_BYTES: Final = 512 << 20  # Mooncake wants 256 MiB free beside what it stores, or it evicts
+BACKENDS: Final = ("bucket_storage_backend", "file_per_key_storage_backend")
 
 
 @contextmanager
@@ -35,29 +42,86 @@ def master() -> Iterator[int]:
             process.terminate()
 
 
-def offload(command: str, directory: Path, backend: str) -> list[int]:
-    """Run a client of a fresh master; what it prints."""
+class Offload:
+    """A client of a master; see support.mooncakes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def answer(self) -> list[int]:
+        """What it says next."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("answer: "):
+                return [int(word) for word in line.removeprefix("answer: ").split()]
+        raise AssertionError("Mooncake has ended")
+
+    def got(self) -> list[int]:
+        """Have all keys read: how many were right, and how many wrong."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+
+@contextmanager
+def offload(command: str, directory: Path, backend: str) -> Iterator[Offload]:
+    """A client of a fresh master; it must end well."""
     python = engine_python("mooncake")
-    with master() as port:
-        done = subprocess.run(
-            [python, "-m", "support.mooncakes", command, directory, str(port), str(KEYS)],
-            env=engine_environment(
-                MOONCAKE_OFFLOAD_STORAGE_BACKEND_DESCRIPTOR=backend,
-                MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS="1",
-                MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES=str(8 << 20),
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
-        )  # fmt: skip
-    return [int(word) for word in done.stdout.splitlines()[-1].split()]
+    with master() as port, subprocess.Popen(
+        [python, "-m", "support.mooncakes", command, directory, str(port), str(KEYS)],
+        env=engine_environment(
+            MOONCAKE_OFFLOAD_STORAGE_BACKEND_DESCRIPTOR=backend,
+            MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS="1",
+            MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES=str(8 << 20),
+        ),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        try:
+            yield Offload(process)
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode == 0
 
 
-@pytest.mark.parametrize("backend", ["bucket_storage_backend", "file_per_key_storage_backend"])
+def put_all(directory: Path, backend: str) -> None:
+    """Store all keys below *directory*."""
+    with offload("put", directory, backend) as client:
+        assert client.answer() == [KEYS]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_all_keys_are_there_after_a_restart(backend: str, scratch: Path, tmp_path: Path) -> None:
     directory = tmp_path / "mnt/files/kv"
     make_warehouse(scratch, (DEVICE_BYTES,))
     with mounted(scratch, tmp_path / "mnt"):
         directory.mkdir()
-        assert offload("put", directory, backend) == [KEYS]
+        put_all(directory, backend)
     with mounted(scratch, tmp_path / "mnt") as mount:
-        assert offload("get", directory, backend) == [KEYS, 0]
+        with offload("get", directory, backend) as client:
+            assert client.got() == [KEYS, 0]
         assert mount.statistics()["counters"]["mount_reads"] >= 3
+
+
+@needs_faults
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_lost_is_a_miss_and_nothing_else_is(backend: str, scratch: Path) -> None:
+    with faulty_files(scratch, DEVICE_BYTES) as files:
+        put_all(files.directory, backend)
+        large = sorted(
+            path for path in files.directory.rglob("*")
+            if path.is_file() and path.stat().st_size >= 1 << 20
+        )  # fmt: skip
+        each = KEYS // len(large)  # keys in a file
+        with offload("get", files.directory, backend) as client:
+            files.rot(large[0])
+            with files.unreadable(large[1]):
+                assert client.got() == [KEYS - 2 * each, 0]
+            files.gone(large[0])
+            files.gone(large[1])
+            assert client.got() == [KEYS - 2 * each, 0]
+            files.mount.kill()
+            assert client.got() == [0, 0]
+            files.mount.start()
+            assert client.got() == [KEYS - 2 * each, 0]

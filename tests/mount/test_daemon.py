@@ -24,6 +24,7 @@ from support.mounting import (
 )
 from support.warehouses import MHA, make_warehouse
 from twfs.errors import InvalidInput, MountRefused, NoSuchWarehouse, WarehouseBusy
+from twfs_mount.mountpoint import prepare
 from twfs_tools.process import daemon_command, start_daemon, unmount
 from twfs_tools.target import daemon_pid, find_mount
 
@@ -52,6 +53,17 @@ def test_killed_daemon_leaves_a_dead_mount_and_the_next_start_heals_it(scratch: 
         assert (again.session("tiny", names) / "00001.kv").read_bytes() == expected(MHA, names, 1)
         assert again.stop() == 0
         assert find_mount(path) is None
+
+
+def test_a_dead_mount_is_healed_while_the_kernel_still_knows_its_attributes(
+    scratch: Path, tmp_path: Path
+) -> None:
+    with mounted(scratch / "warehouse", tmp_path / "mnt") as mount:
+        before = mount.path.stat()
+        mount.kill()
+        assert mount.path.stat() == before  # for a second
+        assert prepare(str(mount.path)) == str(mount.path)
+        assert find_mount(mount.path) is None
 
 
 def test_unmount_ends_the_daemon(mount: Mount) -> None:

@@ -48,6 +48,12 @@ class FaultyFiles:
             image.write(bytes([byte ^ 0x10]))
 
     @contextmanager
+    def rotten(self, file: Path) -> Iterator[None]:
+        """Rot, for those who take contexts."""
+        self.rot(file)
+        yield
+
+    @contextmanager
     def unreadable(self, file: Path) -> Iterator[None]:
         """From its first block on, *file* cannot be read in this context: the disk answers EIO."""
         low, length = self._place(file)

@@ -1,7 +1,8 @@
 """Mooncake's store with its SSD offload in a directory, in Mooncake's own environment.
 
-COMMAND DIRECTORY MASTER_PORT KEYS: `put` stores keys of known bytes until all are on the SSD, `get`
-reads them with another client, after a restart. Says how many came back right, and how many wrong.
+COMMAND DIRECTORY MASTER_PORT KEYS: `put` stores keys of known bytes until all are on the SSD and
+says how many. `get` is another client, after a restart: for each line of stdin it reads all keys
+and says how many came back right, and how many wrong.
 """
 
 import os
@@ -41,6 +42,12 @@ def stored_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
+def say(*words: int) -> None:
+    """Answer whoever started this."""
+    sys.stdout.write(f"answer: {' '.join(map(str, words))}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """See the module's docstring."""
     command, directory, port, keys = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -51,15 +58,15 @@ def main() -> None:
             assert store.put(f"key-{number}", content(number)) == 0
         while stored_bytes(Path(directory)) < keys * VALUE_BYTES and time.monotonic() < late:
             time.sleep(0.5)
-        sys.stdout.write(f"{stored_bytes(Path(directory)) // VALUE_BYTES}\n")
+        say(stored_bytes(Path(directory)) // VALUE_BYTES)
     else:
         while store.is_exist(f"key-{keys - 1}") != 1 and time.monotonic() < late:
             time.sleep(0.5)
-        found = [store.get(f"key-{number}") for number in range(keys)]
-        right = sum(value == content(number) for number, value in enumerate(found))
-        wrong = sum(bool(value) and value != content(n) for n, value in enumerate(found))
-        sys.stdout.write(f"{right} {wrong}\n")
-    sys.stdout.flush()
+        for _ in sys.stdin:
+            found = [store.get(f"key-{number}") for number in range(keys)]
+            right = sum(value == content(number) for number, value in enumerate(found))
+            wrong = sum(bool(value) and value != content(n) for n, value in enumerate(found))
+            say(right, wrong)
     os._exit(0)  # its threads do not end by themselves
 
 

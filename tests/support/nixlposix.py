@@ -1,6 +1,8 @@
 """NIXL's POSIX plug-in between memory and files, in its environment: COMMAND DIRECTORY PARAMS.
 
-`write` makes files of bytes that their number gives, `read` compares. Prints how many were right.
+`write` makes files of bytes that their number gives, `read` compares: both in one request, and
+print how many files were right. `ask` answers lines of stdin with JSON: `open` opens all anew;
+`together` reads them in one request and tells its state; `each` reads one by one (Answer).
 """
 
 import json
@@ -8,13 +10,23 @@ import mmap
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
-from nixl._api import nixl_agent, nixl_agent_config
+import numpy as np
+from nixl._api import nixl_agent, nixl_agent_config, nixlBind
 
 FILES: Final = 16
 FILE_BYTES: Final = 1 << 20
+NIXL_ERROR: Final[type[Exception]] = nixlBind.nixlBackendError
+
+
+class Answer(TypedDict):
+    """Which files were "DONE", and which of these are right."""
+
+    done: list[int]
+    right: list[int]
 
 
 def content(number: int) -> bytes:
@@ -22,47 +34,97 @@ def content(number: int) -> bytes:
     return bytes((number + at) % 251 for at in range(4096)) * (FILE_BYTES // 4096)
 
 
-def transfer(agent: Any, operation: str, memory: mmap.mmap, address: int, fds: list[int]) -> None:
-    """Move all pieces of *memory* to the files, or back, in one request."""
-    held = agent.register_memory([(address, len(memory), 0, "")], "DRAM")
-    files = agent.register_memory([(0, FILE_BYTES, fd, "") for fd in fds], "FILE")
-    here = agent.get_xfer_descs(
-        [(address + at * FILE_BYTES, FILE_BYTES, 0) for at in range(len(fds))], "DRAM"
-    )
-    there = agent.get_xfer_descs([(0, FILE_BYTES, fd) for fd in fds], "FILE")
-    handle = agent.initialize_xfer(operation, here, there, "tester")
-    state = agent.transfer(handle)
-    while state not in {"DONE", "ERR"}:
-        time.sleep(0.001)
-        state = agent.check_xfer_state(handle)
-    assert state == "DONE", state
-    agent.release_xfer_handle(handle)
-    agent.deregister_memory(files)
-    agent.deregister_memory(held)
+class Mover:
+    """An agent, and memory for all files."""
+
+    def __init__(self, directory: Path, params: dict[str, str]) -> None:
+        self.directory = directory
+        self.agent: Any = nixl_agent("tester", nixl_agent_config(backends=[]))
+        self.agent.create_backend("POSIX", params)
+        self.memory = mmap.mmap(-1, FILES * FILE_BYTES)
+        self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
+        self.fds: list[int] = []
+
+    def open(self, flags: int) -> None:
+        """Open all files; those that were open are closed."""
+        for fd in self.fds:
+            with suppress(OSError):  # of a mount that has died
+                os.close(fd)
+        self.fds = [
+            os.open(self.directory / f"obj_{number}.bin", flags | os.O_DIRECT, 0o600)
+            for number in range(FILES)
+        ]
+
+    def put(self, number: int, data: bytes) -> None:
+        """Fill the memory of file *number*."""
+        self.memory[number * FILE_BYTES : (number + 1) * FILE_BYTES] = data
+
+    def is_right(self, number: int) -> bool:
+        """Tell whether the memory of file *number* has its bytes."""
+        return self.memory[number * FILE_BYTES : (number + 1) * FILE_BYTES] == content(number)
+
+    def transfer(self, operation: str, numbers: range) -> str:
+        """Move the pieces of memory of these files to them, or back, in one request; its state."""
+        agent = self.agent
+        held = agent.register_memory([(self.address, len(self.memory), 0, "")], "DRAM")
+        files = agent.register_memory([(0, FILE_BYTES, self.fds[n], "") for n in numbers], "FILE")
+        here = agent.get_xfer_descs(
+            [(self.address + number * FILE_BYTES, FILE_BYTES, 0) for number in numbers], "DRAM"
+        )
+        there = agent.get_xfer_descs([(0, FILE_BYTES, self.fds[n]) for n in numbers], "FILE")
+        handle = agent.initialize_xfer(operation, here, there, "tester")
+        try:
+            state: str = agent.transfer(handle)
+            while state not in {"DONE", "ERR"}:
+                time.sleep(0.001)
+                state = agent.check_xfer_state(handle)
+        except NIXL_ERROR:  # which it raises rather than say "ERR"
+            state = "ERR"
+        agent.release_xfer_handle(handle)
+        agent.deregister_memory(files)
+        agent.deregister_memory(held)
+        return state
+
+    def each(self) -> Answer:
+        """Read all files in a request each."""
+        done = []
+        for number in range(FILES):
+            self.put(number, bytes(FILE_BYTES))
+            if self.transfer("READ", range(number, number + 1)) == "DONE":
+                done.append(number)
+        return {"done": done, "right": [number for number in done if self.is_right(number)]}
+
+    def answer(self, question: str) -> Any:
+        """Do what a line of stdin asks."""
+        match question:
+            case "open":
+                return self.open(os.O_RDONLY)
+            case "together":
+                return self.transfer("READ", range(FILES))
+            case "each":
+                return self.each()
+            case _:
+                raise ValueError(question)
 
 
 def main() -> None:
     """See the module's docstring."""
     command, directory, params = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    import numpy as np
-
-    agent = nixl_agent("tester", nixl_agent_config(backends=[]))
-    agent.create_backend("POSIX", params)
-    memory = mmap.mmap(-1, FILES * FILE_BYTES)
-    address = np.frombuffer(memory, np.uint8).ctypes.data
-    flags = os.O_RDWR | os.O_CREAT if command == "write" else os.O_RDONLY
-    fds = [os.open(directory / f"obj_{n}.bin", flags | os.O_DIRECT, 0o600) for n in range(FILES)]
+    mover = Mover(directory, params)
+    if command == "ask":
+        for line in sys.stdin:
+            sys.stdout.write(f"answer: {json.dumps(mover.answer(line.strip()))}\n")
+            sys.stdout.flush()
+        return
     if command == "write":
         for number in range(FILES):
-            memory[number * FILE_BYTES : (number + 1) * FILE_BYTES] = content(number)
-    transfer(agent, command.upper(), memory, address, fds)
-    for fd in fds:
+            mover.put(number, content(number))
+    mover.open(os.O_RDWR | os.O_CREAT if command == "write" else os.O_RDONLY)
+    state = mover.transfer(command.upper(), range(FILES))
+    assert state == "DONE", state
+    for fd in mover.fds:
         os.close(fd)
-    right = sum(
-        memory[number * FILE_BYTES : (number + 1) * FILE_BYTES] == content(number)
-        for number in range(FILES)
-    )
-    sys.stdout.write(f"{right}\n")
+    sys.stdout.write(f"{sum(map(mover.is_right, range(FILES)))}\n")
 
 
 if __name__ == "__main__":
