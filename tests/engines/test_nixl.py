@@ -1,7 +1,7 @@
 """docs/nixl.md: NIXL's own POSIX back end reads published blocks where they lie.
 
 On an image file by the API, and on a block device by what getfattr says. The page's program and
-commands run as they stand.
+commands run as they stand. Of a block that is lost the program prints nothing.
 """
 
 import subprocess
@@ -15,12 +15,15 @@ import xxhash
 
 from support.daemon import running_daemon
 from support.engines import engine_environment, engine_python
+from support.faultrules import Act, Op, Rule
+from support.faultydisks import faulty_disks, needs_faults
 from support.loops import loop_device, needs_loops
 from support.mounting import mounted, shell, store
 from support.snippets import snippets_of
 from twfs.formatting import DeviceSpec
 from twfs.layout import Arrangement, Group, Layout
-from twfs.units import ByteCount
+from twfs.store import iterate_heads
+from twfs.units import ALIGN, ByteCount
 from twfs.warehouse import Warehouse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -38,12 +41,17 @@ def program() -> str:
     return text
 
 
-def run_inside(source: str, *arguments: object) -> str:
-    """Run *source* in NIXL's environment and return what it prints."""
-    done = subprocess.run(
+def run(source: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run *source* in NIXL's environment."""
+    return subprocess.run(
         [engine_python("nixl"), "-c", source, *map(str, arguments)],
         env=engine_environment(), capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
+
+
+def run_inside(source: str, *arguments: object) -> str:
+    """Run *source* in NIXL's environment and return what it prints."""
+    done = run(source, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -70,6 +78,33 @@ def test_the_pages_program_reads_what_was_put(scratch: Path, kind: str) -> None:
         said = run_inside(program(), daemon.socket, "tiny", BLOCKS * LAYOUT.block_tokens + 5)
         whole = b"".join(payload.tobytes() for payload in payloads)
         assert said == f"{BLOCKS} {len(whole)} {xxhash.xxh3_128_hexdigest(whole)}"
+
+
+@pytest.mark.root
+@pytest.mark.fuse
+@needs_faults
+@pytest.mark.parametrize(
+    ("act", "error"), [(Act.FLIP, "AssertionError"), (Act.EIO, "NIXL_ERR_BACKEND")]
+)
+def test_the_pages_program_gives_no_bytes_of_a_block_that_is_lost(
+    scratch: Path, act: Act, error: str
+) -> None:
+    with faulty_disks(scratch / "disks", {"a": 64 << 20}) as disks:
+        Warehouse.create(scratch / "warehouse", [DeviceSpec(disks.loops["a"])])
+        with running_daemon(scratch / "warehouse") as daemon, daemon.client() as client:
+            model = client.open_model("tiny", LAYOUT)
+            names = model.chain().extend(range(BLOCKS * LAYOUT.block_tokens)).names()
+            payloads = [np.full(LAYOUT.block_bytes(), index, np.uint8) for index in range(BLOCKS)]
+            assert client.put(model, names, payloads).held == BLOCKS
+            (head,) = iterate_heads(client, model.id)
+            low = client.chain_of(model.id, head)[2].block.extents[0].offset + ALIGN
+            disks.set_rules(Rule(disk="a", op=Op.READ, act=act, low=low, high=low + 1))
+            done = run(program(), daemon.socket, "tiny", BLOCKS * LAYOUT.block_tokens)
+            disks.lift()
+    assert done.returncode == 1
+    assert error in done.stderr
+    verified = program().partition("block.checksums.xxh3")[0].count("\n") + 1  # the line of it
+    assert (f"line {verified}, in" in done.stderr) == (act is Act.FLIP)
 
 
 # Reads one run: path, offset, length, payload bytes. The page's own function does it.
