@@ -75,7 +75,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding", "engines.keyed"),
-    ("engines.transfers", "engines.vllm_layout", "engines.vllm_prefill", "engines.vllm_reports"),
+    ("engines.transfers", "engines.vllm_layout", "engines.vllm_prefill"),
+    ("engines.vllm_orders",),
     (
         "engines.lmcache",
         "engines.sglang",

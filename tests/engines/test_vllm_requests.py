@@ -108,6 +108,28 @@ def test_public_beginnings_are_shared_by_a_group_and_nothing_behind_them(
         assert answers == [answers[0]] * len(turns)
 
 
+def test_events_tell_of_what_was_published_and_of_nothing_else(
+    engine: str, model: Path, daemon: Daemon
+) -> None:
+    on = {"enable_kv_cache_events": True, "publisher": "null"}
+    config = transfer_config(daemon.socket, patience_s=1.0)
+    with Vllm(engine, model, config, kv_events_config=on) as vllm:
+        assert vllm.ask(do="events") == []
+        vllm.generate(LONG)
+        wait_session_count(daemon, 1)
+        while not vllm.ask(do="events"):
+            vllm.generate({"seed": 9, "tokens": 40})  # whose steps bring the workers' reports
+        told = vllm.ask(do="events")
+        assert len(told) == len(set(told)) == 2100 // STORED_TOKENS
+        daemon.kill()
+        vllm.generate({"seed": 2, "tokens": 2100})
+        counts: dict[str, int] = vllm.ask(do="connector")
+        while counts == vllm.ask(do="connector"):
+            vllm.generate({"seed": 9, "tokens": 40})
+        vllm.generate({"seed": 9, "tokens": 40})
+        assert vllm.ask(do="events") == told
+
+
 @pytest.mark.parametrize(
     ("layers", "words"),
     [(MIXED, "groups of layers that are cached differently"),

@@ -41,6 +41,25 @@ def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def scheduler_of(llm: Any) -> Any:
+    """The engine's scheduler, which is in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def events(scheduler: Any) -> list[Any]:
+    """Hashes of what was told to be stored outside the engine, from the first call on."""
+    publisher = scheduler.kv_event_publisher
+    if "told" not in vars(publisher):
+        publisher.told = []
+        publisher.publish = lambda batch: publisher.told.extend(batch.events)
+    return [
+        str(each)
+        for event in publisher.told
+        if type(event).__name__ == "BlockStored" and event.medium == "STORAGE"
+        for each in event.block_hashes
+    ]
+
+
 def answer(llm: Any, request: dict[str, Any]) -> Any:
     """Do what *request* asks."""
     match request["do"]:
@@ -60,8 +79,9 @@ def answer(llm: Any, request: dict[str, Any]) -> Any:
             worker: Any = get_kv_transfer_group()
             return worker.connector_worker.worker.attachment.statistics()
         case "estimate":  # seconds per token of computing, as the scheduler has been told
-            core: Any = llm.llm_engine.engine_core
-            return core.engine_core.scheduler.connector.manager.breakeven.compute_s
+            return scheduler_of(llm).connector.manager.breakeven.compute_s
+        case "events":
+            return events(scheduler_of(llm))
         case _:
             pass
     raise ValueError(request)

@@ -9,6 +9,7 @@ import pickle
 import sys
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -22,10 +23,11 @@ from vllm.v1.kv_offload.config import (
     OffloadingParallelConfig,
 )
 
-from twfs.engines.transfers import Transfers
+from twfs.engines.attaching import Attachment
+from twfs.engines.transfers import Offer, Transfers
 from twfs.engines.vllm import TwfsManager, TwfsSpec, _Request
 from twfs.engines.vllm_layout import IDENTITY
-from twfs.engines.vllm_reports import RankReport
+from twfs.engines.vllm_orders import OpenStores, RankReport
 
 TOKENS: Final = 64
 BLOCK_BYTES: Final = 4096
@@ -82,24 +84,29 @@ def try_owners(manager: TwfsManager, first: ReqContext) -> None:
         assert offered == keys[:4], (params, offered)
         manager.on_request_finished(context)
         manager.complete_store(offered, context)  # which may be later than the end
-        assert manager.prepare_store(keys, first).keys_to_store == []
-    list(manager.take_events())
+        manager.stored(RankReport(stored={manager._open._last: [len(offered)]}))
+        assert manager.prepare_store(keys, first).keys_to_store == keys[10:]
 
 
 def try_reports() -> None:
     """The sum of the ranks' reports keeps what one of them has timed, whoever comes first."""
-    reports = [RankReport({7: 1}, TransferStats(), (100, 0.5)), RankReport({7: 1, 8: 1})]
+    reports = [
+        RankReport({7: 1}, TransferStats(), (100, 0.5), {1: [3], 2: [4]}),
+        RankReport({7: 1, 8: 1}, stored={1: [2]}),
+    ]
     for first, second in (reports, reversed(reports)):
         total = pickle.loads(pickle.dumps(first)).aggregate(second).aggregate(RankReport({7: 1}))
         assert (total.completed_jobs, total.computed) == ({7: 3, 8: 1}, (100, 0.5))
+        # Two ranks have told of store 1, of whose blocks both hold two, and one of store 2.
+        stores = OpenStores(2)
+        assert [stores.begin("abcd"), stores.begin("efgh")] == [1, 2]
+        assert [*stores.ended(total)] == ["ab"]
+        assert [*stores.ended(RankReport(stored={2: [0], 1: [2], 9: [9]}))] == [""]
+        assert len(stores) == 0
 
 
-def main() -> None:
-    """Try one promise after the other."""
-    try_reports()
-    spec = spec_of(Path(sys.argv[1]))
-    manager = TwfsManager(spec)
-    manager.breakeven.tokens_min = 0
+def try_stores(manager: TwfsManager, workers: Attachment) -> None:
+    """Blocks are offered as room allows, known once published, and told of then."""
     request, context, keys = request_of(manager, "a", 16)
     until_ready(manager, request)
     assert manager.lookup(keys[0], context) is LookupResult.MISS
@@ -107,18 +114,34 @@ def main() -> None:
     first = manager.prepare_store(keys, context)
     assert first.keys_to_store == keys[:10]
     assert manager.prepare_store(keys[10:], context).keys_to_store == []
-    workers = spec.attach(arena_bytes=1 << 20)
     transfers = Transfers(workers)
-    transfers.store(1, first.store_spec.offer, [bytes(BLOCK_BYTES)] * 10)
+    ended: SimpleQueue[int] = SimpleQueue()
+    transfers.store(1, first.store_spec.offer, [bytes(BLOCK_BYTES)] * 10, stored=ended.put)
     while not transfers.finished():
         time.sleep(0.001)
     manager.complete_store(first.keys_to_store, context)
+    assert list(manager.take_events()) == []  # it may yet fail
+    assert manager.has_pending_work()
+    manager.stored(RankReport(stored={first.store_spec.number: [ended.get()]}))
+    assert not manager.has_pending_work()
     (event,) = manager.take_events()
     assert (event.keys, event.removed, list(manager.take_events())) == (keys[:10], False, [])
-    assert manager.prepare_store(keys, context).keys_to_store == keys[10:]  # and what is known: not
-    while workers.statistics().get("stored blocks", 0) < 10:
-        time.sleep(0.01)
+    # What is known is not offered; what could not be stored is, and no event says otherwise.
+    second = manager.prepare_store(keys, context)
+    assert second.keys_to_store == keys[10:]
+    transfers.store(2, Offer((), -1), [bytes(BLOCK_BYTES)] * 6, stored=ended.put)
+    manager.stored(RankReport(stored={second.store_spec.number: [ended.get()]}))
+    manager.complete_store(second.keys_to_store, context)
+    assert list(manager.take_events()) == []
+    third = manager.prepare_store(keys, context)
+    assert third.keys_to_store == keys[10:]
+    manager.complete_store(third.keys_to_store, context)
     try_owners(manager, context)
+    transfers.close()
+
+
+def try_loads(manager: TwfsManager) -> None:
+    """What is held is loaded if it pays, and a failed load makes it a miss."""
     # What is held is a hit from where the engine's own memory ends; a failed load is a miss then.
     request, context, keys = request_of(manager, "b", 16)
     until_ready(manager, request, 2 * TOKENS)
@@ -143,11 +166,21 @@ def main() -> None:
     manager._known.clear()
     manager.requests["c"].start = 12
     assert manager.prepare_store(keys, context).keys_to_store == keys
+
+
+def main() -> None:
+    """Try one promise after the other."""
+    try_reports()
+    spec = spec_of(Path(sys.argv[1]))
+    manager = TwfsManager(spec)
+    manager.breakeven.tokens_min = 0
+    workers = spec.attach(arena_bytes=1 << 20)
+    try_stores(manager, workers)
+    try_loads(manager)
     for name in ("a", "b", "c", "never seen"):
         manager.on_request_finished(ReqContext(req_id=name))
     manager.reset_cache()
     manager.shutdown()
-    transfers.close()
     workers.close()
     sys.stdout.write("held\n")
 
