@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("core", "sources"),
     ("enrolling", "metering", "quotas", "ranking", "using"),
     ("choosing", "sharing"),
-    ("evicting", "listing", "matching", "opening"),
+    ("evicting", "listing", "matching", "opening", "pinning"),
     ("retaining",),
     ("reserving", "tenancy", "usage"),
     ("doomed", "erasing", "moving", "pacing", "parting", "putting", "snapshot", "subject"),

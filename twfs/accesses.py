@@ -14,7 +14,7 @@ appended to. What a crash cut off ends its segment; all before it counts.
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import xxhash
 
 from twfs.errors import CorruptMetadata, InvalidInput
+from twfs.units import ModelId
 
 RECORD_DIRECTORY: Final = "record"  # in the warehouse's
 SEGMENT_SUFFIX: Final = ".accesses"
@@ -35,6 +36,7 @@ GROUP_BYTES_MAX: Final = 1 << 30  # as large as a whole record may be
 LEVEL_MAX: Final = 40  # one block in 10^12
 
 Array = npt.NDArray[Any]
+Chooser = Callable[[Array], npt.NDArray[np.bool_]]  # which rows, or sums, by model, tenant, class
 
 
 class Kind(IntEnum):
@@ -117,6 +119,21 @@ class Group:
         return replace(
             self, level=level, rows=rows[counts > 0], samples=self.samples[kept], totals=totals
         )
+
+    def without(self, used: Mapping[ModelId, Array], of: Chooser) -> "Group":
+        """The same without rows that used one of the ids in *used*, by model, or that *of* chooses.
+
+        And without the sums that it chooses.
+        """
+        gone = of(self.rows)
+        owner = np.repeat(np.arange(len(self.rows)), self.rows["samples"])
+        for model, ids in used.items():
+            mine = self.rows["model"][owner] == model
+            gone[owner[mine & np.isin(self.samples["id"], ids)]] = True
+        return replace(
+            self, rows=self.rows[~gone], samples=self.samples[~gone[owner]],
+            totals=self.totals[~of(self.totals)],
+        )  # fmt: skip
 
 
 def totals_of(rows: Array) -> Array:

@@ -74,7 +74,12 @@ class Removed:
 
 def starts_chain(block: Block, layout: Layout) -> bool:
     """Tell whether *block* is the first of its chain: its parent is a root, or nothing."""
-    return block.parent == NO_PARENT or (not block.key and block.position == layout.block_tokens)
+    return begins_chain(block.parent, block.key, block.position, layout)
+
+
+def begins_chain(parent: PrefixHash, key: bytes, position: int, layout: Layout) -> bool:
+    """The same of a block with that parent, own key and position."""
+    return parent == NO_PARENT or (not key and position == layout.block_tokens)
 
 
 def required(layout: Layout) -> list[tuple[int, int]]:

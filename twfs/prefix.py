@@ -70,6 +70,10 @@ class Names:
         """The prefix hash of block *index*."""
         return PrefixHash(self.hashes[16 * index : 16 * index + 16])
 
+    def parent_at(self, index: int) -> PrefixHash:
+        """The prefix hash before block *index*."""
+        return PrefixHash(self.parents[16 * index : 16 * index + 16])
+
     def head(self, count: int) -> "Names":
         """The first *count* names."""
         return self.slice(0, count)

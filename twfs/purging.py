@@ -1,15 +1,16 @@
 """Purges: what is asked for is gone, and its bytes are erased, also if a crash comes between.
 
-The order: what is to go is a durable row; blocks are unpublished, and in the same transaction their
-extents are marked as to be erased; each is erased and its device flushed; then it is free; at last
-the row goes. The next start goes on where a killed process was. Blocks that others use stay. What
-cannot be erased now (leased, its device away or read-only) stays marked, and is erased later.
+The order: what is to go is a durable row; who asked for it goes from the access record; blocks are
+unpublished, and in the same transaction their extents are marked as to be erased; each is erased
+and its device flushed; then it is free; at last the row goes. The next start goes on where a killed
+process was. Blocks that others use stay. What cannot be erased now (leased, its device away or
+read-only) stays marked, and is erased later.
 """
 
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,8 +23,15 @@ import msgspec
 from twfs import wasting
 from twfs.core import Core
 from twfs.doomed import Doomed, Erased
-from twfs.errors import InvalidInput, NoSuchTenant, NotAllowed, TwfsError, WarehouseClosed
-from twfs.operating import Verb, Verbs
+from twfs.errors import (
+    CorruptMetadata,
+    InvalidInput,
+    NoSuchTenant,
+    NotAllowed,
+    TwfsError,
+    WarehouseClosed,
+)
+from twfs.operating import NoArguments, Verb, Verbs
 from twfs.records import BlockKey, Extent
 from twfs.retaining import end_session, flush
 from twfs.roster import Roster
@@ -68,6 +76,8 @@ class _Tally:
     free: Erased = field(default_factory=Erased)
     free_left_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    accesses: int = 0  # rows of the access record
+    record_stays: bool = False
 
 
 class Purger:
@@ -89,9 +99,13 @@ class Purger:
     def verbs(self, uid: int | None = None) -> Verbs:
         """`purge`, as *uid* may use it: NotAllowed but for a tenant of theirs; None: an operator's.
 
-        NoSuchTenant, NoSuchModel, NoSuchBlock for a session that is not there, InvalidInput.
+        NoSuchTenant, NoSuchModel, NoSuchBlock for a session that is not there, InvalidInput. And
+        `purges`, which permitting.py leaves to operators.
         """
-        return {"purge": Verb(Purge, partial(self.purge, uid=uid))}
+        return {
+            "purge": Verb(Purge, partial(self.purge, uid=uid)),
+            "purges": Verb(NoArguments, lambda _: self.waiting()),
+        }
 
     def stop(self) -> None:
         """Let what is under way end at the next batch: the next start goes on with it."""
@@ -228,7 +242,9 @@ class Purger:
             chosen = wasting.choose(self._core, row, condemn=True, resumed=resumed)
             self._core.changes += 1
         tally.shared_blocks, tally.shared_bytes = chosen.shared_blocks, chosen.shared_bytes
-        self._unpublish(row, wasting.in_order(self._core, chosen), tally)
+        keys = wasting.in_order(self._core, chosen)
+        self._erase_accesses(row, keys, tally)
+        self._unpublish(row, keys, tally)
         self._wait(tally, wait_ms)
         if row.free_space:
             tally.free, tally.free_left_bytes, notes = self._doomed.erase_free(row.overwrite)
@@ -253,6 +269,25 @@ class Purger:
 
             if without(self._core.roster) != self._core.roster:
                 self._core.enrol(without, lambda _: None)
+
+    def _erase_accesses(self, row: Row, keys: list[BlockKey], tally: _Tally) -> None:
+        """Take out of the access record who asked for what goes.
+
+        First, while it is known: a start that goes on with the purge only finds what is left.
+        """
+        with self._core.lock:
+            of = wasting.accesses_of(self._core, row)
+        try:
+            used = {
+                model: b"".join(key.prefix_hash for key in mine)
+                for model, mine in groupby(keys, lambda key: key.model)
+            }
+            tally.accesses = self._core.recorder.erase(used, of)
+        except (OSError, CorruptMetadata) as error:
+            tally.record_stays = True
+            tally.notes.append(
+                f"the access record was not erased: {getattr(error, 'strerror', None) or error}"
+            )
 
     def _unpublish(self, row: Row, keys: list[BlockKey], tally: _Tally) -> None:
         """Take condemned blocks out, a bounded transaction at a time, and erase behind it."""
@@ -290,35 +325,64 @@ class Purger:
         held = (extent for extents in self._core.limbo.values() for extent in extents)
         return [extent for extent in held if extent in tally.mine]
 
+    def _left(self, extents: Iterable[Extent]) -> list[dict[str, Any]]:
+        """What of *extents* nobody reads and is not erased yet, by device, and why."""
+        stuck: dict[int, int] = defaultdict(int)
+        for extent in extents:
+            stuck[extent.device] += extent.length
+        return [
+            {"device": device, "bytes": count, "why": self._doomed.why(device)}
+            for device, count in sorted(stuck.items())
+        ]
+
+    def waiting(self) -> dict[str, Any]:
+        """The purges that are not over, and what those that are have left to be erased."""
+        core = self._core
+        with core.lock, core.metadata.read() as view:
+            rows = rows_of(view)
+            doomed = list(core.doomed)
+            leased = sum(
+                extent.length
+                for extent, why in view.all_limbo()
+                if why in {TO_DISCARD, TO_OVERWRITE} and extent not in core.doomed
+            )
+            purges = [
+                {
+                    "number": row.number, "asked_ms": row.asked_ms, "model": row.model,
+                    "tenant": None if row.tenant is None else core.tenants.name_of(row.tenant),
+                    "before_ms": row.before_ms,
+                    "sessions": [name or head for _, _, name, head in row.ends or ()],
+                }
+                for row in rows
+            ]  # fmt: skip
+        return {
+            "purges": purges, "leased_bytes": leased, "left_on_devices": self._left(doomed),
+        }  # fmt: skip
+
     def _report(self, row: Row, tally: _Tally) -> dict[str, Any]:
         core = self._core
         with core.lock, core.metadata.read() as view:
             leased = self._leased(tally)
-            stuck: dict[int, int] = defaultdict(int)
-            for extent in core.doomed:
-                if extent in tally.mine:
-                    stuck[extent.device] += extent.length
+            stuck = [extent for extent in core.doomed if extent in tally.mine]
             retired = sum(extent.length for extent, why in view.all_limbo() if why == RETIRED)
         leased_bytes = sum(extent.length for extent in leased)
-        left = [
-            {"device": device, "bytes": count, "why": self._doomed.why(device)}
-            for device, count in sorted(stuck.items())
-        ]
         purged = sum(extent.length for extent in tally.mine)
         erased = self._doomed.take_erased()
         return {
             "dry_run": False, "number": row.number, "sessions": tally.sessions,
             "purged_blocks": tally.blocks, "purged_bytes": purged,
-            "erased_bytes": purged - leased_bytes - sum(stuck.values()),
+            "erased_bytes": purged - leased_bytes - sum(extent.length for extent in stuck),
             "discarded_bytes": erased.discarded, "overwritten_bytes": erased.overwritten,
             "shared_blocks": tally.shared_blocks, "shared_bytes": tally.shared_bytes,
-            "leased_bytes": leased_bytes, "left_on_devices": left,
-            "retired_bytes": retired,
+            "leased_bytes": leased_bytes, "left_on_devices": self._left(stuck),
+            "retired_bytes": retired, "erased_accesses": tally.accesses,
             "free_space": row.free_space,
             "free_discarded_bytes": tally.free.discarded,
             "free_overwritten_bytes": tally.free.overwritten,
             "free_left_bytes": tally.free_left_bytes, "notes": tally.notes,
-            "complete": not (leased or stuck or tally.free_left_bytes or retired),
+            "complete": not (
+                leased or stuck or tally.free_left_bytes or retired or tally.record_stays
+            ),
         }  # fmt: skip
 
 

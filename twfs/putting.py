@@ -27,6 +27,7 @@ from twfs.errors import (
 from twfs.evicting import keep_low_water, keep_quota
 from twfs.hints import NO_HINT, Hint, Retention
 from twfs.payload import aligned_buffer
+from twfs.pinning import Brought, promise_put
 from twfs.prefix import Names
 from twfs.ranking import rank_of
 from twfs.records import Block, BlockKey, Checksums, Extent, Header
@@ -145,7 +146,7 @@ class Put:
         return Digest(self._names.digests[32 * index : 32 * index + 32])
 
     def _parent(self, index: int) -> PrefixHash:
-        return PrefixHash(self._names.parents[16 * index : 16 * index + 16])
+        return self._names.parent_at(index)
 
     def _own_key(self, index: int) -> bytes:
         return self._names.keys[index] if self._names.keys else b""
@@ -159,7 +160,13 @@ class Put:
         if self._retention is not Retention.PINNED:
             return lacking
         needs = [ByteCount(ALIGN + align_up(self._lengths[index])) for index in lacking]
-        fit, self._promised = retaining.promise_put(core, self._pinned.tolist(), needs)
+        fit, self._promised = promise_put(
+            core,
+            Brought(
+                self._model, self._group, self._shard, self._names, lacking, needs,
+                self._pinned.tolist(),
+            ),
+        )  # fmt: skip
         for index in lacking[fit:]:
             self._outcomes[index] = PutOutcome.NO_ROOM
         return lacking[:fit]

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from twfs.accesses import (
     SEGMENT_SUFFIX,
     TOTAL_DTYPE,
     USED_NOW,
+    Chooser,
     Group,
     Kind,
     last_id,
@@ -112,7 +113,7 @@ def _ended(use: _Use, kind: Kind, code: int, now_ms: int) -> int:
 
 
 class Recorder:
-    """See the module's docstring. `note` and `known` from any thread; the rest from one."""
+    """See the module's docstring. Thread-safe."""
 
     def __init__(
         self, directory: Path, settings: RecordSettings, clock: Callable[[], int], secret: bytes
@@ -124,6 +125,7 @@ class Recorder:
         self._segment_bytes = settings.bytes // SEGMENT_PARTS
         self._clock = clock
         self._mix = np.uint64(xxhash.xxh3_64_intdigest(b"twfs record\0" + secret) | 1)
+        self._files = threading.Lock()  # whoever reads or writes segments
         self._lock = threading.Lock()  # guards what is pending, and the ends
         self._pending = _Pending()
         self._ends: dict[bytes, _Use] = {}
@@ -239,8 +241,11 @@ class Recorder:
 
     def flush(self, written_bytes: int) -> None:
         """Write down what is pending. It never raises: what fails is told by `failure`."""
-        if not self.on:
-            return
+        if self.on:
+            with self._files:
+                self._flush(written_bytes)
+
+    def _flush(self, written_bytes: int) -> None:
         self._flushed_s = time.monotonic()
         with self._lock:
             pending, self._pending = self._pending, _Pending()
@@ -253,6 +258,29 @@ class Recorder:
             self.failure = ""
         except (OSError, CorruptMetadata) as error:
             self._fail(error)
+
+    def erase(self, used: Mapping[ModelId, bytes], of: Chooser) -> int:
+        """Take out the rows that used blocks, and rows and sums that *of* chooses; how many rows.
+
+        *used* are the names of these blocks by model, 16 bytes each. What lay in the place of a
+        segment that changes is overwritten, and that is flushed. OSError, CorruptMetadata.
+        """
+        ids = {model: np.frombuffer(each, "<u8")[::2] * self._mix for model, each in used.items()}
+        gone = 0
+        with self._files:
+            with self._lock:
+                self._ends.clear()  # what is under way is noted anew when it ends
+            if self.on:
+                self._flush(self._written_before)
+            for path in segments_in(self.directory):
+                whole = merged(read_segment(path)[0])
+                left = whole.without(ids, of)
+                if left.byte_count != whole.byte_count:
+                    gone += len(whole.rows) - len(left.rows)
+                    _replace_wiped(path, left)
+                    if path in self._segments:
+                        self._segments[path] = (left.byte_count, left.level, left.last_ms)
+        return gone
 
     def _group_of(self, pending: _Pending, written: int) -> Group:
         """What is pending, as rows and those samples that are kept now."""
@@ -364,6 +392,23 @@ def _scratch(path: Path, whole: Group) -> Path:
     with os.fdopen(fd, "wb") as file:
         file.write(whole.pack())
     return scratch
+
+
+def _replace_wiped(path: Path, whole: Group) -> None:
+    """Let *whole* take the place of the segment at *path*, whose bytes become zeros. OSError."""
+    scratch = _scratch(path, whole)
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    home = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        os.fsync(home)
+        os.pwrite(fd, bytes(os.fstat(fd).st_size), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+        os.close(home)
 
 
 def remove_record(directory: Path) -> None:

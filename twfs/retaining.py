@@ -1,11 +1,11 @@
-"""Classes of sessions changed, promises given or refused, touches brought into the tables.
+"""Classes of sessions changed, and what touches said brought into the tables.
 
 A class that is not the one in the headers goes to the roster of the devices first, and then to the
 tables, so that it outlives the metadata. What a touch says waits for one commit a second with many
-others. All of it blocks, but for `promise`.
+others. All of it blocks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
@@ -17,8 +17,9 @@ from twfs.core import Core
 from twfs.errors import NoSuchBlock, NoSuchModel, PromiseRefused, StaleEpoch, TooLarge, TwfsError
 from twfs.evicting import remove_session
 from twfs.hints import Hint, Retention
+from twfs.pinning import promise_ends, promise_moves
 from twfs.records import BlockKey
-from twfs.retention import PINNED, held_bytes
+from twfs.retention import PINNED
 from twfs.roster import CLASSES_BYTES_MAX, Roster, RosterClass, classes_bytes
 from twfs.sessions import (
     EPHEMERAL,
@@ -35,82 +36,12 @@ from twfs.sessions import (
     every,
     find,
 )
-from twfs.siblings import is_alone, others
-from twfs.slots import NONE
 from twfs.tables import ReadView, WriteView
-from twfs.units import ALIGN, ByteCount, ModelId, PrefixHash
+from twfs.units import ByteCount, ModelId, PrefixHash
 
 RETENTIONS: Final = tuple(Retention)
 USED_STEP_MS: Final = 3_600_000  # a session that does not move is noted as used this often
 PRUNED_PARTS: Final = 8  # of the sessions: so many end when there are nearly too many
-
-
-# Promises.
-
-
-def unpinned(core: Core, view: ReadView, ends: Iterable[int]) -> set[int]:
-    """Slots of the blocks that would be pinned by sessions ending at the slots *ends*.
-
-    Hold the lock.
-    """
-    slots = core.slots
-    found: set[int] = set()
-    for end in ends:
-        at = end
-        while at != NONE and at not in found and slots.retention[at] != PINNED:
-            found.add(at)
-            at = int(slots.parent[at])
-    beside: set[int] = set()
-    for slot in found:
-        key = slots.key_of(slot)
-        model = core.models.get(key.model)
-        if model is not None and not is_alone(model):
-            standing = BlockKey(key.model, key.prefix_hash, model.layout.spine, 0)
-            beside.update(
-                s for s in others(view, slots, model, standing) if slots.retention[s] != PINNED
-            )
-    return found | beside
-
-
-def pin_room_bytes(core: Core) -> int:
-    """Bytes that may be pinned more. Hold the lock."""
-    limit = int(core.terms.shares[PINNED] * core.allocator.total_bytes)
-    return limit - held_bytes(core.slots, PINNED) - core.promised_bytes
-
-
-def promise(core: Core, need_bytes: int) -> None:
-    """Reserve so much of what may be pinned; PromiseRefused. Hold the lock."""
-    room = pin_room_bytes(core)
-    if need_bytes > max(0, room):  # what takes nothing more is never refused
-        core.promises.refused += 1
-        limit = int(core.terms.shares[PINNED] * core.allocator.total_bytes)
-        raise PromiseRefused(
-            f"{need_bytes} bytes cannot be pinned: {max(0, room)} of {limit} are left for it; "
-            "unpin some sessions, or raise the share in [retention.pinned] of twfs.toml"
-        )
-    core.promised_bytes += need_bytes
-
-
-def promise_put(
-    core: Core, beside: Sequence[int], needs: Sequence[ByteCount]
-) -> tuple[int, int]:  # fmt: skip
-    """Promise a put that is to be pinned what it can be: how many blocks, and the bytes reserved.
-
-    *needs* are the bytes of what it lacks, *beside* the slots of what is there, which would be
-    pinned with it. PromiseRefused if not even the first fits. Hold the lock.
-    """
-    with core.metadata.read() as view:
-        fresh = bytes_in(core, unpinned(core, view, beside))
-    ends = np.cumsum(needs)
-    fit = int(np.searchsorted(ends, pin_room_bytes(core) - fresh, "right"))
-    promised = fresh + int(sum(needs[: max(1, fit)]))
-    promise(core, promised)
-    return fit, promised
-
-
-def bytes_in(core: Core, slots: Iterable[int]) -> int:
-    """Bytes on the devices of the blocks in *slots*. Hold the lock."""
-    return int(core.slots.units[np.fromiter(slots, np.int64)].sum()) * ALIGN
 
 
 # Classes.
@@ -152,7 +83,6 @@ def assign(core: Core, keys: Sequence[SessionKey], rank: int) -> None:
 
     What is pinned is reserved first, and the ends of the chains are held until the arrays say so.
     """
-    promised, pin, pinned = 0, 0, np.zeros(0, np.int64)
     with core.lock:
         with core.metadata.read() as view:
             ends = [_slot_of(core, view, key) for key in keys]
@@ -160,10 +90,7 @@ def assign(core: Core, keys: Sequence[SessionKey], rank: int) -> None:
                 key if key.named else replace(key, tenant=int(core.slots.tenant[slot]))
                 for key, slot in zip(keys, ends, strict=True)
             ]
-            fresh = unpinned(core, view, ends) if rank == PINNED else set()
-        if rank == PINNED:
-            promised = bytes_in(core, fresh)
-            promise(core, promised)
+            fresh, promised = promise_ends(core, view, ends) if rank == PINNED else (set(), 0)
         pinned = np.array(sorted({*ends, *fresh}), np.int64)
         pin = core.pin(pinned)
     try:
@@ -288,6 +215,9 @@ def flush(core: Core) -> None:
 
 
 def _flush_touches(core: Core, asked: dict[SessionKey, Touch]) -> None:
+    with core.lock:
+        stay, promised = promise_moves(core, asked)
+
     def job(view: WriteView) -> Covered:
         covered = Covered()
         for model in {key.model for key in asked}:
@@ -297,12 +227,17 @@ def _flush_touches(core: Core, asked: dict[SessionKey, Touch]) -> None:
             ends = Ends.of(view, record)
             for key, touch in asked.items():
                 if key.model == model and key.named:
-                    ends.advance(touch.asked)
+                    if key not in stay:
+                        ends.advance(touch.asked)
                     _note_use(view, key, touch)
             covered.note(ends)
         return covered
 
-    core.metadata.submit(job, lambda covered: _follow(core, covered)).result()
+    try:
+        core.metadata.submit(job, lambda covered: _follow(core, covered)).result()
+    finally:
+        with core.lock:
+            core.promised_bytes -= promised
     with core.lock:
         core.counters.touched_sessions += len(asked)
     for key, touch in asked.items():

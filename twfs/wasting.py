@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from twfs import slots as states
+from twfs.accesses import Chooser
 from twfs.core import Core
 from twfs.errors import NoSuchBlock, NoSuchModel
 from twfs.evicting import condemn
@@ -133,6 +134,30 @@ def choose(core: Core, row: Row, *, condemn: bool, resumed: bool = False) -> Cho
         gone, slots.parent[gone].astype(np.int64), [], len(gone), int(units[gone].sum()) * ALIGN,
         int(shared.sum()), int(units[shared].sum()) * ALIGN,
     )  # fmt: skip
+
+
+def accesses_of(core: Core, row: Row) -> Chooser:
+    """What of the access record goes with *row*, whatever blocks it is of. Hold the lock.
+
+    All of its tenant and model, till it was asked for: also of epochs that are gone, where it names
+    a model. Of sessions and what is old only what is of blocks that go: rows say of neither.
+    """
+    stay = [
+        record.id for record in core.models.values()
+        if row.model not in {None, record.name} or record.name == FILES_NAME
+    ]  # fmt: skip
+
+    def chooser(rows: IntArray) -> IntArray:
+        if row.ends is not None or row.before_ms is not None:
+            return np.zeros(len(rows), np.bool_)
+        gone = ~np.isin(rows["model"], stay)
+        if row.tenant is not None:
+            gone &= rows["tenant"] == row.tenant
+        if "time_ms" in (rows.dtype.names or ()):
+            gone &= rows["time_ms"] <= row.asked_ms
+        return gone
+
+    return chooser
 
 
 def _spare_later(core: Core, row: Row, mine: IntArray) -> None:

@@ -1,5 +1,6 @@
 """A purge: blocks and their bytes are gone, what others use stays, no rebuild brings it back."""
 
+import errno
 import json
 import os
 import random
@@ -29,6 +30,8 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
+from twfs import recording
+from twfs.accesses import Kind, read_record, read_segment
 from twfs.device import Device
 from twfs.errors import (
     DeviceError,
@@ -50,6 +53,7 @@ from twfs.warehouse import Warehouse
 from twfs_tools.purge import EXIT_LEFT
 
 OWNER, ENGINE, STRANGER = 5001, 5002, 5003
+NOTHING_WAITS = {"purges": [], "leased_bytes": 0, "left_on_devices": []}
 
 
 def marks_of(model: Model, names: Names) -> list[bytes]:
@@ -208,10 +212,14 @@ def test_what_a_lease_reads_is_reported_and_erased_when_it_ends(scratch: Path) -
             assert warehouse.lookup(model, names) == 0  # unpublished at once
             assert found_in(scratch, marks) == 5
             assert match.blocks == 5
+            assert warehouse.operate("purges") == {
+                "purges": [], "leased_bytes": done["purged_bytes"], "left_on_devices": [],
+            }  # fmt: skip
         settle(warehouse)
         warehouse.purger.tend()
         warehouse.purger._thread.submit(lambda: None).result()
         assert found_in(scratch, marks) == 0
+        assert warehouse.operate("purges") == NOTHING_WAITS
         settle(warehouse)
         assert_sound(warehouse)
         assert warehouse.space().free_bytes == warehouse.space().total_bytes
@@ -236,6 +244,9 @@ def test_a_device_that_fails_is_reported_and_the_next_start_erases_it(
             {"device": 0, "bytes": done["purged_bytes"], "why": "it burns"}
         ]
         assert not done["complete"]
+        assert warehouse.operate("purges") == NOTHING_WAITS | {
+            "left_on_devices": done["left_on_devices"]
+        }
         assert usage(warehouse._core, By.TENANT, 10).adds_up
         assert found_in(scratch, marks) == 5
     with open_warehouse(scratch) as warehouse:
@@ -243,6 +254,87 @@ def test_a_device_that_fails_is_reported_and_the_next_start_erases_it(
         assert found_in(scratch, marks) == 0
         settle(warehouse)
         assert warehouse.space().free_bytes == warehouse.space().total_bytes
+
+
+def accesses(warehouse: Warehouse) -> list[tuple[int, int, int, int]]:
+    """Model, tenant, kind and samples of every row of the access record."""
+    noted = read_record(Path(warehouse.operate("record")["record"]))
+    return [tuple(row) for row in noted.rows[["model", "tenant", "kind", "samples"]].tolist()]
+
+
+def test_a_purge_takes_who_asked_out_of_the_access_record_too(scratch: Path) -> None:
+    with open_warehouse(scratch) as warehouse:
+        stop_tending(warehouse)
+        model, other = warehouse.open_model("m", MHA), warehouse.open_model("n", MHA)
+        trunk = chain_of(model, 6)
+        goes, evicted = chain_of(model, 10, 3, fork=4), chain_of(model, 3, 9)
+        put(warehouse, model, trunk)
+        put(warehouse, model, goes, hint=Hint(session="tiger"))
+        for names in (trunk, goes, evicted, goes.head(4)):
+            with warehouse.match(model, names):
+                pass
+        with warehouse.match(other, chain_of(other, 2)):
+            pass
+        asked = [
+            (1, 0, Kind.PUT, 6),
+            (1, 0, Kind.PUT, 6),
+            *[(1, 0, Kind.MATCH, n) for n in (6, 10, 3, 4)],
+        ]
+        asked = [*asked, (2, 0, Kind.MATCH, 2)]
+        assert accesses(warehouse) == asked
+        [segment] = (scratch / "record").iterdir()
+        with segment.open("rb") as old:
+            done = warehouse.operate("purge", session="tiger")
+            assert done["erased_accesses"] == 2
+            assert not any(old.read()), "what was there is overwritten"
+        assert accesses(warehouse) == [asked[0], asked[2], *asked[4:]], (
+            "what it shared is others' too"
+        )
+        assert warehouse.operate("purge", model="m")["erased_accesses"] == 4
+        assert accesses(warehouse) == [asked[-1]]
+        put(warehouse, model, trunk)
+        assert accesses(warehouse) == [asked[-1], asked[0]], "and it goes on"
+    assert [group.level for group in read_segment(segment)[0]] == [0, 0]
+
+
+def test_a_record_that_cannot_be_written_is_no_complete_purge(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        put(warehouse, model, chain_of(model, 4))
+        warehouse.operate("record")
+        with monkeypatch.context() as patch:
+            patch.setattr(recording, "_replace_wiped", fails_to_write)
+            done = warehouse.operate("purge", model="m")
+        assert (done["complete"], done["purged_blocks"], done["erased_accesses"]) == (False, 4, 0)
+        assert done["notes"] == ["the access record was not erased: No space left on device"]
+
+
+def fails_to_write(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_purge_under_way_is_listed(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Any] = []
+    with open_warehouse(scratch) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        put(warehouse, model, chain_of(model, 4), hint=Hint(session="tiger"))
+        right = Device.flush
+
+        def flush(device: Device) -> None:
+            listed.append(warehouse.operate("purges"))
+            right(device)
+
+        monkeypatch.setattr(Device, "flush", flush)
+        done = warehouse.operate("purge", session="tiger", model="m", free_space=False)
+        monkeypatch.undo()
+        [seen] = listed
+        [purge] = seen["purges"]
+        assert (purge["number"], purge["model"], purge["tenant"]) == (done["number"], "m", None)
+        assert (purge["sessions"], purge["before_ms"]) == (["tiger"], None)
+        assert [each["bytes"] for each in seen["left_on_devices"]] == [done["purged_bytes"]]
+        assert warehouse.operate("purges") == NOTHING_WAITS
 
 
 def test_extents_are_free_only_after_the_flush_and_the_row_goes_last(
@@ -333,6 +425,8 @@ def test_a_daemon_purges_for_operators_and_owners_and_for_nobody_else(scratch: P
                 in_daemon(daemon, uid, tenant="acme")
         with pytest.raises(NotAllowed):
             in_daemon(daemon, OWNER, model="m")
+        with client_of(daemon, OWNER) as client, pytest.raises(NotAllowed):
+            client.operate("purges")  # of everybody
         assert engine.lookup(model, names) == 4
         assert in_daemon(daemon, OWNER, tenant="acme")["purged_blocks"] == 4
         assert engine.lookup(model, names) == 0
@@ -436,3 +530,20 @@ def test_the_command_asks_counts_purges_and_tells_by_its_code_what_was_left(scra
     assert done.returncode == EXIT_LEFT
     assert "lost places" in done.stdout
     assert twfs("purge", scratch, "--yes").returncode == InvalidInput.exit_code
+
+
+def test_the_command_lists_what_waits(scratch: Path) -> None:
+    with running_daemon(scratch) as daemon:
+        place = ("purge", daemon.directory, "--socket", daemon.socket)
+        assert "nothing waits" in twfs(*place, "--list").stdout
+        with client_of(daemon, os.geteuid()) as client:
+            model = client.open_model("m", MHA)
+            names = chain_of(model, 4)
+            client.put(model, names, [payload_of(MHA, names.hash_at(at)) for at in range(4)])
+            with client.match(model, names):
+                left = twfs(*place, "--model", "m", "--yes", "--wait", "0s")
+                assert left.returncode == EXIT_LEFT, left.stderr
+                assert "being read" in twfs(*place, "--list").stdout
+                waits = json.loads(twfs(*place, "--list", "--json").stdout)
+                assert waits == NOTHING_WAITS | {"leased_bytes": 4 * 8192}
+    assert twfs("purge", scratch, "--list", "--model", "m").returncode == InvalidInput.exit_code

@@ -301,3 +301,31 @@ def test_puts_and_touches_come_when_the_answer_has_ended(scratch: Path) -> None:
     done = drive.replay(stream, setup, scratch, nothing(stream))
     assert done.findings == []
     assert (done.hits.tolist(), done.published.tolist()) == ([0, 4, 8], [4, 4, 0])
+
+
+def test_a_session_that_is_over_is_deleted_and_what_others_use_stays(scratch: Path) -> None:
+    agent, other = tuple(range(1, 9)), (1, 2, 3, 4, *range(11, 15))
+    sessions = [
+        Session(
+            "s", "s", 256,
+            (
+                Request(0.0, "", "m", agent, 2048, 1, "tool_use", None, 1.0),
+                Request(5.0, "/helper", "m", other, 2048, 1, "end_turn", None, 1.0),
+                Request(9.0, "/helper", "m", other[:2], 512, 1, "end_turn", None, 1.0),
+                Request(20.0, "", "m", other, 2048, 1, "tool_use", None, 1.0),
+            ),
+            {"": Agent(), "/helper": Agent()}, absolute=True,
+        )
+    ]  # fmt: skip
+    stream = make_stream(sessions, window_s=0.0, seed=1)
+    done = {
+        hints: drive.replay(stream, drive.Setup(500, hints=hints), scratch, nothing(stream))
+        for hints in (drive.Hints.ANSWER, drive.Hints.ENDS)
+    }
+    assert [each.findings for each in done.values()] == [[], []]
+    assert done[drive.Hints.ANSWER].hits.tolist() == [0, 4, 2, 8]
+    ends = done[drive.Hints.ENDS]
+    assert ends.hits.tolist() == [0, 4, 2, 4], "of the helper's the agent's stay"
+    counters = ends.statistics["counters"]
+    assert (counters["forgotten_sessions"], counters["removed_blocks"]) == (2, 8)
+    assert ends.used_bytes == 8 * ends.unit_bytes, "what it turned away from is no session's: stays"

@@ -264,6 +264,60 @@ def test_a_touch_pins_only_what_may_be_pinned(scratch: Path, total: int) -> None
         assert sum(read_all(warehouse, model, each) for each in (names, other)) == 4
 
 
+def test_a_tail_whose_beginning_is_missing_is_not_pinned(scratch: Path, total: int) -> None:
+    with at(Time(), scratch, limited(6, total)) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        names = chain_of(model, 6)
+        tail, above = names.slice(4, 6), names.slice(2, 4)
+        with pytest.raises(PromiseRefused, match="beginning of its chain is missing"):
+            put(warehouse, model, tail, hint=Hint("a", Retention.PINNED))
+        assert put(warehouse, model, tail, hint=Hint("a")).held == 2
+        with pytest.raises(PromiseRefused, match="beginning of its chain is missing"):
+            warehouse.set_retention(model.id, names.hash_at(5), Retention.PINNED)
+        with pytest.raises(PromiseRefused):
+            put(warehouse, model, above, hint=Hint("b", Retention.PINNED))  # there is more before
+        assert core.promises.refused == 3
+        assert (core.promised_bytes, status(warehouse, Retention.PINNED)["bytes"]) == (0, 0)
+        assert put(warehouse, model, names).held == 6
+        warehouse.set_retention(model.id, names.hash_at(5), Retention.PINNED)
+        assert status(warehouse, Retention.PINNED)["bytes"] == 6 * BLOCK
+        assert_sound(warehouse)
+
+
+def test_a_pinned_chain_that_meets_its_tail_pins_no_more_than_may_be(
+    scratch: Path, total: int
+) -> None:
+    with at(Time(), scratch, limited(5, total)) as warehouse:
+        model = warehouse.open_model("m", MHA)
+        names = chain_of(model, 6)
+        put(warehouse, model, names.slice(4, 6))
+        put(warehouse, model, names.head(3), retention=Retention.PINNED)
+        with pytest.raises(PromiseRefused):
+            put(warehouse, model, names.slice(3, 4))  # the session goes on to the tail's end
+        assert status(warehouse, Retention.PINNED)["bytes"] == 3 * BLOCK
+        assert_sound(warehouse)
+
+
+def test_a_touch_lets_a_pinned_session_go_on_no_farther_than_may_be_pinned(
+    scratch: Path, total: int
+) -> None:
+    with at(Time(), scratch, limited(5, total)) as warehouse:
+        model, core = warehouse.open_model("m", MHA), warehouse._core
+        names = chain_of(model, 8)
+        put(warehouse, model, names.head(2), hint=Hint("a", Retention.PINNED))
+        put(warehouse, model, names)
+        for count, pinned in ((8, 2), (5, 5), (8, 5)):
+            warehouse.touch(model, names.head(count), Hint("a"))
+            flush(core)
+            assert status(warehouse, Retention.PINNED)["blocks"] == pinned
+            assert core.promised_bytes == 0
+        assert core.promises.refused == 2
+        warehouse.touch(model, names, Hint("a", Retention.STANDARD))
+        flush(core)
+        assert status(warehouse, Retention.PINNED)["blocks"] == 0, "unpinned all the same"
+        assert_sound(warehouse)
+
+
 def test_a_pin_counts_every_shard(scratch: Path, total: int) -> None:
     with at(Time(), scratch, limited(7, total)) as warehouse:
         model = warehouse.open_model("m", SHARDED)

@@ -50,6 +50,7 @@ class Hints(StrEnum):
     TOUCH = "touch"  # who it is with the put; how the request ended when it has, by a touch
     PUT = "put"  # all of it with the put already, which follows the match at once
     ANSWER = "answer"  # the same, but at the time at which the trace says that the answer ended
+    ENDS = "ends"  # and who is not heard of again after that says so: the session is deleted
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def replay(
         setup.prepare(warehouse)
         run = _Run(stream, setup, warehouse, clock, front)
         wall, cpu = time.perf_counter(), time.process_time()
-        if setup.hints is Hints.ANSWER:
+        if setup.hints in {Hints.ANSWER, Hints.ENDS}:
             for ms, number, ended in stream.moments():
                 clock.now_ms = BEGINNING_MS + ms
                 (run.answer if ended else run.arrive)(number)
@@ -169,6 +170,17 @@ def replay(
         outcome.cpu_s = time.process_time() - cpu
         run.finish()
     return outcome
+
+
+def _over_with(stream: Stream) -> dict[int, dict[tuple[int, int, int], None]]:
+    """By request: the sessions that nobody hears of after it, by tenant, model and session."""
+    last = {session: number for number, session in enumerate(stream.session.tolist())}
+    over: dict[int, dict[tuple[int, int, int], None]] = {number: {} for number in last.values()}
+    for owner in zip(
+        stream.tenant.tolist(), stream.model.tolist(), stream.session.tolist(), strict=True
+    ):
+        over[last[owner[2]]][owner] = None
+    return over
 
 
 class _Run:
@@ -197,6 +209,7 @@ class _Run:
         }  # fmt: skip
         self._naming = Naming.of(stream, self._models)
         self._classes = [setup.class_of(name) for name in stream.sessions]
+        self._over_with = _over_with(stream) if setup.hints is Hints.ENDS else {}
         self._reading = np.random.default_rng(0).random(len(stream)) < setup.read_part
         count = len(stream)
         self.outcome = Outcome(
@@ -209,7 +222,7 @@ class _Run:
         session = int(self._stream.session[number])
         if self._setup.hints is Hints.NONE:
             return Hint(retention=self._classes[session])
-        known = ended or self._setup.hints in {Hints.PUT, Hints.ANSWER}
+        known = ended or self._setup.hints is not Hints.TOUCH
         stop = STOPS.get(self._stream.stop[number], Stop.OTHER) if known else None
         return Hint(self._stream.sessions[session], self._classes[session], stop)
 
@@ -249,17 +262,22 @@ class _Run:
                     self._read(match, chain[start:held])
 
     def answer(self, number: int) -> None:
+        """Keep what has been computed for a request; a session that is over with it is deleted."""
+        chain = self._stream.chain(number)
+        if len(chain):
+            self._keep(number, chain)
+        for tenant, model, session in self._over_with.get(number, ()):
+            self._warehouse.forget(self._models[tenant, model], self._stream.sessions[session])
+
+    def _keep(self, number: int, chain: IntArray) -> None:
         """Put what the store lacks of a request that has been answered, and say that it was used.
 
         The engine has all of it in its own memory now, also what was evicted meanwhile.
         """
-        chain, front = self._stream.chain(number), int(self.outcome.front[number])
-        if not len(chain):
-            return
         model, names = self._named(number, chain)
         held = int(self.outcome.hits[number])
         before = time.perf_counter()
-        if not front:
+        if not self.outcome.front[number]:
             held = min(held, self._warehouse.lookup(model, names))
         if held < len(chain):
             self._put(number, model, names.slice(held, len(chain)), chain[held:])
