@@ -25,7 +25,7 @@ LOW_32: Final = (1 << 32) - 1
 ROW_WORDS: Final = ALIGN // 8  # a row is 4 KiB: 512 words of two lanes each
 ROW_LANES: Final = ALIGN // 4
 HASHED_BYTES: Final = 512 << 10  # hashed twice in a row: the second time out of L2
-COPIED_AT_ONCE: Final = 1 << 20  # bytes: a tenth of a millisecond
+COPIED_AT_ONCE: Final = 256 << 10  # bytes: some 30 us, an engine's layer of one of its blocks
 RUN_ROWS: Final = 256  # 1 MiB: few calls; 256 KiB, which L2 holds with its halves, is 1/5 slower
 _COLUMN_WEIGHTS: Final = 2 * np.arange(ROW_WORDS, dtype=np.uint64) + np.uint64(1)
 
@@ -81,7 +81,8 @@ def flat_bytes(data: Buffer, *, writable: bool = False) -> Bytes:
 def copy_bytes(into: Bytes, source: Bytes) -> None:
     """Copy *source* to *into*, flat arrays of one length.
 
-    A short copy keeps the GIL: to get it back beside a busy thread takes up to 5 ms, the copy 0.1.
+    A short copy keeps the GIL: beside a busy thread it takes up to 5 ms to get it back. A long one
+    lets go of it, so that several threads copy at once.
     """
     if into.size <= COPIED_AT_ONCE:
         into.data[:] = source.data

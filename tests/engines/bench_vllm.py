@@ -1,24 +1,25 @@
 """vLLM on twfs against vLLM without: time to first token, and agents' sessions through the server.
 
     export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED="vllm lmcache" PYTHONPATH=tests
-    python -m engines.bench_vllm ttft [--rounds 7]
+    python -m engines.bench_vllm ttft [--rounds 7] [--lmcache]
     python -m engines.bench_vllm agents
     python -m engines.bench_vllm scheduler [--rounds STEPS]
 
 For a quiet machine, as root (the page cache is dropped before each warm answer). Prints JSON.
 
-*ttft*: engines side by side, one at a time at work, in interleaved rounds: the direct connector,
-twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, none; with `--lmcache` also vLLM on
-LMCache, twfs or its `fs_native` with O_DIRECT below that. Each round answers a prompt of each
-length that nobody has seen (cold), then one that is held (warm) with the engine's own KV reset and
-the memory tier between flushed by the cold ones or cleared. *agents*: sessions of several turns
-at once, whose KV is more than three times the engine's; with and without, turn about. *scheduler*:
-bench_scheduler.py, with a daemon.
+*ttft*: engines side by side, all but one paused, in interleaved rounds: the direct connector,
+twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, none; with `--lmcache` twfs below
+the CPU tier, and vLLM on LMCache with twfs or its own `fs_native` with O_DIRECT below. Each round
+answers a prompt of each length that nobody has seen (cold), then one that is held (warm) with the
+engine's own KV reset and the memory tier between flushed by the cold ones or cleared.
+*agents*: sessions of several turns at once, whose KV is more than three times the engine's; with
+and without, turn about. *scheduler*: bench_scheduler.py, with a daemon.
 """
 
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,9 +54,11 @@ ANSWER_TOKENS: Final = 32
 BLOCK_TOKENS: Final = 64
 PATIENCE_S: Final = 60.0  # for what an engine does soon
 CALM_STEPS: Final = 5  # without anything stored: all is
-# In a process of its own, as LLM and the server have it; within one that also asks, an engine that
-# has nothing to compute takes Python from all other threads, those that load too.
-AS_SERVED: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+# In processes of its own, as LLM and the server have it: within the one that asks, an engine that
+# has nothing to compute takes Python from all other threads, those that load too. One thread
+# computes: two that wait for each other, beside a scheduler that waits at work, take now 60 and now
+# 280 ms for the same few tokens on two processors.
+AS_SERVED: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
 KV_TOKENS: Final = 8192  # of the engine's own; all sessions have 8 x 3,100
 
 
@@ -158,16 +161,14 @@ def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) ->
         vllm = engine(below.transfer, "lmcache", enable_prefix_caching=False)
         return Contender(vllm, stored, below.clear)
 
-    found = {
-        "direct": Contender(
-            engine(transfer_config(daemon.socket, arena_bytes=128 << 20, load_deadline_s=None)),
-            in_daemon,
-        ),
-        "twfs tier": Contender(engine(tier_config(daemon, twfs_tier)), in_daemon),
-        "fs tier": Contender(engine(tier_config(daemon, fs_tier)), lambda: files_in(folder / "fs")),
-        "none": Contender(engine(None)),
-    }
-    if lmcache:
+    found = {"twfs tier": Contender(engine(tier_config(daemon, twfs_tier)), in_daemon)}
+    if not lmcache:
+        direct = transfer_config(daemon.socket, arena_bytes=128 << 20, load_deadline_s=None)
+        found["direct"] = Contender(engine(direct), in_daemon)
+        files = folder / "fs"
+        found["fs tier"] = Contender(engine(tier_config(daemon, fs_tier)), lambda: files_in(files))
+        found["none"] = Contender(engine(None))
+    else:
         native = folder / "native"
         native.mkdir()
         found["lmcache twfs"] = server(None, in_daemon)
@@ -178,29 +179,50 @@ def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) ->
     return found
 
 
+def answer(engine: Contender, seed: int, length: int) -> dict[str, Any]:
+    """One token behind a prompt, and all stored that comes of it."""
+    answered = engine.vllm.generate({"seed": seed, "tokens": length}, out=1)
+    settle(engine.vllm, engine.stored)
+    return answered
+
+
+@contextmanager
+def at_work(engine: Contender) -> Iterator[Contender]:
+    """Have *engine* go on for a while; all are paused otherwise."""
+    engine.vllm.resume()
+    try:
+        yield engine
+    finally:
+        engine.vllm.pause()
+
+
 def ttft(model: Path, folder: Path, rounds: int, *, lmcache: bool = False) -> dict[str, Any]:
     """Seconds to the first token by engine, length and temperature."""
     with ExitStack() as stack:
         engines = contenders(stack, model, folder, lmcache=lmcache)
+        sys.stderr.write(f"all are up, {time.strftime('%T')}\n")
         for each in engines.values():
-            for seed, length in enumerate(LENGTHS):
-                each.vllm.generate({"seed": seed, "tokens": length}, out=1)
-                settle(each.vllm, each.stored)
+            stack.callback(each.vllm.resume)  # or it could not end
+            each.vllm.pause()
+        for each in engines.values():
+            with at_work(each):
+                for seed, length in enumerate(LENGTHS):
+                    answer(each, seed, length)
         seconds: dict[tuple[str, int, str], list[float]] = {}
         held: dict[tuple[str, int], list[int]] = {}
         for number in range(rounds):
+            sys.stderr.write(f"round {number + 1} of {rounds}, {time.strftime('%T')}\n")
             for length in LENGTHS:
                 for name, each in engines.items():
-                    fresh = {"seed": 1000 + 10 * number + length // 1000, "tokens": length}
-                    cold = each.vllm.generate(fresh, out=1)
-                    settle(each.vllm, each.stored)
+                    with at_work(each):
+                        cold = answer(each, 1000 + 10 * number + length // 1000, length)
                     seconds.setdefault((name, length, "cold"), []).append(cold["seconds"])
             for seed, length in enumerate(LENGTHS):
                 for name, each in engines.items():
-                    (each.clear or partial(forget, each.vllm))()
-                    drop_caches()
-                    warm = each.vllm.generate({"seed": seed, "tokens": length}, out=1)
-                    settle(each.vllm, each.stored)
+                    with at_work(each):
+                        (each.clear or partial(forget, each.vllm))()
+                        drop_caches()
+                        warm = answer(each, seed, length)
                     seconds.setdefault((name, length, "warm"), []).append(warm["seconds"])
                     held.setdefault((name, length), []).extend(warm["cached"])
         return {
@@ -353,9 +375,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["ttft", "agents", "scheduler"])
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--lmcache", action="store_true", help="with ttft: LMCache's too")
+    parser.add_argument("--lmcache", action="store_true", help="with ttft: LMCache's instead")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or engines would stay, paused
     folder = Path(tempfile.mkdtemp(prefix="twfs-bench-", dir=given.folder))
     try:
         if given.what == "scheduler":

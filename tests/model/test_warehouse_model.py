@@ -34,6 +34,7 @@ from support.warehouses import (
 )
 from twfs import evicting, ledger, moving
 from twfs.checksums import checksums_of
+from twfs.config import AdmissionSettings, Config, EvictionSettings
 from twfs.errors import StaleEpoch
 from twfs.layout import Layout
 from twfs.match import Match
@@ -81,6 +82,8 @@ class Held:
 class WarehouseMachine(RuleBasedStateMachine):
     """Drives a warehouse, and remembers what was published under each name."""
 
+    config = Config()
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="twfs-model-"))
@@ -93,7 +96,7 @@ class WarehouseMachine(RuleBasedStateMachine):
         self.warehouse = self.open()
 
     def open(self) -> Warehouse:
-        warehouse = Warehouse.open(self.directory)
+        warehouse = Warehouse.open(self.directory, config=self.config)
         stop_tending(warehouse)
         return warehouse
 
@@ -157,6 +160,9 @@ class WarehouseMachine(RuleBasedStateMachine):
                 assert key in after or index not in opened.payloads  # removed under the put
             elif outcome is PutOutcome.FAILED:  # only own keys contradict each other
                 assert put._names.keys
+            elif outcome is PutOutcome.NOT_ADMITTED:
+                assert self.config.admission.second_touch
+                assert index not in opened.payloads
             else:
                 raise AssertionError(outcome)
         assert set(before) <= set(after)
@@ -401,5 +407,16 @@ class WarehouseMachine(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
 
+class OtherSettings(WarehouseMachine):
+    """The same where the least recently used goes first, and what is offered twice is let in."""
+
+    config = Config(
+        eviction=EvictionSettings(policy="lru"),
+        admission=AdmissionSettings(second_touch=(Retention.STANDARD,)),
+    )
+
+
 WarehouseMachine.TestCase.settings = settings(max_examples=35, stateful_step_count=30)
 TestWarehouse = WarehouseMachine.TestCase
+OtherSettings.TestCase.settings = settings(max_examples=15, stateful_step_count=30)
+TestOtherSettings = OtherSettings.TestCase

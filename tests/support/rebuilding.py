@@ -5,10 +5,12 @@
 
 import random
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support.warehouses import LAYOUTS, chain_of, own_names, put, records_of
+from twfs.errors import PromiseRefused
 from twfs.rebuild import rebuild
 from twfs.records import Block, BlockKey
 from twfs.store import Model, Retention
@@ -109,7 +111,8 @@ def _put_chain(warehouse: Warehouse, model: Model, chance: random.Random) -> Non
                 if retention is Retention.PINNED and chance.random() < 0.8:
                     retention = Retention.STANDARD
                 some = names.slice(start, blocks) if start else names
-                put(warehouse, model, some, group=group, shard=shard, retention=retention)
+                with suppress(PromiseRefused):  # to pin an end whose beginning lacks
+                    put(warehouse, model, some, group=group, shard=shard, retention=retention)
 
 
 def _put_own_keys(warehouse: Warehouse, model: Model, chance: random.Random) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ class Vllm:
         self.process = subprocess.Popen(
             [*wrapper, engine_python(engine), "-m", "support.vllmengine", json.dumps(given)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=engine_environment(**ENVIRONMENT | (environment or {})),
+            env=engine_environment(**ENVIRONMENT | (environment or {})), start_new_session=True,
         )  # fmt: skip
         assert self._answer() == "ready"
 
@@ -92,6 +93,14 @@ class Vllm:
         """Answer *prompts* (see support.vllmengine) in one batch."""
         answer: dict[str, Any] = self.ask(do="generate", prompts=prompts, out=out, **more)
         return answer
+
+    def pause(self) -> None:
+        """Stop all processes of the engine: an idle one looks for work for seconds."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        os.killpg(self.process.pid, signal.SIGCONT)
 
     def close(self) -> None:
         """End the process and wait for its end."""

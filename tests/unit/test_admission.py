@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from support.warehouses import MHA, SHARDED, chain_of, open_warehouse, put, put_whole
+from support.daemon import running_daemon
+from support.warehouses import MHA, SHARDED, chain_of, open_warehouse, payload_of, put, put_whole
 from twfs.admission import DAY_MS, Budget, Remembered
-from twfs.config import AdmissionSettings, Config, parse
+from twfs.config import CONFIG_FILE, AdmissionSettings, Config, parse
 from twfs.errors import InvalidInput
 from twfs.hints import Retention
 from twfs.store import PutOutcome
@@ -43,6 +44,27 @@ def test_a_block_is_kept_when_it_is_offered_again(scratch: Path) -> None:
         counters = warehouse.statistics()["counters"]
         assert (counters["first_touch_blocks"], counters["published_blocks"]) == (7, 7)
         assert warehouse.statistics()["admission"]["second_touch"] == ["standard"]
+
+
+def test_a_client_is_told_what_was_not_admitted_and_it_is_a_miss(scratch: Path) -> None:
+    with running_daemon(scratch) as daemon:
+        (scratch / CONFIG_FILE).write_text('[admission]\nsecond_touch = ["standard"]\n')
+        daemon.restart()
+        with daemon.client() as client:
+            model = client.open_model("m", MHA)
+            names = chain_of(model, 7)
+            payloads = [payload_of(MHA, names.hash_at(index)) for index in range(7)]
+            first = client.put(model, names.head(4), payloads[:4])
+            assert first.outcomes == (PutOutcome.NOT_ADMITTED,) * 4
+            assert (first.held, first.written_bytes) == (0, 0)
+            assert client.lookup(model, names) == 0
+            second = client.put(model, names, payloads)
+            assert second.outcomes == (PutOutcome.PUBLISHED,) * 4 + (PutOutcome.NOT_ADMITTED,) * 3
+            assert (second.held, second.written_bytes) == (4, 4 * BLOCK)
+            with client.match(model, names) as match:
+                assert match.blocks == 4
+            counters = client.statistics()["counters"]
+            assert (counters["first_touch_blocks"], counters["failed_blocks"]) == (7, 0)
 
 
 def test_what_is_below_a_refused_block_is_refused(scratch: Path) -> None:

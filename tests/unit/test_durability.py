@@ -159,4 +159,5 @@ def test_serve_takes_the_mode_and_status_shows_it(tmp_path: Path) -> None:
             assert "relaxed" in twfs("status", tmp_path / "w").stdout
         finally:
             daemon.send_signal(signal.SIGTERM)
+            daemon.wait()  # it says so, to a pipe that must still be there
     assert daemon.returncode == 0

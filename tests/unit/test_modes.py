@@ -152,6 +152,7 @@ def test_the_daemon_runs_without_any_privilege(scratch: Path) -> None:
                 assert own.operate("tenant-list") == []
         finally:
             daemon.terminate()
+            daemon.wait()  # it says so, to a pipe that must still be there
     assert daemon.returncode == 0
     with Warehouse.open(home) as warehouse:
         assert warehouse.lookup(warehouse.open_model("m"), names) == 3
