@@ -35,16 +35,14 @@ from twfs.engines.finding import Finder, Held
 from twfs.engines.requests import params_of
 from twfs.engines.transfers import Offer, Transfers, runs_of
 from twfs.engines.vllm_layout import check_windows, layout_of, prepare
-from twfs.engines.vllm_orders import LoadSpec, OpenStores, RankReport, StoreSpec
+from twfs.engines.vllm_orders import LoadSpec, OpenStores, Owner, RankReport, StoreSpec
 from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
 from twfs.units import align_up
 from twfs.upload import PIECES_MAX
 
-KNOWN_SECONDS: Final = 60.0  # that a block which was stored is not offered again
-EVENT_SECONDS: Final = 2.0  # that an idle engine goes on for events of what it has stored
+KNOWN_SECONDS: Final = 60.0  # that a block which was offered is not offered again
 KNOWN_MAX: Final = 200_000  # of these; 120 bytes each
-
-Owner = tuple[str | None, int]  # tenant, and public blocks: what else than its key names a block
+EVENT_SECONDS: Final = 2.0  # that an idle engine goes on for events of what it has stored
 
 
 @dataclass
@@ -79,6 +77,7 @@ class TwfsManager(OffloadingManager):
         self._open = OpenStores(spec.layout.shards)
         self._copied_s = 0.0  # when the workers had last read what they store
         self._events: list[OffloadingEvent] = []
+        self._told: list[bytes] = []  # keys of stores that have ended, of which events say all
 
     def keys_of(self, request_id: str) -> list[bytes]:
         """The keys of the request's whole blocks so far."""
@@ -165,7 +164,10 @@ class TwfsManager(OffloadingManager):
             runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint, owner[1]
         )
         stored = [wanted[index] for index in sorted(wanted)]
-        number = self._open.begin([(owner, key) for key in stored]) if stored else 0
+        if len(self._known) > KNOWN_MAX:
+            self._known.clear()
+        self._known.update(((owner, key), now_s) for key in stored)
+        number = self._open.begin(owner, stored) if stored else 0
         return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint, number), [])
 
     def _owner_of(self, req_context: Any) -> Owner:
@@ -179,18 +181,21 @@ class TwfsManager(OffloadingManager):
         self._copied_s = time.monotonic()
 
     def stored(self, report: RankReport) -> None:
-        """Note which blocks all ranks have published: an event each, and none is offered again."""
-        if len(self._known) > KNOWN_MAX:
-            self._known.clear()
-        for held in self._open.ended(report):
-            self._known.update(dict.fromkeys(held, time.monotonic()))
-            if held and self.spec.config.enable_kv_cache_events:
-                keys = [key for _, key in held]
-                event = OffloadingEvent(keys=keys, medium=Medium.STORAGE, removed=False)
-                self._events.append(event)
+        """Of what all ranks have published an event comes; what is not held may be offered again.
+
+        A store that was not whole has mostly met a daemon that is away, or a warehouse without
+        room, which the next request may not.
+        """
+        for store in self._open.ended(report):
+            held, lacking = store.keys[: store.held], store.keys[store.held :]
+            for key in lacking:
+                self._known.pop((store.owner, key), None)
+            if self.spec.config.enable_kv_cache_events:
+                self._events.append(OffloadingEvent(held, medium=Medium.STORAGE, removed=False))
+                self._told += store.keys
 
     def has_pending_work(self) -> bool:
-        """Whether the engine is to go on though it has no requests: an event is to come."""
+        """Whether an engine without requests is to go on: an event may come in a moment."""
         late = time.monotonic() - self._copied_s > EVENT_SECONDS
         return self.spec.config.enable_kv_cache_events and len(self._open) > 0 and not late
 
@@ -202,6 +207,11 @@ class TwfsManager(OffloadingManager):
         """What was published since the last call."""
         events, self._events = self._events, []
         return events
+
+    def take_told(self) -> list[bytes]:
+        """Keys of which no event comes any more, since the last call."""
+        told, self._told = self._told, []
+        return told
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         """Read the request's own parameters."""
@@ -371,13 +381,14 @@ class _Scheduler(OffloadingConnectorScheduler):
     def _maximal_prefix_lookup(
         self, keys: Any, req_context: Any, req: Any, group_config: Any, start: int
     ) -> int | None:
-        if self.manager.spec.kv_events_config.self_describing_kv_events:
-            found: int | None = super()._maximal_prefix_lookup(
-                keys, req_context, req, group_config, start
-            )
-            return found
         blocks = self.manager.requests[req.request_id].blocks
         return max(0, min(len(keys), (blocks or 0) - start))
+
+    def take_events(self) -> Iterable[Any]:
+        """As vLLM's, which would keep what describes a block until it is evicted: none is."""
+        yield from super().take_events()
+        for key in self.manager.take_told():
+            self._events_tracker._pending_event_metadata.pop(key, None)  # noqa: SLF001
 
 
 class TwfsConnector(OffloadingConnector):

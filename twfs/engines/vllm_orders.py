@@ -3,9 +3,9 @@
 vLLM adds the ranks' reports up into one of its own kind, which would drop what is ours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingWorkerMetadata,
@@ -15,7 +15,7 @@ from vllm.v1.kv_offload.base import LoadStoreSpec
 from twfs.engines.finding import Held
 from twfs.engines.transfers import Offer
 
-OPEN_MAX: Final = 10_000  # stores whose end is waited for; older ones are forgotten
+Owner = tuple[str | None, int]  # tenant, and public blocks: what else than its key names a block
 
 
 @dataclass
@@ -56,40 +56,40 @@ class RankReport(OffloadingWorkerMetadata):
         return RankReport(both.completed_jobs, both.transfer_stats, timed, stored)
 
 
-@dataclass
-class _Store:
-    keys: Sequence[Any]
-    ranks: int  # that have not said what became of it
-    held: int  # leading keys that all ranks hold, as far as they have said
+@dataclass(slots=True)
+class OpenStore:
+    """A store as far as the ranks have told what became of it."""
+
+    owner: Owner
+    keys: list[Any]
+    ranks: int  # that have not told
+    held: int  # leading keys that all the others hold
 
 
 class OpenStores:
-    """The scheduler's stores that not all ranks have reported; a block is held if all hold it."""
+    """The scheduler's stores whose end not all ranks have reported; each reports each one once."""
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
-        self._open: dict[int, _Store] = {}
+        self._open: dict[int, OpenStore] = {}
         self._last = 0
 
-    def begin(self, keys: Sequence[Any]) -> int:
-        """Note a store of *keys*, and return its number."""
+    def begin(self, owner: Owner, keys: list[Any]) -> int:
+        """Note a store, and return its number."""
         self._last += 1
-        self._open[self._last] = _Store(keys, self._ranks, len(keys))
-        if len(self._open) > OPEN_MAX:
-            del self._open[next(iter(self._open))]
+        self._open[self._last] = OpenStore(owner, keys, self._ranks, len(keys))
         return self._last
 
-    def ended(self, report: RankReport) -> Iterator[Sequence[Any]]:
-        """The keys that are held of each store of which all ranks have reported now."""
+    def ended(self, report: RankReport) -> Iterator[OpenStore]:
+        """The stores of which all ranks have reported now."""
         for number, told in report.stored.items():
             store = self._open.get(number)
-            if store is None:  # of before a reset
+            if store is None:  # begun before a reset
                 continue
             store.ranks -= len(told)
             store.held = min(store.held, *told)
-            if store.ranks <= 0:
-                del self._open[number]
-                yield store.keys[: store.held]
+            if store.ranks == 0:
+                yield self._open.pop(number)
 
     def clear(self) -> None:
         """Forget all: what they stored is out of reach."""
