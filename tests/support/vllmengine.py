@@ -46,18 +46,34 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def events(scheduler: Any) -> list[Any]:
-    """Hashes of what was told to be stored outside the engine, from the first call on."""
+def idle(llm: Any) -> None:
+    """Step on as an engine in a process of its own does, until nothing is left to do."""
+    core = llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests():
+        core.step_fn()
+        time.sleep(0.001)
+
+
+def events(scheduler: Any) -> dict[str, Any]:
+    """What was told of as stored outside the engine from the first call on: hashes, tokens.
+
+    And of how many blocks vLLM still keeps what an event would say.
+    """
     publisher = scheduler.kv_event_publisher
     if "told" not in vars(publisher):
         publisher.told = []
         publisher.publish = lambda batch: publisher.told.extend(batch.events)
-    return [
-        str(each)
+    told = [
+        event
         for event in publisher.told
         if type(event).__name__ == "BlockStored" and event.medium == "STORAGE"
-        for each in event.block_hashes
     ]
+    tracker = scheduler.connector.connector_scheduler._events_tracker
+    return {
+        "hashes": [str(each) for event in told for each in event.block_hashes],
+        "tokens": [token for event in told for token in event.token_ids],
+        "kept": len(tracker._pending_event_metadata),
+    }
 
 
 def answer(llm: Any, request: dict[str, Any]) -> Any:
@@ -81,6 +97,7 @@ def answer(llm: Any, request: dict[str, Any]) -> Any:
         case "estimate":  # seconds per token of computing, as the scheduler has been told
             return scheduler_of(llm).connector.manager.breakeven.compute_s
         case "events":
+            idle(llm)
             return events(scheduler_of(llm))
         case _:
             pass
