@@ -187,7 +187,8 @@ class Transfers:
     ) -> None:  # fmt: skip
         """Begin to store one payload per block of *offer*; `finished` when they have been read.
 
-        *stored* is told, on a thread of ours, how many leading blocks are held in the end.
+        *stored* is told, on a thread of ours, how many leading blocks are held in the end; never
+        of a store that came after `close`.
         """
         entered = self._enter(job, store=True, asked=len(payloads))
         copied_bytes = len(payloads) * self._attachment.layout.block_bytes(group)
