@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 from twfs.readers.base import DeviceSource
 
 HUNG_S: Final = 2.0  # in flight and nothing came back for so long: the device hangs
-IDLE_S: Final = 10.0  # a thread with nothing to do ends
+IDLE_S: Final = 300.0  # a thread with nothing to do ends: a new one is late on a busy machine
 
 _Io = TypeVar("_Io")
 
@@ -81,9 +81,12 @@ class Hands:
             self._calls.append(call)
             if self._idle >= len(self._calls):
                 self._changed.notify()
-            elif self._threads < self._most:
-                self._threads += 1
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                return
+            if self._threads >= self._most:
+                return
+            self._threads += 1
+        # Without the lock: this waits until the thread runs, and those before it are to go on.
+        threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def _work(self) -> None:
         """Call what was submitted; the body of each thread."""
@@ -164,7 +167,8 @@ class TimedWave(Generic[_Io]):
                     self._failure = self._failure or failure
                     self._finishing -= 1
                     self._left -= 1
-                    self._changed.notify_all()
+                    if not self._left or self._failure or self._closed:
+                        self._changed.notify_all()  # else nobody would do more than wait again
 
     def _take(self, lane: _Lane[_Io]) -> _Io | None:
         """Take the next I/O of *lane*, None when there is no more or nobody waits for it."""
@@ -187,7 +191,8 @@ class TimedWave(Generic[_Io]):
             self._failure = self._failure or failure
             wanted = not self._closed and failure is None
             self._finishing += wanted
-            self._changed.notify_all()
+            if failure is not None:
+                self._changed.notify_all()
         if over is not None:
             over()
         return wanted
