@@ -187,9 +187,10 @@ class Match:
         at = self._rows(group, shard, self.start, count)
         ahead = self._readers.read_ahead(self._reads_of(group, shard, at, [()] * count, None))
         with self._changed:
-            if not (self._reads or self._closed or self._ahead):
-                self._ahead, ahead = ahead, None
-        if ahead is not None:
+            wanted = not (self._reads or self._closed or self._ahead)
+            if wanted:
+                self._ahead = ahead
+        if not wanted:
             ahead.drop()
 
     def _take_ahead(self) -> Ahead | None:
@@ -251,7 +252,7 @@ class Match:
         return ReadReport(tuple(outcomes), name, ByteCount(delivered))
 
     def _came_ahead(self, blocks: list[BlockRead], deadline: float | None) -> list[ReadOutcome]:
-        """Deliver the first of *blocks*, if they were read ahead for this; the outcomes of these."""
+        """Deliver the first of *blocks*, if they were read ahead; the outcomes of these."""
         ahead = self._take_ahead()
         if ahead is None:
             return []
@@ -320,7 +321,8 @@ class Match:
         return [
             BlockRead(
                 prefix_hash, group, shard, generation, payload_bytes,
-                Checksums(xxh3, plain, weighted), self._extents_of(extent, extent_count), into, part,
+                Checksums(xxh3, plain, weighted), self._extents_of(extent, extent_count), into,
+                part,
             )
             for into, extent, (
                 generation, payload_bytes, plain, weighted, xxh3, prefix_hash, extent_count,

@@ -1,17 +1,19 @@
 """Blocks that are read before anybody says where to, while an engine still makes room for them.
 
-They lie verified in the reader's own memory until they are delivered or dropped. Thread-safe, but
-for one who delivers.
+They lie verified in the reader's own memory until they are delivered or dropped.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, Final
 
 from twfs.arena import Piece
 from twfs.readers.arenas import Arenas
-from twfs.readers.base import BlockRead, Tally
-from twfs.readers.hanging import TimedWave
+from twfs.readers.base import BlockRead, DeviceSource, Tally
+from twfs.readers.hanging import Hands, TimedWave
 from twfs.readers.planning import Io, Job, pieces_of
 from twfs.store import ReadOutcome
 
@@ -48,55 +50,90 @@ class Room:
             self._left_bytes += byte_count
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a reader does: *jobs* without targets, by *wave*, which notes their *outcomes*."""
+
+    jobs: list[Job]
+    outcomes: list[ReadOutcome]  # TIMED_OUT at first
+    wave: TimedWave[Io]
+
+
 class Ahead:
-    """Leading blocks of a match, on their way into *room*; *deliver* brings one to its targets."""
+    """Leading blocks of a match on their way into *room*.
+
+    *deliver* brings verified bytes to the targets of a block. One thread asks for them, once.
+    """
 
     def __init__(
-        self, jobs: Sequence[Job], outcomes: Sequence[ReadOutcome], wave: TimedWave[Io],
-        room: Room, tally: Tally, deliver: Callable[[BlockRead, Any], None],
-    ) -> None:  # fmt: skip
-        self._jobs = jobs
-        self._outcomes = outcomes  # NOT_READ until it is known
-        self._wave = wave
+        self, reading: Reading, room: Room, tally: Tally, deliver: Callable[[BlockRead, Any], None]
+    ) -> None:
+        self._reading = reading
         self._room = room
         self._tally = tally
         self._deliver = deliver
+        self._lock = Lock()
+        self._verified: set[int] = set()  # places of blocks that nobody has asked for yet
+        self._asked: dict[int, BlockRead] = {}  # to be delivered as soon as they are verified
+        self._dropped = False
+        for job in reading.jobs:
+            job.then = partial(self._then, job)
 
-    def __len__(self) -> int:
-        return len(self._jobs)
+    def begin(self, hands: Callable[[DeviceSource], Hands]) -> None:
+        """Begin to read."""
+        self._reading.wave.begin(hands)
+
+    def _then(self, job: Job) -> None:
+        """Deliver a block that was verified, or keep it until somebody asks."""
+        with self._lock:
+            block = self._asked.get(job.at)
+            if block is None:
+                self._verified.add(job.at)
+                return
+        self._deliver(block, job.memory[: block.payload_bytes])
 
     def serves(self, blocks: Sequence[BlockRead]) -> bool:
         """Tell whether *blocks*, with targets in host memory, begin with these."""
-        return len(blocks) >= len(self._jobs) > 0 and all(
+        jobs = self._reading.jobs
+        return len(blocks) >= len(jobs) > 0 and all(
             _same(block, job.block) and all(target.array is not None for target in block.targets)
-            for block, job in zip(blocks, self._jobs, strict=False)
+            for block, job in zip(blocks, jobs, strict=False)
         )
 
     def deliver(self, blocks: Sequence[BlockRead], deadline: float) -> list[ReadOutcome]:
         """Bring these blocks to the targets of the first of *blocks*; one outcome each.
 
-        What has not come by *deadline* (time.monotonic) is TIMED_OUT. They are dropped then.
+        What has not come by *deadline* (time.monotonic) is TIMED_OUT, and written no more. All is
+        dropped then.
         """
-        outcomes: list[ReadOutcome] = []
+        jobs, outcomes = self._reading.jobs, self._reading.outcomes
         try:
-            for job, block in zip(self._jobs, blocks, strict=False):
-                came = lambda at=job.at: self._outcomes[at] is not ReadOutcome.NOT_READ  # noqa: E731
-                if self._wave.until(came, deadline):
-                    if self._outcomes[job.at] is ReadOutcome.HIT:
-                        self._deliver(block, job.memory[: block.payload_bytes])
-                    outcomes.append(self._outcomes[job.at])
+            with self._lock:
+                ready, self._verified = self._verified, set()
+                self._asked = {job.at: blocks[job.at] for job in jobs if job.at not in ready}
+            late = set()
+            for at in sorted(ready):
+                if time.monotonic() < deadline:
+                    self._deliver(blocks[at], jobs[at].memory[: blocks[at].payload_bytes])
                 else:
-                    outcomes.append(ReadOutcome.TIMED_OUT)
+                    late.add(at)
+            self._reading.wave.wait(deadline)
+            came = [
+                ReadOutcome.TIMED_OUT if at in late else outcome
+                for at, outcome in enumerate(outcomes)
+            ]
         finally:
-            self._tally.count_read(blocks[: len(outcomes)], outcomes, 0, ahead=len(outcomes))
             self.drop()
-        return outcomes
+        self._tally.count_read(blocks[: len(came)], came, 0, ahead=len(came))
+        return came
 
     def drop(self) -> None:
         """Begin nothing more, and give the memory back when no I/O writes to it. Idempotent."""
-        jobs, self._jobs = self._jobs, []
-        if jobs:
-            self._wave.when_over(lambda: self._room.give_back(pieces_of(jobs)))
+        with self._lock:
+            dropped, self._dropped = self._dropped, True
+        if not dropped:
+            pieces = pieces_of(self._reading.jobs)
+            self._reading.wave.when_over(lambda: self._room.give_back(pieces))
 
 
 def _same(one: BlockRead, other: BlockRead) -> bool:

@@ -219,20 +219,6 @@ class TimedWave(Generic[_Io]):
             raise self._failure
         return not self._left
 
-    def until(self, came: Callable[[], bool], deadline: float) -> bool:
-        """Wait until *came*, asked after every I/O, says so; False at *deadline* or if it cannot.
-
-        Nothing ends with that.
-        """
-        with self._changed:
-            while (left_s := deadline - time.monotonic()) > 0:
-                if came():
-                    return True
-                if not self._left or self._failure or self._closed:
-                    return False
-                self._changed.wait(left_s)
-            return False
-
     def when_over(self, call: Callable[[], None]) -> bool:
         """Have *call* called when no I/O is under way; True if that was now. Call after wait."""
         with self._changed:

@@ -18,7 +18,7 @@ import xxhash
 
 from twfs.arena import Arena
 from twfs.checksums import Bytes, copy_bytes, flat_bytes
-from twfs.readers.ahead import Ahead, Room
+from twfs.readers.ahead import Ahead, Reading, Room
 from twfs.readers.arenas import Arenas
 from twfs.readers.base import (
     ARENA_TIMEOUT_S,
@@ -178,10 +178,11 @@ class HostReader:
             if piece is None:
                 break
             jobs.append(Job(block, at, flat_bytes(piece.view), HEADER_BYTES, piece))
-        outcomes = [ReadOutcome.NOT_READ] * len(jobs)
-        wave = self._timed_wave(jobs, outcomes)
-        wave.begin(self._hands_of)
-        return Ahead(jobs, outcomes, wave, self._room, self._tally, self._deliver)
+        outcomes = [ReadOutcome.TIMED_OUT] * len(jobs)
+        reading = Reading(jobs, outcomes, self._timed_wave(jobs, outcomes))
+        ahead = Ahead(reading, self._room, self._tally, self._deliver)
+        ahead.begin(self._hands_of)
+        return ahead
 
     def _wait_for(self, after: Sequence[Any]) -> None:
         """Make sure that earlier work on the destinations is done; host memory has none."""
@@ -361,7 +362,9 @@ class HostReader:
                 return self._finish_layers(job)
             payload = job.memory[: block.payload_bytes]
             if xxhash.xxh3_128_digest(payload.data) == block.checksums.xxh3:
-                if job.piece is not None and block.targets:  # without, it is read ahead
+                if job.then is not None:
+                    job.then()
+                elif job.piece is not None:
                     self._deliver(block, payload)
                 return ReadOutcome.HIT
             outcome = ReadOutcome.BAD_CHECKSUM

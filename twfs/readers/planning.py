@@ -3,7 +3,7 @@
 Does no I/O. Functions without state.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -29,6 +29,7 @@ class Job:
     piece: Piece | None  # None: the memory is the destination itself
     left: int = 0
     failed: bool = False
+    then: Callable[[], None] | None = None  # what is done once it is verified, not to deliver it
 
 
 @dataclass(slots=True)
