@@ -23,7 +23,7 @@ from twfs.readers.ahead import Ahead
 from twfs.readers.base import BlockRead, LayerRange, Target, target_of
 from twfs.readers.select import Readers
 from twfs.records import BlockKey, Checksums, Extent, payload_runs
-from twfs.store import LeaseHolder, Model, Pieces, ReadOutcome, ReadReport, Served
+from twfs.store import LeaseHolder, Model, Pieces, ReaderName, ReadOutcome, ReadReport, Served
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -180,8 +180,11 @@ class Match:
         takes them from twfs's memory. That bounds how many; others are read when they are asked
         for. InvalidInput for a group that does not have all blocks.
         """
-        wanted_bytes = self.model.layout.block_bytes(group)
-        count = min(self.blocks - self.start, self._readers.ahead_bytes // wanted_bytes)
+        layout = self.model.layout
+        if not 0 <= group < len(layout.groups):
+            raise InvalidInput(f"this layout has {len(layout.groups)} groups, and no {group}")
+        room = self._readers.ahead_bytes // layout.block_bytes(group)
+        count = min(self.blocks - self.start, room)
         if count <= 0 or self._reads or self._closed:
             return
         at = self._rows(group, shard, self.start, count)
@@ -226,12 +229,7 @@ class Match:
             name = self._readers.name_for(blocks, reader, timed=deadline is not None)
             outcomes = [ReadOutcome.LEASE_ENDED] * len(blocks)
         else:
-            came = self._came_ahead(blocks, deadline)
-            name, outcomes = self._readers.read(
-                blocks[len(came) :], lambda: self._holder.held(self.token), reader=reader,
-                after=after, deadline=deadline,
-            )  # fmt: skip
-            outcomes = came + outcomes
+            name, outcomes = self._read_held(blocks, reader, after, deadline)
             if not self._holder.held(self.token):
                 outcomes = [ReadOutcome.LEASE_ENDED] * len(blocks)
         delivered = 0
@@ -251,15 +249,34 @@ class Match:
                     self._misses[outcome.value] = self._misses.get(outcome.value, 0) + 1
         return ReadReport(tuple(outcomes), name, ByteCount(delivered))
 
-    def _came_ahead(self, blocks: list[BlockRead], deadline: float | None) -> list[ReadOutcome]:
-        """Deliver the first of *blocks*, if they were read ahead; the outcomes of these."""
+    def _read_held(
+        self, blocks: list[BlockRead], reader: str | None, after: Sequence[Any],
+        deadline: float | None,
+    ) -> tuple[ReaderName, list[ReadOutcome]]:  # fmt: skip
+        """Read all but what was read ahead, which is brought meanwhile."""
+        ahead = self._asked_ahead(blocks, deadline)
+        rest = blocks if ahead is None else blocks[len(ahead) :]
+        led: list[ReadOutcome] = []
+        try:
+            name, outcomes = self._readers.read(
+                rest, lambda: self._holder.held(self.token), reader=reader, after=after,
+                deadline=deadline,
+            )  # fmt: skip
+        finally:
+            if ahead is not None:
+                led = ahead.end()
+        return name, led + outcomes
+
+    def _asked_ahead(self, blocks: list[BlockRead], deadline: float | None) -> Ahead | None:
+        """Ask what is read ahead for the first of *blocks*; None if it is not of these."""
         ahead = self._take_ahead()
         if ahead is None:
-            return []
-        if deadline is not None and ahead.serves(blocks):
-            return ahead.deliver(blocks, deadline)
-        ahead.drop()
-        return []
+            return None
+        if deadline is None or not ahead.serves(blocks):
+            ahead.drop()
+            return None
+        ahead.ask(blocks, deadline)
+        return ahead
 
     def _rows(self, group: int, shard: int, first: int, count: int) -> slice:
         """Return which located rows are blocks *first* and on; InvalidInput if one is not held."""

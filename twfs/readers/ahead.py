@@ -62,7 +62,8 @@ class Reading:
 class Ahead:
     """Leading blocks of a match on their way into *room*.
 
-    *deliver* brings verified bytes to the targets of a block. One thread asks for them, once.
+    *deliver* brings verified bytes to the targets of a block. One thread asks for them, once, and
+    ends it.
     """
 
     def __init__(
@@ -75,9 +76,14 @@ class Ahead:
         self._lock = Lock()
         self._verified: set[int] = set()  # places of blocks that nobody has asked for yet
         self._asked: dict[int, BlockRead] = {}  # to be delivered as soon as they are verified
+        self._blocks: list[BlockRead] = []  # that were asked for, with targets
+        self._deadline = 0.0
         self._dropped = False
         for job in reading.jobs:
             job.then = partial(self._then, job)
+
+    def __len__(self) -> int:
+        return len(self._reading.jobs)
 
     def begin(self, hands: Callable[[DeviceSource], Hands]) -> None:
         """Begin to read."""
@@ -100,31 +106,34 @@ class Ahead:
             for block, job in zip(blocks, jobs, strict=False)
         )
 
-    def deliver(self, blocks: Sequence[BlockRead], deadline: float) -> list[ReadOutcome]:
-        """Bring these blocks to the targets of the first of *blocks*; one outcome each.
+    def ask(self, blocks: Sequence[BlockRead], deadline: float) -> None:
+        """Have these blocks brought to the targets of the first of *blocks*.
 
-        What has not come by *deadline* (time.monotonic) is TIMED_OUT, and written no more. All is
-        dropped then.
+        Nothing is written after *deadline* (time.monotonic), nor once `end` has returned.
         """
-        jobs, outcomes = self._reading.jobs, self._reading.outcomes
+        jobs = self._reading.jobs
+        self._blocks, self._deadline = list(blocks[: len(jobs)]), deadline
+        with self._lock:
+            verified, self._verified = sorted(self._verified), set()
+            self._asked = {job.at: blocks[job.at] for job in jobs if job.at not in verified}
+        for at in verified:
+            block = blocks[at]
+            if time.monotonic() < deadline:
+                self._deliver(block, jobs[at].memory[: block.payload_bytes])
+            else:
+                self._reading.outcomes[at] = ReadOutcome.TIMED_OUT
+
+    def end(self) -> list[ReadOutcome]:
+        """Wait for what was asked for; one outcome each, TIMED_OUT for what came too late.
+
+        All is dropped then.
+        """
         try:
-            with self._lock:
-                ready, self._verified = self._verified, set()
-                self._asked = {job.at: blocks[job.at] for job in jobs if job.at not in ready}
-            late = set()
-            for at in sorted(ready):
-                if time.monotonic() < deadline:
-                    self._deliver(blocks[at], jobs[at].memory[: blocks[at].payload_bytes])
-                else:
-                    late.add(at)
-            self._reading.wave.wait(deadline)
-            came = [
-                ReadOutcome.TIMED_OUT if at in late else outcome
-                for at, outcome in enumerate(outcomes)
-            ]
+            self._reading.wave.wait(self._deadline)
+            came = list(self._reading.outcomes)
         finally:
             self.drop()
-        self._tally.count_read(blocks[: len(came)], came, 0, ahead=len(came))
+        self._tally.count_read(self._blocks, came, 0, ahead=len(came))
         return came
 
     def drop(self) -> None:
