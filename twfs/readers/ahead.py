@@ -78,6 +78,7 @@ class Ahead:
         self._asked: dict[int, BlockRead] = {}  # to be delivered as soon as they are verified
         self._blocks: list[BlockRead] = []  # that were asked for, with targets
         self._deadline = 0.0
+        self._late: set[int] = set()  # verified, and not delivered in time
         self._dropped = False
         for job in reading.jobs:
             job.then = partial(self._then, job)
@@ -121,7 +122,7 @@ class Ahead:
             if time.monotonic() < deadline:
                 self._deliver(block, jobs[at].memory[: block.payload_bytes])
             else:
-                self._reading.outcomes[at] = ReadOutcome.TIMED_OUT
+                self._late.add(at)
 
     def end(self) -> list[ReadOutcome]:
         """Wait for what was asked for; one outcome each, TIMED_OUT for what came too late.
@@ -129,8 +130,11 @@ class Ahead:
         All is dropped then.
         """
         try:
-            self._reading.wave.wait(self._deadline)
-            came = list(self._reading.outcomes)
+            self._reading.wave.wait(self._deadline)  # no outcome changes any more
+            came = [
+                ReadOutcome.TIMED_OUT if at in self._late else outcome
+                for at, outcome in enumerate(self._reading.outcomes)
+            ]
         finally:
             self.drop()
         self._tally.count_read(self._blocks, came, 0, ahead=len(came))
