@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.client import Client
 from twfs.engines import attaching
 from twfs.engines.attaching import Attachment
-from twfs.engines.finding import Finder, names_in
+from twfs.engines.finding import Desk, Finder, names_in
 from twfs.engines.requests import NO_PARAMS, Params
 from twfs.engines.transfers import Done, Offer, Run, Transfers
 from twfs.hints import Hint
@@ -165,6 +166,51 @@ def test_what_one_engine_stores_another_loads_in_pieces_of_its_own_memory(
     assert other.load("r", 2, part).blocks == 3
     assert same(part, payloads[2:5])
     other.close()
+
+
+def test_what_a_request_will_load_is_on_its_way_with_the_answer(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 6), payloads_of(6)
+    engine.store(keys, payloads)
+    attached = Attachment(daemon.socket, engine.scheduler.layout.model, engine.scheduler.layout)
+    finder, worker = Finder(attached, BLOCK_TOKENS, ahead=True), Transfers(attached)
+    while finder.ask("r", keys, 0) is None:
+        time.sleep(0.001)
+    match = finder.match("r")
+    assert match is not None
+    while not read_by(attached)["ios"]:  # nobody has asked for a byte yet
+        time.sleep(0.001)
+    into = empty_like(payloads)
+    worker.load(1, match, into, first=0, timeout_s=PATIENT_S)
+    worker.drain()
+    assert worker.finished()[0].blocks == 6
+    assert same(into, payloads)
+    assert read_by(attached)["ahead"] == 6
+    finder.finish("r", keys)
+    worker.close()
+    finder.close()
+    attached.close()
+
+
+def read_by(attached: Attachment) -> dict[str, int]:
+    """What the attachment's host reader counts."""
+    store = cast(Client, attached.store)
+    found: dict[str, int] = store.statistics()["client"]["readers"].get("host", {"ios": 0})
+    return found
+
+
+def test_a_desk_does_what_is_urgent_first_and_all_before_it_closes() -> None:
+    desk, done = Desk("test"), list[str]()
+    desk.put(lambda: done.append("late"), later=True)
+    desk.put(lambda: done.append("later still"), later=True)
+    desk.put(lambda: done.append("urgent"))
+    desk.close(PATIENT_S)
+    assert done == ["urgent", "late", "later still"]
+    waiting, came = Desk("test"), threading.Event()
+    waiting.put(came.set, later=True)
+    assert came.wait(PATIENT_S)  # with nothing else to do, and without an end
+    waiting.close(PATIENT_S)
 
 
 def test_keys_carry_their_parents_so_that_a_conversation_is_one_head(
