@@ -19,10 +19,11 @@ import numpy.typing as npt
 from twfs.checksums import loaded_torch
 from twfs.errors import InvalidInput
 from twfs.prefix import Names
+from twfs.readers.ahead import Ahead
 from twfs.readers.base import BlockRead, LayerRange, Target, target_of
 from twfs.readers.select import Readers
 from twfs.records import BlockKey, Checksums, Extent, payload_runs
-from twfs.store import LeaseHolder, Model, Pieces, ReadOutcome, ReadReport, Served
+from twfs.store import LeaseHolder, Model, Pieces, ReaderName, ReadOutcome, ReadReport, Served
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -95,6 +96,7 @@ class Match:
         self._hits = 0
         self._misses: dict[str, int] = {}
         self._served: dict[str, Served] = {}
+        self._ahead: Ahead | None = None
 
     @property
     def tokens(self) -> TokenCount:
@@ -171,6 +173,35 @@ class Match:
         future.add_done_callback(lambda _: self._end())
         return future
 
+    def read_ahead(self, *, group: int = 0, shard: int = 0) -> None:
+        """Begin to read the first blocks held, before it is known where to, if no read has begun.
+
+        For host memory: the first read_into, if it begins with the same blocks and has a timeout,
+        takes them from twfs's memory. That bounds how many; others are read when they are asked
+        for. InvalidInput for a group that does not have all blocks.
+        """
+        layout = self.model.layout
+        if not 0 <= group < len(layout.groups):
+            raise InvalidInput(f"this layout has {len(layout.groups)} groups, and no {group}")
+        room = self._readers.ahead_bytes // layout.block_bytes(group)
+        count = min(self.blocks - self.start, room)
+        if count <= 0 or self._reads or self._closed:
+            return
+        at = self._rows(group, shard, self.start, count)
+        ahead = self._readers.read_ahead(self._reads_of(group, shard, at, [()] * count, None))
+        with self._changed:
+            wanted = not (self._reads or self._closed or self._ahead)
+            if wanted:
+                self._ahead = ahead
+        if not wanted:
+            ahead.drop()
+
+    def _take_ahead(self) -> Ahead | None:
+        """Return what is read ahead, for once."""
+        with self._changed:
+            ahead, self._ahead = self._ahead, None
+            return ahead
+
     def _begin(self) -> bool:
         """Count a read that release has to wait for; False if release was called before."""
         with self._changed:
@@ -198,10 +229,7 @@ class Match:
             name = self._readers.name_for(blocks, reader, timed=deadline is not None)
             outcomes = [ReadOutcome.LEASE_ENDED] * len(blocks)
         else:
-            name, outcomes = self._readers.read(
-                blocks, lambda: self._holder.held(self.token), reader=reader, after=after,
-                deadline=deadline,
-            )  # fmt: skip
+            name, outcomes = self._read_held(blocks, reader, after, deadline)
             if not self._holder.held(self.token):
                 outcomes = [ReadOutcome.LEASE_ENDED] * len(blocks)
         delivered = 0
@@ -220,6 +248,35 @@ class Match:
                 else:
                     self._misses[outcome.value] = self._misses.get(outcome.value, 0) + 1
         return ReadReport(tuple(outcomes), name, ByteCount(delivered))
+
+    def _read_held(
+        self, blocks: list[BlockRead], reader: str | None, after: Sequence[Any],
+        deadline: float | None,
+    ) -> tuple[ReaderName, list[ReadOutcome]]:  # fmt: skip
+        """Read all but what was read ahead, which is brought meanwhile."""
+        ahead = self._asked_ahead(blocks, deadline)
+        rest = blocks if ahead is None else blocks[len(ahead) :]
+        led: list[ReadOutcome] = []
+        try:
+            name, outcomes = self._readers.read(
+                rest, lambda: self._holder.held(self.token), reader=reader, after=after,
+                deadline=deadline,
+            )  # fmt: skip
+        finally:
+            if ahead is not None:
+                led = ahead.end()
+        return name, led + outcomes
+
+    def _asked_ahead(self, blocks: list[BlockRead], deadline: float | None) -> Ahead | None:
+        """Ask what is read ahead for the first of *blocks*; None if it is not of these."""
+        ahead = self._take_ahead()
+        if ahead is None:
+            return None
+        if deadline is None or not ahead.serves(blocks):
+            ahead.drop()
+            return None
+        ahead.ask(blocks, deadline)
+        return ahead
 
     def _rows(self, group: int, shard: int, first: int, count: int) -> slice:
         """Return which located rows are blocks *first* and on; InvalidInput if one is not held."""
@@ -256,29 +313,38 @@ class Match:
             return []
         part = None if layers is None else self._layer_range(group, layers)
         at = self._rows(group, shard, begin, len(destinations))
+        wanted = self._located["payload_bytes"][at].tolist()
+        if part is not None:
+            wanted = [(part.stop - part.first) * part.layer_bytes] * len(wanted)
+        targets = [
+            _targets(begin + offset, destination, byte_count)
+            for offset, (destination, byte_count) in enumerate(
+                zip(destinations, wanted, strict=True)
+            )
+        ]
+        return self._reads_of(group, shard, at, targets, part)
+
+    def _reads_of(
+        self, group: int, shard: int, at: slice, targets: Sequence[tuple[Target, ...]],
+        part: LayerRange | None,
+    ) -> list[BlockRead]:  # fmt: skip
+        """Return the located rows *at* as reads, each into its *targets*."""
         rows, first_extents = self._located[at], self._first_extent[at].tolist()
         columns = (
             rows["generation"].tolist(), rows["payload_bytes"].tolist(),
             rows["lane_plain"].tolist(), rows["lane_weighted"].tolist(),
             rows["xxh3"].tolist(), rows["prefix_hash"].tolist(), rows["extent_count"].tolist(),
         )  # fmt: skip
-        blocks = []
-        for offset, (destination, extent, row) in enumerate(
-            zip(destinations, first_extents, zip(*columns, strict=True), strict=True)
-        ):
-            generation, payload_bytes, plain, weighted, xxh3, prefix_hash, extent_count = row
-            wanted = payload_bytes
-            if part is not None:
-                wanted = (part.stop - part.first) * part.layer_bytes
-            blocks.append(
-                BlockRead(
-                    prefix_hash, group, shard, generation, payload_bytes,
-                    Checksums(xxh3, plain, weighted),
-                    self._extents_of(extent, extent_count),
-                    _targets(begin + offset, destination, wanted), part,
-                )
-            )  # fmt: skip
-        return blocks
+        return [
+            BlockRead(
+                prefix_hash, group, shard, generation, payload_bytes,
+                Checksums(xxh3, plain, weighted), self._extents_of(extent, extent_count), into,
+                part,
+            )
+            for into, extent, (
+                generation, payload_bytes, plain, weighted, xxh3, prefix_hash, extent_count,
+            ) in zip(targets, first_extents, zip(*columns, strict=True), strict=True)
+        ]  # fmt: skip
 
     def _extents_of(self, first: int, count: int) -> tuple[Extent, ...]:
         """The extents *first* and on, as records."""
@@ -334,6 +400,10 @@ class Match:
         """Wait for reads under way and end the lease. Idempotent; later reads are misses."""
         with self._changed:
             self._closed = True
+        ahead = self._take_ahead()
+        if ahead is not None:
+            ahead.drop()
+        with self._changed:
             while self._in_flight:
                 self._changed.wait()
             if self._ended:

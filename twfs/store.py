@@ -271,6 +271,9 @@ class LeasedMatch(Protocol):
     ) -> "Future[ReadReport]":  # fmt: skip
         """As read_into, on another thread."""
 
+    def read_ahead(self, *, group: int = 0, shard: int = 0) -> None:
+        """Begin to read the first blocks before it is known where to; see Match.read_ahead."""
+
     def renew(self) -> bool:
         """Ask for a full lease term again."""
 
@@ -280,11 +283,9 @@ class LeasedMatch(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
+        self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None: ...  # fmt: skip
 
 
 class Store(Protocol):

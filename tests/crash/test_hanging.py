@@ -236,13 +236,16 @@ def timely(found: Iterable[ReadOutcome], missing: list[bool]) -> bool:
 
 
 def left_behind(
-    pair: Pair, store: Store, model: Model, names: Names, missing: list[bool], *, as_future: bool
-) -> None:
+    pair: Pair, store: Store, model: Model, names: Names, missing: list[bool], *, as_future: bool,
+    ahead: bool = False,
+) -> None:  # fmt: skip
     """Read while the first device hangs; no byte of what was *missing* comes when it goes on."""
     mark = 0xA5
     match = store.match(model, names)
     into = [np.full(MHA.block_bytes(), mark, np.uint8) for _ in range(match.blocks)]
     with pair.hang(Op.READ):
+        if ahead:
+            match.read_ahead()
         if as_future:
             report = match.read_async(into, timeout_s=TIMEOUT_S).result(timeout=60)
         else:
@@ -259,9 +262,10 @@ def left_behind(
         assert np.array_equal(into[at], wanted)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["asked", "ahead"])
 @pytest.mark.parametrize("as_future", [False, True], ids=["call", "future"])
 def test_a_read_with_a_deadline_ends_at_it_and_its_memory_is_not_written_afterwards(
-    pair: Pair, as_future: bool
+    pair: Pair, as_future: bool, *, ahead: bool
 ) -> None:
     with open_warehouse(pair.directory) as warehouse:
         model = warehouse.open_model("m", MHA)
@@ -269,7 +273,7 @@ def test_a_read_with_a_deadline_ends_at_it_and_its_memory_is_not_written_afterwa
         put(warehouse, model, names)
         on_first = [device == 0 for device in devices_of(warehouse, model, names)]
         assert any(on_first)
-        left_behind(pair, warehouse, model, names, on_first, as_future=as_future)
+        left_behind(pair, warehouse, model, names, on_first, as_future=as_future, ahead=ahead)
 
 
 def test_a_client_ends_at_its_deadline_and_closes_while_the_device_hangs(pair: Pair) -> None:

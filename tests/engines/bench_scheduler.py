@@ -4,7 +4,8 @@ Run in the engine's environment by `python -m engines.bench_vllm scheduler` (see
 
 The real manager, its real answers over the real socket; what is simulated is vLLM around it. Each
 step asks for every waiting request as vLLM's scheduler does, lets one begin its load and end the
-one before, finishes that, and takes in a new request. Prints JSON: per block size, the wall and
+one before, finishes that, whose new blocks are offered and a step later said to be stored, and
+takes in a new request. Events are on. Prints JSON: per block size, the wall and
 CPU time of twfs's calls in the scheduler's thread per step, in milliseconds.
 """
 
@@ -31,7 +32,9 @@ from vllm.v1.kv_offload.config import (
 from twfs.engines.transfers import Offer, Transfers, runs_of
 from twfs.engines.vllm import TwfsManager, TwfsSpec, _Request
 from twfs.engines.vllm_layout import IDENTITY
+from twfs.engines.vllm_orders import RankReport
 
+NEW_TOKENS = 2048  # of each request, behind those that the store holds
 CHAINS = 8  # that the requests go on from: agents' sessions
 STEP_S = 0.010  # of the engine's own, during which it leaves Python to others
 BLOCK_BYTES = 4096
@@ -42,7 +45,7 @@ def spec_of(socket: Path, block_tokens: int) -> TwfsSpec:
     return TwfsSpec(
         OffloadingConfig(
             groups=(OffloadingGroupConfig(block_tokens, ("layer",), 0),),
-            worker_kv_bytes_per_block=BLOCK_BYTES, enable_kv_cache_events=False,
+            worker_kv_bytes_per_block=BLOCK_BYTES, enable_kv_cache_events=True,
             extra_config={
                 "socket": str(socket), "patience_s": 20.0, "arena_bytes": 128 << 20,
                 IDENTITY: {"revision": "bench"},
@@ -86,14 +89,16 @@ class Simulation:
         self.manager, self.chains, self.most = manager, chains, waiting
         self.numbers = itertools.count()
         self.waiting: list[tuple[Any, ReqContext]] = []
-        self.loading: tuple[Any, ReqContext] | None = None
-        self.ready = 0
+        self.loading: tuple[Any, ReqContext, int] | None = None
+        self.storing: tuple[Any, ReqContext] | None = None
+        self.ready = self.stored = 0
 
     def arrive(self) -> tuple[Any, ReqContext]:
         """A request that goes on from one of the chains."""
         number = next(self.numbers)
         chain = self.chains[number % len(self.chains)]
-        hashes = [*chain, hashlib.sha256(f"new {number}".encode()).digest()]
+        new = hashes_of(-1 - number, NEW_TOKENS // self.manager.layout.block_tokens)
+        hashes = [*chain, *new]
         context = ReqContext(req_id=f"r{number}")
         keys = [make_offload_key(key, 0) for key in hashes]
         for index, key in enumerate(keys):
@@ -113,16 +118,25 @@ class Simulation:
                 known = manager.requests[request.request_id]
                 if chosen is None and known.blocks:
                     chosen = (request, context, known.blocks)
+        if self.storing is not None:
+            output, context = self.storing
+            manager.complete_store(output.keys_to_store, context)
+            held = len(output.keys_to_store)
+            manager.stored(RankReport(stored={output.store_spec.number: [held]}))
+            self.stored += sum(len(event.keys) for event in manager.take_events())
+            manager.take_told()
+            self.storing = None
         if self.loading is not None:
-            request, context = self.loading
+            request, context, blocks = self.loading
             manager.complete_load([], context)
+            self.storing = (manager.prepare_store(request.keys[blocks:], context), context)
             manager.on_request_finished(context)
             self.loading = None
         if chosen is not None:
             request, context, blocks = chosen
             self.ready += 1
             manager.prepare_load(request.keys[:blocks], context)
-            self.loading = (request, context)
+            self.loading = (request, context, blocks)
             self.waiting.remove((request, context))
 
 
@@ -143,11 +157,11 @@ def measure(socket: Path, block_tokens: int, tokens: int, waiting: int, steps: i
         wall.append(1000 * (time.perf_counter() - wall_s))
         cpu.append(1000 * (time.thread_time() - cpu_s))
         time.sleep(STEP_S)
-    loads = simulation.ready
+    loads, stored = simulation.ready, simulation.stored
     manager.shutdown()
     return {
         "block_tokens": block_tokens, "keys": tokens // block_tokens, "waiting": waiting,
-        "steps": len(wall), "loads": loads,
+        "steps": len(wall), "loads": loads, "stored": stored,
         **{
             name: {
                 "median": round(statistics.median(times), 3),

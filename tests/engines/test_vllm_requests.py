@@ -12,8 +12,9 @@ from typing import Any, Final
 import pytest
 
 from support.daemon import Daemon
-from support.engines import engine_environment, engine_python
-from support.vllms import STORED_TOKENS, Vllm, sessions_of, transfer_config
+from support.engines import engine_environment, engine_python, until
+from support.vllmengine import prompt_of
+from support.vllms import GPU_BLOCK_TOKENS, STORED_TOKENS, Vllm, sessions_of, transfer_config
 from twfs.store import SessionInfo
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -106,6 +107,37 @@ def test_public_beginnings_are_shared_by_a_group_and_nothing_behind_them(
                 wait_session_count(daemon, 1)
             assert vllm.ask(do="reset")
         assert answers == [answers[0]] * len(turns)
+
+
+def test_events_tell_of_what_was_published_and_of_nothing_else(
+    engine: str, model: Path, daemon: Daemon
+) -> None:
+    on = {"enable_kv_cache_events": True, "publisher": "null"}
+    config = transfer_config(daemon.socket, patience_s=1.0, self_describing_kv_events=True)
+    other = LONG | {"seed": 2}
+
+    def told() -> list[int]:
+        """The tokens of all blocks that were told of, when the workers have reported."""
+        vllm.generate({"seed": 9, "tokens": 40})
+        return list(vllm.ask(do="events")["tokens"])
+
+    with Vllm(engine, model, config, kv_events_config=on) as vllm:
+        assert vllm.ask(do="events") == {"hashes": [], "tokens": [], "kept": 0}
+        vllm.generate(LONG)
+        first = prompt_of(1, 2048)
+        until(lambda: told() == first, "an event of each block that was published")
+        daemon.kill()
+        vllm.generate(other)
+        failed = "a store was short: PutOutcome"
+        until(lambda: failed in vllm.ask(do="connector"), "a store that fails")
+        assert told() == first
+        daemon.start()
+        vllm.generate(other)  # which the engine holds itself: its blocks are offered again
+        until(lambda: told() == first + prompt_of(2, 2048), "an event of what was offered again")
+        last = vllm.ask(do="events")
+        assert len({*last["hashes"]}) == len(last["hashes"]) == 2 * 2048 // GPU_BLOCK_TOKENS
+        assert last["kept"] == 0
+        wait_session_count(daemon, 2)
 
 
 @pytest.mark.parametrize(

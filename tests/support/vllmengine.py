@@ -41,6 +41,41 @@ def generate(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def scheduler_of(llm: Any) -> Any:
+    """The engine's scheduler, which is in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def idle(llm: Any) -> None:
+    """Step on as an engine in a process of its own does, until nothing is left to do."""
+    core = llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests():
+        core.step_fn()
+        time.sleep(0.001)
+
+
+def events(scheduler: Any) -> dict[str, Any]:
+    """What was told of as stored outside the engine from the first call on: hashes, tokens.
+
+    And of how many blocks vLLM still keeps what an event would say.
+    """
+    publisher = scheduler.kv_event_publisher
+    if "told" not in vars(publisher):
+        publisher.told = []
+        publisher.publish = lambda batch: publisher.told.extend(batch.events)
+    told = [
+        event
+        for event in publisher.told
+        if type(event).__name__ == "BlockStored" and event.medium == "STORAGE"
+    ]
+    tracker = scheduler.connector.connector_scheduler._events_tracker
+    return {
+        "hashes": [str(each) for event in told for each in event.block_hashes],
+        "tokens": [token for event in told for token in event.token_ids],
+        "kept": len(tracker._pending_event_metadata),
+    }
+
+
 def answer(llm: Any, request: dict[str, Any]) -> Any:
     """Do what *request* asks."""
     match request["do"]:
@@ -60,8 +95,10 @@ def answer(llm: Any, request: dict[str, Any]) -> Any:
             worker: Any = get_kv_transfer_group()
             return worker.connector_worker.worker.attachment.statistics()
         case "estimate":  # seconds per token of computing, as the scheduler has been told
-            core: Any = llm.llm_engine.engine_core
-            return core.engine_core.scheduler.connector.manager.breakeven.compute_s
+            return scheduler_of(llm).connector.manager.breakeven.compute_s
+        case "events":
+            idle(llm)
+            return events(scheduler_of(llm))
         case _:
             pass
     raise ValueError(request)

@@ -7,10 +7,12 @@ import hashlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Final, cast
 
 import numpy as np
@@ -21,7 +23,7 @@ from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.client import Client
 from twfs.engines import attaching
 from twfs.engines.attaching import Attachment
-from twfs.engines.finding import Finder, names_in
+from twfs.engines.finding import Desk, Finder, names_in
 from twfs.engines.requests import NO_PARAMS, Params
 from twfs.engines.transfers import Done, Offer, Run, Transfers
 from twfs.hints import Hint
@@ -107,12 +109,11 @@ class Engine:
 
     def store(self, keys: list[bytes], payloads: list[list[Payload]], worker: int = 0) -> None:
         """Store a chain and wait until it is published."""
-        stored = self.attached[worker].statistics().get("stored blocks", 0)
         self.jobs += 1
-        self.workers[worker].store(self.jobs, self.offer(keys), payloads)
+        held: SimpleQueue[int] = SimpleQueue()
+        self.workers[worker].store(self.jobs, self.offer(keys), payloads, stored=held.put)
         assert self.end(worker, self.jobs).blocks == len(keys)
-        while self.attached[worker].statistics().get("stored blocks", 0) < stored + len(keys):
-            time.sleep(0.001)
+        assert held.get() == len(keys)
 
     def load(self, request: str, first: int, into: list[list[Payload]], worker: int = 0) -> Done:
         held = self.finder.held(request, first, len(into))
@@ -165,6 +166,51 @@ def test_what_one_engine_stores_another_loads_in_pieces_of_its_own_memory(
     assert other.load("r", 2, part).blocks == 3
     assert same(part, payloads[2:5])
     other.close()
+
+
+def test_what_a_request_will_load_is_on_its_way_with_the_answer(
+    daemon: Daemon, engine: Engine
+) -> None:
+    keys, payloads = keys_of("a", 6), payloads_of(6)
+    engine.store(keys, payloads)
+    attached = Attachment(daemon.socket, engine.scheduler.layout.model, engine.scheduler.layout)
+    finder, worker = Finder(attached, BLOCK_TOKENS, ahead=True), Transfers(attached)
+    while finder.ask("r", keys, 0) is None:
+        time.sleep(0.001)
+    match = finder.match("r")
+    assert match is not None
+    while not read_by(attached)["ios"]:  # nobody has asked for a byte yet
+        time.sleep(0.001)
+    into = empty_like(payloads)
+    worker.load(1, match, into, first=0, timeout_s=PATIENT_S)
+    worker.drain()
+    assert worker.finished()[0].blocks == 6
+    assert same(into, payloads)
+    assert read_by(attached)["ahead"] == 6
+    finder.finish("r", keys)
+    worker.close()
+    finder.close()
+    attached.close()
+
+
+def read_by(attached: Attachment) -> dict[str, int]:
+    """What the attachment's host reader counts."""
+    store = cast(Client, attached.store)
+    found: dict[str, int] = store.statistics()["client"]["readers"].get("host", {"ios": 0})
+    return found
+
+
+def test_a_desk_does_what_is_urgent_first_and_all_before_it_closes() -> None:
+    desk, done = Desk("test"), list[str]()
+    desk.put(lambda: done.append("late"), later=True)
+    desk.put(lambda: done.append("later still"), later=True)
+    desk.put(lambda: done.append("urgent"))
+    desk.close(PATIENT_S)
+    assert done == ["urgent", "late", "later still"]
+    waiting, came = Desk("test"), threading.Event()
+    waiting.put(came.set, later=True)
+    assert came.wait(PATIENT_S)  # with nothing else to do, and without an end
+    waiting.close(PATIENT_S)
 
 
 def test_keys_carry_their_parents_so_that_a_conversation_is_one_head(
@@ -265,7 +311,8 @@ def test_a_dead_daemon_is_a_miss_said_once_and_its_successor_serves_again(
         assert held is not None
         engine.workers[0].load(job, held, into, timeout_s=1.0)
         assert engine.end(0, job).blocks == 0
-    engine.workers[0].store(200, offer, payloads)
+    told: list[int] = []
+    engine.workers[0].store(200, offer, payloads, stored=told.append)
     assert engine.end(0, 200).store
     assert engine.ask("s", keys) == 0
     engine.finder.finish("s", keys)
@@ -279,6 +326,7 @@ def test_a_dead_daemon_is_a_miss_said_once_and_its_successor_serves_again(
     assert engine.load("t", 0, into).blocks == 3
     assert same(into, payloads)
     engine.close()
+    assert told == [0]
 
 
 def test_bytes_that_rotted_are_told_and_so_is_all_behind_them(
@@ -383,10 +431,12 @@ def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(
         time.sleep(0.001)
     assert engine.ask("r", keys) == 0
     assert engine.ask("s", keys) == 0
+    told: list[int] = []
     for job in (50, 51):  # the worker learns of the epoch only by its failing
-        engine.workers[0].store(job, stale, payloads)
+        engine.workers[0].store(job, stale, payloads, stored=told.append)
         engine.end(0, job)
     engine.workers[0].close()
+    assert told == [0, 0]
     assert "stored blocks" in engine.attached[0].statistics()  # of the first store alone
     assert engine.attached[0].statistics()["stored blocks"] == 3
     assert engine.ask("t", keys) == 0
@@ -458,10 +508,12 @@ def test_a_store_that_finds_no_room_gives_the_engine_its_memory_back(
     hog = link.arena.take(link.arena.byte_count - (1 << 16))
     assert hog is not None
     keys = keys_of("b", 8)
-    engine.workers[0].store(1000, engine.offer(keys), payloads_of(8))
+    held: SimpleQueue[int] = SimpleQueue()
+    engine.workers[0].store(1000, engine.offer(keys), payloads_of(8), stored=held.put)
     engine.workers[0].wait([1000])  # would not return while the hog is there, were it not given up
     hog.release()
     assert [done.job for done in engine.workers[0].finished()] == [1000]
+    assert held.get() == 0
 
 
 def test_a_store_that_has_not_begun_gives_the_memory_back_at_once(
@@ -471,12 +523,14 @@ def test_a_store_that_has_not_begun_gives_the_memory_back_at_once(
     offer = engine.offer(keys_of("b", 3))
     os.kill(daemon.pid, signal.SIGSTOP)
     try:
+        held: SimpleQueue[int] = SimpleQueue()
         for job in range(50, 60):  # more than there are threads
-            engine.workers[0].store(job, offer, payloads_of(3))
+            engine.workers[0].store(job, offer, payloads_of(3), stored=held.put)
         engine.workers[0].wait(range(50, 60))  # would take a minute, and the test's time with it
         assert len(engine.workers[0].finished()) == 10
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
+    assert [held.get() for _ in range(10)] == [0] * 10
 
 
 def test_jobs_after_close_have_failed(engine: Engine) -> None:

@@ -181,7 +181,10 @@ def test_weights_are_told_by_their_files_and_anew_when_these_change(tmp_path: Pa
     first = revisions.of(name)
     assert revisions.of("elsewhere") == revisions.of(name) == first
     (tmp_path / "model.bin").write_bytes(b"other weights")
+    assert revisions.last(name) == first  # looks at no file
     assert revisions.of(name) != first
+    assert revisions.last(name) == revisions.of(name)
+    assert Revisions({}).last(name) == revisions.of(name)
     assert revisions.of("hub/m") == "commit"
     with pytest.raises(InvalidInput, match="which weights"):
         revisions.of("hub/other")

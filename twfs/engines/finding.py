@@ -8,9 +8,11 @@ parent of the next. Used by one scheduler thread; nothing here raises because of
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Final
 
 from twfs.engines.attaching import Attachment
@@ -21,6 +23,7 @@ from twfs.units import HASH_BYTES
 
 ANSWER_SECONDS: Final = 0.0005  # that a step may wait for an answer, in all
 WAITS_APART_S: Final = 0.005  # steps are longer than this; within it only one ask may wait
+LATER_SECONDS: Final = 0.005  # then an answer that ends has left the engine
 NAMED_AT_ONCE: Final = 128  # keys: about 0.2 ms of one processor, then others may have Python
 BEHIND_PUBLIC: Final = b"behind public "  # enters the names of what goes on from public blocks
 RENEW_SECONDS: Final = 20.0  # a lease lasts 60 s; a request that waits longer is renewed
@@ -59,22 +62,37 @@ class Desk:
     """A thread that does one thing after the other for a scheduler that must not wait."""
 
     def __init__(self, name: str) -> None:
-        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[float, Callable[[], None] | None]] = SimpleQueue()
+        self._later: deque[tuple[float, Callable[[], None]]] = deque()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, work: Callable[[], None]) -> None:
-        """Have *work* done; it must not raise."""
-        self._queue.put(work)
+    def put(self, work: Callable[[], None], *, later: bool = False) -> None:
+        """Have *work* done; it must not raise. *later* when the engine's own step is over."""
+        self._queue.put((time.monotonic() + LATER_SECONDS if later else 0.0, work))
 
     def close(self, timeout_s: float) -> None:
         """End when all that was put is done, or after *timeout_s* seconds. Idempotent."""
-        self._queue.put(None)
+        self._queue.put((0.0, None))
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
+        while (work := self._next()) is not None:
             work()
+        for _, work in self._later:
+            work()
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is to be done next; None at the end."""
+        while True:
+            left_s = self._later[0][0] - time.monotonic() if self._later else None
+            if left_s is not None and left_s <= 0:
+                return self._later.popleft()[1]
+            with suppress(Empty):
+                due_s, work = self._queue.get(timeout=left_s)
+                if work is None or not due_s:
+                    return work
+                self._later.append((due_s, work))
 
 
 def names_in(
@@ -119,15 +137,18 @@ class Finder:
     """What the store holds of each request; see the module's docstring.
 
     Per request: admit, ask (often), held and loaded (per load), finish. *block_tokens* are those of
-    one key.
+    one key. With *ahead* reads into this process's memory begin with the answer: the engine asks
+    for them a step later.
     """
 
     def __init__(
-        self, attachment: Attachment, block_tokens: int, *, answer_s: float = ANSWER_SECONDS
-    ) -> None:
+        self, attachment: Attachment, block_tokens: int, *, answer_s: float = ANSWER_SECONDS,
+        ahead: bool = False,
+    ) -> None:  # fmt: skip
         self._attachment = attachment
         self._block_tokens = block_tokens
         self._answer_s = answer_s
+        self._ahead = ahead
         self._requests: dict[str, _Asked] = {}
         self._waited_s = 0.0
         self._resetting = False  # a new epoch is wanted and not there yet
@@ -207,6 +228,8 @@ class Finder:
             self._drop(match)
         elif match is None or not match.token:
             self._attachment.doubt(asked.params.tenant)
+        elif self._ahead:
+            self._attachment.quietly("a read ahead failed", match.read_ahead, None)
 
     def _match(self, asked: _Asked) -> LeasedMatch | None:
         names = self._named(asked, asked.keys)
@@ -282,13 +305,12 @@ class Finder:
         asked = self._requests.pop(request, None)
         if asked is None:
             return
-        self._release(asked)
+        self._release(asked, later=True)
         chain = list(keys)
         if chain:
+            touch = lambda: self._touch(asked, chain)  # noqa: E731
             self._desk.put(
-                lambda: self._attachment.quietly(
-                    "a touch failed", lambda: self._touch(asked, chain), None
-                )
+                lambda: self._attachment.quietly("a touch failed", touch, None), later=True
             )
 
     def _touch(self, asked: _Asked, keys: Sequence[bytes]) -> None:
@@ -296,14 +318,14 @@ class Finder:
         if names is not None and asked.model is not None:
             self._attachment.store.touch(asked.model, names, asked.params.hint)
 
-    def _release(self, asked: _Asked) -> None:
+    def _release(self, asked: _Asked, *, later: bool = False) -> None:
         """Let go of the lease; what was answered is over with it."""
         with self._lock:
             asked.number += 1
             asked.pending, asked.blocks = False, None
             match, asked.match = asked.match, None
         if match is not None:
-            self._desk.put(lambda: self._drop(match))
+            self._desk.put(lambda: self._drop(match), later=later)
 
     def _drop(self, match: LeasedMatch | None) -> None:
         if match is not None:

@@ -389,9 +389,21 @@ class Revisions:
     def __init__(self, given: Mapping[str, str]) -> None:
         self._given = given
         self._known: dict[str, tuple[object, str]] = {}  # by path, with what its files were then
+        self._last: dict[str, str] = {}  # by model
+        self._lock = threading.Lock()  # so that the last look is the latest
 
     def of(self, model: str) -> str:
         """The revision of *model*. InvalidInput if nothing tells it: others' KV would hit then."""
+        with self._lock:
+            revision = self._last[model] = self._look(model)
+        return revision
+
+    def last(self, model: str) -> str:
+        """What `of` returned last, without a look at the files; as `of` where it never did."""
+        return self._last.get(model) or self.of(model)
+
+    def _look(self, model: str) -> str:
+        """The revision of *model* now. InvalidInput."""
         given = self._given.get(model, "")
         for path in (given, model):
             if path and Path(path).is_dir():

@@ -34,7 +34,7 @@ LISTINGS_MAX: Final = 16  # under way at once; older ones begin anew
 BLOCK_TOKENS: Final = 256  # LMCache's --chunk-size where its shapes do not tell
 
 Row = tuple[str, int, int, str]  # model, rank, group, salt: blocks of one chain
-Shapes = tuple[Sequence[Any], Sequence[Any]]  # torch.Size and torch.dtype of a block's tensors
+Shapes = tuple[tuple[Any, ...], tuple[Any, ...]]  # torch.Size and torch.dtype of its tensors
 
 
 def row_of(key: ObjectKey) -> Row:
@@ -46,8 +46,8 @@ def shapes_of(memory: Any) -> Shapes:
     """Of the tensors that lie one behind the other in a MemoryObj."""
     meta = memory.meta
     if meta.shapes is not None and meta.dtypes is not None:
-        return meta.shapes, meta.dtypes
-    return [meta.shape], [meta.dtype]
+        return tuple(meta.shapes), tuple(meta.dtypes)
+    return (meta.shape,), (meta.dtype,)
 
 
 def layout_of(row: Row, shapes: Shapes, revision: str) -> Layout:
@@ -93,6 +93,7 @@ class TwfsL2Adapter(L2AdapterInterface):
         self._stored: dict[int, L2StoreResult] = {}
         self._sizes: dict[ObjectKey, int] = {}  # that LMCache was told are stored
         self._shapes: dict[Row, Shapes] = {}  # last seen; not every lookup brings them
+        self._spaces: dict[tuple[Row, Shapes, str], Space] = {}  # by revision
         self._listings: dict[str, Iterator[KeyEntry]] = {}
         self._asking = ThreadPoolExecutor(THREADS, "twfs-lmcache")
         self._putting = ThreadPoolExecutor(2, "twfs-lmcache-put")
@@ -125,11 +126,19 @@ class TwfsL2Adapter(L2AdapterInterface):
         (self._asking if event else self._putting).submit(run)
         return task
 
-    def _space(self, row: Row, shapes: Shapes) -> Space:
-        """Where the blocks of *row* are. InvalidInput."""
+    def _space(self, row: Row, shapes: Shapes, *, again: bool = False) -> Space:
+        """Where the blocks of *row* are. InvalidInput.
+
+        *again*: for what a lookup has found, whose weights are not looked at once more.
+        """
         self._shapes[row] = shapes
-        layout = layout_of(row, shapes, self._revisions.of(row[0]))
-        return self._store.space(layout, self._tenants.get(row[3]), row[3])
+        revision = self._revisions.last(row[0]) if again else self._revisions.of(row[0])
+        space = self._spaces.get((row, shapes, revision))
+        if space is None:
+            layout = layout_of(row, shapes, revision)
+            space = self._store.space(layout, self._tenants.get(row[3]), row[3])
+            self._spaces[row, shapes, revision] = space
+        return space
 
     # Store, lookup, load
 
@@ -173,8 +182,9 @@ class TwfsL2Adapter(L2AdapterInterface):
     def _do_lookup(self, keys: list[ObjectKey], descs: dict[int, Any]) -> Any:
         bitmap = Bitmap(len(keys))
         for row, part in groupby(range(len(keys)), lambda index: row_of(keys[index])):
-            some, desc = list(part), descs.get(row[2])
-            shapes = self._shapes.get(row) if desc is None else (desc.shapes, desc.dtypes)
+            some, desc, shapes = list(part), descs.get(row[2]), self._shapes.get(row)
+            if desc is not None:
+                shapes = tuple(desc.shapes), tuple(desc.dtypes)
             if shapes is None:
                 continue  # nothing of it was ever stored by this process
             space = self._space(row, shapes)
@@ -196,7 +206,8 @@ class TwfsL2Adapter(L2AdapterInterface):
         bitmap = Bitmap(len(keys))
         for row, part in groupby(range(len(keys)), lambda index: row_of(keys[index])):
             some = list(part)
-            space = self._space(row, shapes_of(memory[some[0]]))  # KV of others is elsewhere
+            # By the memory's own shapes: KV of others is elsewhere.
+            space = self._space(row, shapes_of(memory[some[0]]), again=True)
             into = [memory[index].byte_array for index in some]
             hashes = [keys[index].chunk_hash for index in some]
             for place in space.read(hashes, into, self._timeout_s):
@@ -220,7 +231,7 @@ class TwfsL2Adapter(L2AdapterInterface):
     def _do_unlock(self, keys: list[ObjectKey]) -> None:
         for row, part in groupby(keys, row_of):
             if row in self._shapes:
-                space = self._space(row, self._shapes[row])
+                space = self._space(row, self._shapes[row], again=True)
                 space.unlock([key.chunk_hash for key in part])
 
     def _notify_gone(self, keys: Sequence[ObjectKey]) -> None:

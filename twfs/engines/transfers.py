@@ -181,37 +181,46 @@ class Transfers:
         self._enter(job, store=False, asked=asked)
         self._end(job, 0, 0)
 
-    def store(self, job: int, offer: Offer, payloads: Sequence[Pieces], *, group: int = 0) -> None:
-        """Begin to store one payload per block of *offer*; `finished` when they have been read."""
+    def store(
+        self, job: int, offer: Offer, payloads: Sequence[Pieces], *, group: int = 0,
+        stored: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Begin to store one payload per block of *offer*; `finished` when they have been read.
+
+        *stored* is told, on a thread of ours, how many leading blocks are held in the end; never
+        of a store that came after `close`.
+        """
         entered = self._enter(job, store=True, asked=len(payloads))
         copied_bytes = len(payloads) * self._attachment.layout.block_bytes(group)
         entered.copying = Copying(lambda: self._end(job, len(payloads), copied_bytes))
         after = _events_of(payloads)
 
         def work() -> None:
+            held = 0
             try:
                 if not entered.copying.given_up:
-                    self._attachment.quietly(
+                    held = self._attachment.quietly(
                         "a store failed",
                         lambda: self._store(offer, payloads, group, entered.copying, after),
-                        None,
+                        0,
                     )
             finally:
                 entered.copying.finish()
+                stored(held)
 
         self._submit(self._storers, work, job)
 
     def _store(
         self, offer: Offer, payloads: Sequence[Pieces], group: int, copying: Copying,
         after: Sequence[Any],
-    ) -> None:  # fmt: skip
-        """Put, on a thread of ours."""
+    ) -> int:  # fmt: skip
+        """Put, on a thread of ours; returns how many leading blocks are held."""
         for event in after:
             event.synchronize()
         model = self._attachment.model(offer.tenant, epoch=offer.epoch)
         if model is None:
             self._attachment.count("stores without a model")
-            return
+            return 0
         names = offer.names(model, self._block_tokens)
         if len(names) != len(payloads):
             raise InvalidInput(f"{len(payloads)} payloads for {len(names)} names")
@@ -222,6 +231,7 @@ class Transfers:
         self._attachment.count("stored blocks", result.held)
         if result.held < len(payloads):
             self._attachment.complain("a store was short", result.outcomes[result.held])
+        return result.held
 
     def _enter(self, job: int, *, store: bool, asked: int) -> _Job:
         with self._changed:

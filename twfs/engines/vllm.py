@@ -5,6 +5,7 @@ computed instead. For the configuration see docs/vllm.md.
 """
 
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -15,7 +16,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.kv_offload.base import (
-    LoadStoreSpec,
     LookupResult,
     Medium,
     OffloadingEvent,
@@ -35,32 +35,14 @@ from twfs.engines.finding import Finder, Held
 from twfs.engines.requests import params_of
 from twfs.engines.transfers import Offer, Transfers, runs_of
 from twfs.engines.vllm_layout import check_windows, layout_of, prepare
+from twfs.engines.vllm_orders import LoadSpec, OpenStores, Owner, RankReport, StoreSpec
 from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
-from twfs.engines.vllm_reports import RankReport
 from twfs.units import align_up
 from twfs.upload import PIECES_MAX
 
-KNOWN_SECONDS: Final = 60.0  # that a block which was stored is not offered again
+KNOWN_SECONDS: Final = 60.0  # that a block which was offered is not offered again
 KNOWN_MAX: Final = 200_000  # of these; 120 bytes each
-
-Owner = tuple[str | None, int]  # tenant, and public blocks: what else than its key names a block
-
-
-@dataclass
-class LoadSpec(LoadStoreSpec):
-    """What a worker needs for a load."""
-
-    held: Held
-    timeout_s: float
-    fingerprint: bytes
-
-
-@dataclass
-class StoreSpec(LoadStoreSpec):
-    """What a worker needs for a store."""
-
-    offer: Offer
-    fingerprint: bytes
+EVENT_SECONDS: Final = 2.0  # that an idle engine goes on for events of what it has stored
 
 
 @dataclass
@@ -92,7 +74,10 @@ class TwfsManager(OffloadingManager):
         self._hashes_per_block = self.layout.block_tokens // spec.tokens_per_hash
         self._known: dict[tuple[Owner, bytes], float] = {}
         self._storing: set[tuple[str, bytes]] = set()  # blocks that take the workers' room
+        self._open = OpenStores(spec.layout.shards)
+        self._copied_s = 0.0  # when the workers had last read what they store
         self._events: list[OffloadingEvent] = []
+        self._told: list[bytes] = []  # keys of stores that have ended, of which events say all
 
     def keys_of(self, request_id: str) -> list[bytes]:
         """The keys of the request's whole blocks so far."""
@@ -179,7 +164,11 @@ class TwfsManager(OffloadingManager):
             runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint, owner[1]
         )
         stored = [wanted[index] for index in sorted(wanted)]
-        return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint), [])
+        if len(self._known) > KNOWN_MAX:
+            self._known.clear()
+        self._known.update(((owner, key), now_s) for key in stored)
+        number = self._open.begin(owner, stored) if stored else 0
+        return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint, number), [])
 
     def _owner_of(self, req_context: Any) -> Owner:
         """Whose the request's blocks are; also of one that has finished."""
@@ -187,24 +176,42 @@ class TwfsManager(OffloadingManager):
         return params.tenant, params.public_tokens // self.layout.block_tokens
 
     def complete_store(self, keys: Collection[Any], req_context: Any, success: bool = True) -> None:
-        """The workers have read the blocks; whether they are held is the daemon's to say."""
+        """The workers have read the blocks; whether they are held is for `stored` to say."""
         self._storing.difference_update((req_context.req_id, key) for key in keys)
-        if len(self._known) > KNOWN_MAX:
-            self._known.clear()
-        owner, now_s = self._owner_of(req_context), time.monotonic()
-        self._known.update(((owner, key), now_s) for key in keys)
-        if self.spec.config.enable_kv_cache_events:
-            event = OffloadingEvent(keys=list(keys), medium=Medium.STORAGE, removed=False)
-            self._events.append(event)
+        self._copied_s = time.monotonic()
+
+    def stored(self, report: RankReport) -> None:
+        """Of what all ranks have published an event comes; what is not held may be offered again.
+
+        A store that was not whole has mostly met a daemon that is away, or a warehouse without
+        room, which the next request may not.
+        """
+        for store in self._open.ended(report):
+            held, lacking = store.keys[: store.held], store.keys[store.held :]
+            for key in lacking:
+                self._known.pop((store.owner, key), None)
+            if self.spec.config.enable_kv_cache_events:
+                self._events.append(OffloadingEvent(held, medium=Medium.STORAGE, removed=False))
+                self._told += store.keys
+
+    def has_pending_work(self) -> bool:
+        """Whether an engine without requests is to go on: an event may come in a moment."""
+        late = time.monotonic() - self._copied_s > EVENT_SECONDS
+        return self.spec.config.enable_kv_cache_events and len(self._open) > 0 and not late
 
     def get_load_source(self, key: Any, req_context: Any) -> CacheHitSource:
         """For vLLM's statistics of where cached tokens came from."""
         return CacheHitSource.DISK
 
     def take_events(self) -> Iterable[OffloadingEvent]:
-        """What was stored since the last call."""
+        """What was published since the last call."""
         events, self._events = self._events, []
         return events
+
+    def take_told(self) -> list[bytes]:
+        """Keys of which no event comes any more, since the last call."""
+        told, self._told = self._told, []
+        return told
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         """Read the request's own parameters."""
@@ -227,6 +234,7 @@ class TwfsManager(OffloadingManager):
         self.finder.reset()
         self._known.clear()
         self._storing.clear()
+        self._open.clear()
 
     def shutdown(self) -> None:
         """Release all leases."""
@@ -256,6 +264,7 @@ class TwfsWorker(OffloadingWorker):
         self.prefill = PrefillTimes(self.attachment, mark) if alone else None
         self.failed: set[int] = set()  # the engine's blocks that a load did not fill
         self._loads: dict[int, list[list[int]]] = {}
+        self._ended: deque[tuple[int, int]] = deque()  # stores by number, and blocks held of each
         found = sum(row[0].nbytes for row in self._rows) * self._per_block
         pieces = len(self._rows) * self._per_block
         self._usable = found == spec.layout.block_bytes() and pieces <= PIECES_MAX
@@ -300,8 +309,20 @@ class TwfsWorker(OffloadingWorker):
         ids, step = src_spec.block_ids.tolist(), self._per_block
         payloads = [self._pieces(ids[i : i + step]) for i in range(0, len(ids), step)]
         good = self._usable and dst_spec.fingerprint == self._fingerprint
-        self.transfers.store(job_id, dst_spec.offer if good else Offer((), -1), payloads)
+        self.transfers.store(
+            job_id, dst_spec.offer if good else Offer((), -1), payloads,
+            stored=lambda held: self._ended.append((dst_spec.number, held)),
+        )  # fmt: skip
         return True
+
+    def report(self, jobs: Any) -> RankReport | None:
+        """What this rank tells with *jobs*, vLLM's own report; None if there is nothing to tell."""
+        timed = None if self.prefill is None else self.prefill.take()
+        ended = [self._ended.popleft() for _ in range(len(self._ended))]
+        if jobs is None and timed is None and not ended:
+            return None
+        own = () if jobs is None else (jobs.completed_jobs, jobs.transfer_stats)
+        return RankReport(*own, computed=timed, stored={number: [held] for number, held in ended})
 
     def get_finished(self) -> list[TransferResult]:
         """What has finished; a load that failed is told by `failed`, for others end the engine."""
@@ -360,13 +381,14 @@ class _Scheduler(OffloadingConnectorScheduler):
     def _maximal_prefix_lookup(
         self, keys: Any, req_context: Any, req: Any, group_config: Any, start: int
     ) -> int | None:
-        if self.manager.spec.kv_events_config.self_describing_kv_events:
-            found: int | None = super()._maximal_prefix_lookup(
-                keys, req_context, req, group_config, start
-            )
-            return found
         blocks = self.manager.requests[req.request_id].blocks
         return max(0, min(len(keys), (blocks or 0) - start))
+
+    def take_events(self) -> Iterable[Any]:
+        """As vLLM's, which would keep what describes a block until it is evicted: none is."""
+        yield from super().take_events()
+        for key in self.manager.take_told():
+            self._events_tracker._pending_event_metadata.pop(key, None)  # noqa: SLF001
 
 
 class TwfsConnector(OffloadingConnector):
@@ -433,13 +455,10 @@ class TwfsConnector(OffloadingConnector):
         super().wait_for_save()
 
     def build_connector_worker_meta(self) -> Any:
-        """As vLLM's, with what this rank has timed."""
-        meta: Any = super().build_connector_worker_meta()
-        worker = self.connector_worker and self.connector_worker.worker
-        timed = worker.prefill.take() if worker is not None and worker.prefill is not None else None
-        if meta is None:
-            return None if timed is None else RankReport(computed=timed)
-        return RankReport(meta.completed_jobs, meta.transfer_stats, timed)
+        """As vLLM's, with what this rank has timed and published."""
+        jobs: Any = super().build_connector_worker_meta()
+        worker: TwfsWorker | None = self.connector_worker and self.connector_worker.worker
+        return jobs if worker is None else worker.report(jobs)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Note how fast the engine computes, and which loads failed.
@@ -452,6 +471,8 @@ class TwfsConnector(OffloadingConnector):
         if connector_output.invalid_block_ids:
             self.manager.failed(connector_output.invalid_block_ids)
         super().update_connector_output(connector_output)
+        if report is not None:
+            self.manager.stored(report)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """The engine's blocks that a load did not fill, since the last call."""

@@ -55,7 +55,7 @@ class TwfsTier(SecondaryTierManager):
         self.attachment = Attachment(
             socket, self.layout.model, self.layout, arena_bytes=arena_bytes, patience_s=patience_s
         )
-        self.finder = Finder(self.attachment, self.layout.block_tokens)
+        self.finder = Finder(self.attachment, self.layout.block_tokens, ahead=True)
         self.transfers = Transfers(self.attachment)
         self._view = primary_kv_view.cast("B")
         self._requests: dict[str, dict[Any, int]] = {}  # each key's place in its request's chain

@@ -161,6 +161,7 @@ class Tally:
         self._ios = 0
         self._direct = 0
         self._unaligned = 0
+        self._ahead = 0
         self._misses: dict[ReadOutcome, int] = {
             outcome: 0 for outcome in ReadOutcome if outcome is not ReadOutcome.HIT
         }
@@ -172,9 +173,13 @@ class Tally:
             self._device_bytes += byte_count
 
     def count_read(
-        self, blocks: Sequence[BlockRead], outcomes: Sequence[ReadOutcome], direct: int
-    ) -> None:
-        """Count a finished read; *direct* blocks were placed straight into the destination."""
+        self, blocks: Sequence[BlockRead], outcomes: Sequence[ReadOutcome], direct: int, *,
+        ahead: int = 0,
+    ) -> None:  # fmt: skip
+        """Count a finished read.
+
+        *direct* blocks were placed straight into the destination, *ahead* were begun before.
+        """
         payload_bytes = sum(
             sum(target.byte_count for target in block.targets)
             for block, outcome in zip(blocks, outcomes, strict=True)
@@ -183,6 +188,7 @@ class Tally:
         with self._lock:
             self._payload_bytes += payload_bytes
             self._direct += direct
+            self._ahead += ahead
             self._unaligned += len(blocks) - direct
             for outcome in outcomes:
                 if outcome is ReadOutcome.HIT:
@@ -200,6 +206,7 @@ class Tally:
                 "ios": self._ios,
                 "direct": self._direct,
                 "unaligned": self._unaligned,
+                "ahead": self._ahead,
                 "misses": {outcome.value: count for outcome, count in self._misses.items()},
             }
 

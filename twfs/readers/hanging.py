@@ -11,12 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from twfs.readers.base import DeviceSource
 
 HUNG_S: Final = 2.0  # in flight and nothing came back for so long: the device hangs
-IDLE_S: Final = 10.0  # a thread with nothing to do ends
+FINISHERS: Final = 2  # threads of a device beside those that read
+IDLE_S: Final = 300.0  # a thread with nothing to do ends: a new one is late on a busy machine
 
 _Io = TypeVar("_Io")
 
@@ -75,15 +77,17 @@ class Hands:
         self._idle = 0
         self._threads = 0
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Have *call*, which must not raise, called as soon as a thread is free."""
+    def submit(self, call: Callable[[], None], times: int) -> None:
+        """Have *call*, which must not raise, called so many times, as soon as threads are free."""
         with self._changed:
-            self._calls.append(call)
-            if self._idle >= len(self._calls):
-                self._changed.notify()
-            elif self._threads < self._most:
-                self._threads += 1
-                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            self._calls.extend([call] * times)
+            self._changed.notify(times)
+            lacking = max(0, len(self._calls) - self._idle)
+            fresh = min(lacking, self._most - self._threads)
+            self._threads += fresh
+        # Without the lock: each waits until its thread runs, and those before it are to go on.
+        for _ in range(fresh):
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def _work(self) -> None:
         """Call what was submitted; the body of each thread."""
@@ -101,19 +105,27 @@ class Hands:
 
 
 class _Lane(Generic[_Io]):
-    """What a TimedWave has to do on one device, through a descriptor of its own."""
+    """What a TimedWave has to do on one device, through a descriptor of its own.
 
-    def __init__(self, source: DeviceSource, ios: Sequence[_Io]) -> None:
+    *landed* is for those who wait to begin an I/O.
+    """
+
+    def __init__(
+        self, source: DeviceSource, ios: Sequence[_Io], landed: threading.Condition
+    ) -> None:
         self.ios = deque(ios)
         self.helpers = 0
+        self.flying = 0  # I/Os under way
+        self.landed = landed
         self.fd = os.dup(source.fd)  # an I/O left behind must not meet another's descriptor
 
 
 class TimedWave(Generic[_Io]):
-    """I/Os into the reader's own memory, by *threads* threads per device; the caller only waits.
+    """I/Os into the reader's own memory, *threads* at once per device; the caller only waits.
 
-    *read* does one I/O on a descriptor. What it returns goes to *finish*, which may write to the
-    engine's memory and is never called, nor still at work, after `wait` has returned.
+    *read* does one I/O on a descriptor; another begins when it has ended. What it returns goes to
+    *finish*, which may write to the engine's memory and is never called, nor still at work, after
+    `wait` has returned.
     """
 
     def __init__(
@@ -126,7 +138,8 @@ class TimedWave(Generic[_Io]):
         self._threads = threads
         self._read = read
         self._finish = finish
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._flying = 0  # I/Os under way
         self._finishing = 0
         self._closed = False
@@ -135,16 +148,14 @@ class TimedWave(Generic[_Io]):
         self._lanes: dict[DeviceSource, _Lane[_Io]] = {}
         for source, some in ios.items():
             with suppress(OSError):  # it was just closed: its I/Os are never done
-                self._lanes[source] = _Lane(source, some)
+                self._lanes[source] = _Lane(source, some, threading.Condition(self._lock))
         self._left = sum(len(lane.ios) for lane in self._lanes.values())  # not yet finished
 
     def begin(self, hands: Callable[[DeviceSource], Hands]) -> None:
-        """Have up to *threads* of the *hands* of each device begin."""
+        """Have the *hands* of each device begin."""
         for source, lane in self._lanes.items():
-            lane.helpers = min(self._threads, len(lane.ios))
-            crew = hands(source)
-            for _ in range(lane.helpers):
-                crew.submit(lambda lane=lane: self._help(lane))  # type: ignore[misc]
+            lane.helpers = min(self._threads + FINISHERS, len(lane.ios))
+            hands(source).submit(partial(self._help, lane), lane.helpers)
 
     def _help(self, lane: _Lane[_Io]) -> None:
         """Work one lane's I/Os off; the last to leave closes its descriptor."""
@@ -155,7 +166,7 @@ class TimedWave(Generic[_Io]):
                 came = self._read(io, lane.fd)
             except BaseException as error:  # noqa: BLE001 - raised by wait, in the caller
                 failure = error
-            if self._landed(failure):
+            if self._landed(lane, failure):
                 try:
                     self._finish(io, came)
                 except BaseException as error:  # noqa: BLE001 - as above
@@ -164,22 +175,32 @@ class TimedWave(Generic[_Io]):
                     self._failure = self._failure or failure
                     self._finishing -= 1
                     self._left -= 1
-                    self._changed.notify_all()
+                    if not self._left or self._failure or self._closed:
+                        self._changed.notify_all()  # else nobody would do more than wait again
 
     def _take(self, lane: _Lane[_Io]) -> _Io | None:
         """Take the next I/O of *lane*, None when there is no more or nobody waits for it."""
-        with self._changed:
-            if lane.ios and not self._closed:
+        with self._lock:
+            while lane.ios and not self._closed:
+                if lane.flying == self._threads:
+                    lane.landed.wait()
+                    continue
+                lane.flying += 1
                 self._flying += 1
-                return lane.ios.popleft()
+                io = lane.ios.popleft()
+                if not lane.ios:
+                    lane.landed.notify_all()  # nothing is left to wait for
+                return io
             lane.helpers -= 1
             if not lane.helpers:
                 os.close(lane.fd)
             return None
 
-    def _landed(self, failure: BaseException | None) -> bool:
-        """Note that an I/O has ended; tell whether to finish it."""
-        with self._changed:
+    def _landed(self, lane: _Lane[_Io], failure: BaseException | None) -> bool:
+        """Note that an I/O of *lane* has ended; tell whether to finish it."""
+        with self._lock:
+            lane.flying -= 1
+            lane.landed.notify()
             self._flying -= 1
             over = self._over if not self._flying else None
             if over is not None:
@@ -187,7 +208,8 @@ class TimedWave(Generic[_Io]):
             self._failure = self._failure or failure
             wanted = not self._closed and failure is None
             self._finishing += wanted
-            self._changed.notify_all()
+            if failure is not None:
+                self._changed.notify_all()
         if over is not None:
             over()
         return wanted
@@ -207,7 +229,7 @@ class TimedWave(Generic[_Io]):
                         if left_s <= 0:
                             break
                         self._changed.wait(left_s)
-                    self._closed = True
+                    self._close()
                     while self._finishing:
                         self._changed.wait()
                 break
@@ -219,10 +241,16 @@ class TimedWave(Generic[_Io]):
             raise self._failure
         return not self._left
 
+    def _close(self) -> None:
+        """Have nothing begun or finished any more. Hold the lock."""
+        self._closed = True
+        for lane in self._lanes.values():
+            lane.landed.notify_all()
+
     def when_over(self, call: Callable[[], None]) -> bool:
         """Have *call* called when no I/O is under way; True if that was now. Call after wait."""
-        with self._changed:
-            self._closed = True
+        with self._lock:
+            self._close()
             if self._flying:
                 self._over = call
                 return False

@@ -10,15 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from threading import Condition, Lock
 from typing import Any, Final
 
 import xxhash
 
-from twfs.arena import Arena, Piece
+from twfs.arena import Arena
 from twfs.checksums import Bytes, copy_bytes, flat_bytes
+from twfs.readers.ahead import Ahead, Reading, Room
 from twfs.readers.arenas import Arenas
 from twfs.readers.base import (
     ARENA_TIMEOUT_S,
@@ -26,43 +26,15 @@ from twfs.readers.base import (
     BlockRead,
     DeviceSource,
     ForkGuard,
-    Span,
     Tally,
-    may_read,
-    spans_of,
 )
 from twfs.readers.hanging import Hands, TimedWave, Watch
+from twfs.readers.planning import MERGED_BYTES_MIN, Io, Job, pieces_of, plan, wanted_of
 from twfs.records import Header
 from twfs.store import ReadOutcome
-from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up
+from twfs.units import ALIGN, DeviceIndex
 
-IOVECS_MAX: Final = 1000  # of one preadv; the kernel's own limit is 1024
-MERGED_BYTES_MIN: Final = 1 << 20  # below this a read is too short to be worth cutting further
 SMALL_READS_THREADS: Final = 32  # in flight when reads are small: a drive needs many of them
-
-
-@dataclass(slots=True)
-class Job:
-    """One block of a wave: where its bytes are read to and how many spans are still to come."""
-
-    block: BlockRead
-    at: int  # place among the blocks of the read
-    memory: Bytes  # takes bytes `start` and on of header plus padded payload
-    start: int
-    piece: Piece | None  # None: the memory is the destination itself
-    left: int = 0
-    failed: bool = False
-
-
-@dataclass(slots=True)
-class Io:
-    """One preadv: neighbours on one device, with the headers between them going to scratch."""
-
-    device: int
-    offset: int
-    byte_count: int
-    buffers: list[Bytes]
-    parts: list[tuple[Job, Span, Bytes]]
 
 
 class Wave:
@@ -144,6 +116,7 @@ class HostReader:
         self._hands: dict[DeviceSource, Hands] = {}
         self._threads = threads
         self._arenas = Arenas(self._make_arena, arena_bytes)
+        self._room = Room(self._arenas, arena_bytes)
         self._guard = ForkGuard()
         self._lock = Lock()
         self._executor = ThreadPoolExecutor(
@@ -179,6 +152,8 @@ class HostReader:
                 if deadline is None:
                     self._run(jobs, outcomes)
                 else:
+                    for job in jobs:
+                        outcomes[job.at] = ReadOutcome.TIMED_OUT
                     wave = self._timed_wave(jobs, outcomes)
                     wave.begin(self._hands_of)
                     wave.wait(deadline)
@@ -188,11 +163,26 @@ class HostReader:
                 if wave is None:
                     give_back()
                 elif not wave.when_over(give_back):
-                    self._arenas.leave(_pieces(jobs))
+                    self._arenas.leave(pieces_of(jobs))
             direct += sum(job.piece is None for job in jobs)
             begin += len(jobs)
         self._tally.count_read(blocks, outcomes, direct)
         return outcomes
+
+    def read_ahead(self, blocks: Sequence[BlockRead]) -> Ahead:
+        """Begin to read the first of *blocks*, which have no targets yet: as many as have room."""
+        self._guard.check()
+        jobs: list[Job] = []
+        for at, block in enumerate(blocks):
+            piece = self._room.take(block.padded_bytes)
+            if piece is None:
+                break
+            jobs.append(Job(block, at, flat_bytes(piece.view), HEADER_BYTES, piece))
+        outcomes = [ReadOutcome.TIMED_OUT] * len(jobs)
+        reading = Reading(jobs, outcomes, self._timed_wave(jobs, outcomes))
+        ahead = Ahead(reading, self._room, self._tally, self._deliver)
+        ahead.begin(self._hands_of)
+        return ahead
 
     def _wait_for(self, after: Sequence[Any]) -> None:
         """Make sure that earlier work on the destinations is done; host memory has none."""
@@ -241,7 +231,7 @@ class HostReader:
                 assert array is not None
                 jobs.append(Job(block, at, array, HEADER_BYTES, None))
                 continue
-            start, stop, header = _wanted(block)
+            start, stop, header = wanted_of(block)
             byte_count = header + stop - start
             if not self._arenas.fits(byte_count):
                 if jobs:
@@ -261,7 +251,7 @@ class HostReader:
 
     def _give_back(self, jobs: list[Job], large: list[Arena]) -> None:
         """Give the memory of *jobs* back: no I/O is under way into it any more."""
-        self._arenas.give_back(_pieces(jobs))
+        self._arenas.give_back(pieces_of(jobs))
         if large:
             self._arenas.close_large(large[0])
 
@@ -286,9 +276,7 @@ class HostReader:
             wave.end(stop=not done)
 
     def _timed_wave(self, jobs: list[Job], outcomes: list[ReadOutcome]) -> TimedWave[Io]:
-        """Return the I/Os of all *jobs*, not yet begun; what is not finished stays TIMED_OUT."""
-        for job in jobs:
-            outcomes[job.at] = ReadOutcome.TIMED_OUT
+        """Return the I/Os of all *jobs*, not yet begun; *outcomes* stay of what is not finished."""
         ios = self._plan(jobs, outcomes)
         of: dict[DeviceSource, list[Io]] = {}
         for io in ios:
@@ -312,42 +300,11 @@ class HostReader:
             return hands
 
     def _plan(self, jobs: list[Job], outcomes: list[ReadOutcome]) -> list[Io]:
-        """Cut and merge the spans of all *jobs* into I/Os, in order of device and offset."""
-        parts: list[tuple[int, int, Job, Span, Bytes]] = []
-        hung = self._hung()
-        for job in jobs:
-            spans = _spans(job)
-            if not spans or not all(may_read(self._sources, span) for span, _ in spans):
-                outcomes[job.at] = ReadOutcome.DEVICE_ERROR
-                continue
-            if hung and any(span.device in hung for span, _ in spans):
-                outcomes[job.at] = ReadOutcome.TIMED_OUT
-                continue
-            job.left = len(spans)
-            parts.extend((span.device, span.offset, job, span, memory) for span, memory in spans)
-        parts.sort(key=_place)
-        total = sum(part[3].length for part in parts)
-        limit = min(max(total // (2 * self._threads), MERGED_BYTES_MIN), IO_BYTES_MAX)
-        ios: list[Io] = []
-        last: Io | None = None
-        for device, offset, job, span, memory in parts:
-            length = span.length
-            if last is not None and last.device == device:
-                gap = offset - last.offset - last.byte_count
-                if (
-                    (gap == 0 or gap == HEADER_BYTES)  # noqa: PLR1714 - half the time of a set
-                    and last.byte_count + gap + length <= limit
-                    and len(last.buffers) < IOVECS_MAX - 1
-                ):
-                    if gap:
-                        last.buffers.append(self._skipped)
-                    last.buffers.append(memory)
-                    last.byte_count += gap + length
-                    last.parts.append((job, span, memory))
-                    continue
-            last = Io(device, offset, length, [memory], [(job, span, memory)])
-            ios.append(last)
-        return ios
+        """Return the I/Os of all *jobs*."""
+        return plan(
+            jobs, outcomes, self._sources, hung=self._hung(), threads=self._threads,
+            skipped=self._skipped,
+        )  # fmt: skip
 
     def _perform(self, io: Io, outcomes: list[ReadOutcome]) -> None:
         """Do one I/O, and finish every block that it completes."""
@@ -405,7 +362,9 @@ class HostReader:
                 return self._finish_layers(job)
             payload = job.memory[: block.payload_bytes]
             if xxhash.xxh3_128_digest(payload.data) == block.checksums.xxh3:
-                if job.piece is not None:
+                if job.then is not None:
+                    job.then()
+                elif job.piece is not None:
                     self._deliver(block, payload)
                 return ReadOutcome.HIT
             outcome = ReadOutcome.BAD_CHECKSUM
@@ -451,48 +410,3 @@ class HostReader:
         """Wait for reads under way and let go of threads and memory."""
         self._executor.shutdown()
         self._arenas.close()
-
-
-def _pieces(jobs: list[Job]) -> list[Piece]:
-    """Return what *jobs* have of arenas."""
-    return [job.piece for job in jobs if job.piece is not None]
-
-
-def _place(part: tuple[int, int, Job, Span, Bytes]) -> tuple[int, int]:
-    """Sort key: device and offset."""
-    return part[:2]
-
-
-def _wanted(block: BlockRead) -> tuple[int, int, int]:
-    """Return what to read of a block: from, up to (header included), and header bytes before."""
-    layers = block.layers
-    if layers is None:
-        return HEADER_BYTES, HEADER_BYTES + block.padded_bytes, 0
-    first = layers.first * layers.layer_bytes // ALIGN * ALIGN
-    stop = align_up(layers.stop * layers.layer_bytes)
-    return HEADER_BYTES + first, HEADER_BYTES + stop, HEADER_BYTES
-
-
-def _spans(job: Job) -> list[tuple[Span, Bytes]]:
-    """Return what to read for *job*, cut to the largest I/O, and where to; [] if extents lack."""
-    start, stop, header = _wanted(job.block)
-    wanted = [(start, stop, header)]
-    if header:
-        wanted.insert(0, (0, HEADER_BYTES, 0))
-    spans = []
-    for first, last, memory_at in wanted:
-        covered = 0
-        for span in spans_of(job.block, first, last):
-            for cut in range(0, span.length, IO_BYTES_MAX):
-                length = min(IO_BYTES_MAX, span.length - cut)
-                at = memory_at + span.at + cut - first
-                spans.append(
-                    (
-                        Span(span.device, span.offset + cut, length, span.at + cut),
-                        job.memory[at : at + length],
-                    )
-                )
-            covered += span.length
-        if covered != last - first:
-            return []
-    return spans

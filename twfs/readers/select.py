@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from twfs.errors import InvalidInput
+from twfs.readers.ahead import AHEAD_PARTS, Ahead
 from twfs.readers.base import BlockRead, DeviceSource, ForkGuard, Reader
 from twfs.readers.cufile import CufileReader
 from twfs.readers.hanging import Watch
@@ -91,6 +92,15 @@ class Readers:
                 self._retire()
                 self._changed.notify_all()
 
+    def read_ahead(self, blocks: Sequence[BlockRead]) -> Ahead:
+        """Begin to read *blocks* without targets, for host memory; see HostReader.read_ahead."""
+        self._guard.check()
+        with self._changed:
+            self._check_open()
+        reader = self._reader(ReaderName.HOST)
+        assert isinstance(reader, HostReader)
+        return reader.read_ahead(blocks)
+
     def follow(
         self, sources: Mapping[DeviceIndex, DeviceSource], retired: Sequence[Callable[[], None]]
     ) -> None:
@@ -116,6 +126,11 @@ class Readers:
         """Call what waits for the end of reads, if none is under way. Hold the condition."""
         while self._retired and not self._under_way:
             self._retired.pop()()
+
+    @property
+    def ahead_bytes(self) -> int:
+        """How much is read ahead at most, of all matches together."""
+        return self._arena_bytes // AHEAD_PARTS
 
     def _check_open(self) -> None:
         """Raise InvalidInput after close."""
