@@ -4,9 +4,10 @@ Run in the engine's environment by `python -m engines.bench_vllm scheduler` (see
 
 The real manager, its real answers over the real socket; what is simulated is vLLM around it. Each
 step asks for every waiting request as vLLM's scheduler does, lets one begin its load and end the
-one before, finishes that, whose new blocks are offered and a step later said to be stored, and
-takes in a new request. Events are on. Prints JSON: per block size, the wall and
-CPU time of twfs's calls in the scheduler's thread per step, in milliseconds.
+one before, finishes that, and takes in a new request; with stores, the new blocks of what was
+finished are offered and a step later said to be stored, with events. Prints JSON: per block size,
+without and with stores, the wall and CPU time of twfs's calls in the scheduler's thread per step,
+in milliseconds.
 """
 
 import argparse
@@ -85,8 +86,8 @@ def fill(spec: TwfsSpec, manager: TwfsManager, chains: list[list[bytes]]) -> Non
 class Simulation:
     """vLLM's scheduler, as far as its connector sees it."""
 
-    def __init__(self, manager: TwfsManager, chains: list[list[bytes]], waiting: int) -> None:
-        self.manager, self.chains, self.most = manager, chains, waiting
+    def __init__(self, manager: TwfsManager, chains: list[list[bytes]], *, stores: bool) -> None:
+        self.manager, self.chains, self.stores = manager, chains, stores
         self.numbers = itertools.count()
         self.waiting: list[tuple[Any, ReqContext]] = []
         self.loading: tuple[Any, ReqContext, int] | None = None
@@ -129,7 +130,8 @@ class Simulation:
         if self.loading is not None:
             request, context, blocks = self.loading
             manager.complete_load([], context)
-            self.storing = (manager.prepare_store(request.keys[blocks:], context), context)
+            if self.stores:
+                self.storing = (manager.prepare_store(request.keys[blocks:], context), context)
             manager.on_request_finished(context)
             self.loading = None
         if chosen is not None:
@@ -140,14 +142,16 @@ class Simulation:
             self.waiting.remove((request, context))
 
 
-def measure(socket: Path, block_tokens: int, tokens: int, waiting: int, steps: int) -> Any:
+def measure(
+    socket: Path, block_tokens: int, tokens: int, waiting: int, steps: int, *, stores: bool
+) -> Any:
     """Run the simulation; milliseconds of twfs per step."""
     spec = spec_of(socket, block_tokens)
     manager = TwfsManager(spec)
     manager.breakeven.tokens_min = 0
     chains = [hashes_of(seed, tokens // block_tokens) for seed in range(CHAINS)]
     fill(spec, manager, chains)
-    simulation = Simulation(manager, chains, waiting)
+    simulation = Simulation(manager, chains, stores=stores)
     wall, cpu = [], []
     for _ in range(waiting + steps):
         full = len(simulation.waiting) >= waiting
@@ -161,7 +165,7 @@ def measure(socket: Path, block_tokens: int, tokens: int, waiting: int, steps: i
     manager.shutdown()
     return {
         "block_tokens": block_tokens, "keys": tokens // block_tokens, "waiting": waiting,
-        "steps": len(wall), "loads": loads, "stored": stored,
+        "steps": len(wall), "loads": loads, "stored": stored if stores else None,
         **{
             name: {
                 "median": round(statistics.median(times), 3),
@@ -181,8 +185,10 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1000)
     given = parser.parse_args()
-    for block_tokens in (256, 16):
-        found = measure(given.socket, block_tokens, given.tokens, given.waiting, given.steps)
+    for block_tokens, stores in itertools.product((256, 16), (False, True)):
+        found = measure(
+            given.socket, block_tokens, given.tokens, given.waiting, given.steps, stores=stores
+        )
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()
 
