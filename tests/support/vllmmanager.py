@@ -106,8 +106,10 @@ def try_reports() -> None:
 
 
 def told(manager: TwfsManager) -> list[Any]:
-    """The keys of which events tell, since the last call."""
-    return [key for event in manager.take_events() for key in event.keys]
+    """The keys of which events tell, since the last call; each of some."""
+    events = list(manager.take_events())
+    assert all(event.keys for event in events)
+    return [key for event in events for key in event.keys]
 
 
 def try_stores(manager: TwfsManager, workers: Attachment) -> None:

@@ -191,7 +191,9 @@ class TwfsManager(OffloadingManager):
             for key in lacking:
                 self._known.pop((store.owner, key), None)
             if self.spec.config.enable_kv_cache_events:
-                self._events.append(OffloadingEvent(held, medium=Medium.STORAGE, removed=False))
+                if held:
+                    event = OffloadingEvent(held, medium=Medium.STORAGE, removed=False)
+                    self._events.append(event)
                 self._told += store.keys
 
     def has_pending_work(self) -> bool:
