@@ -81,9 +81,7 @@ class Served:
         before = files_in(self.files.directory)
         answer = self.vllm.generate({"seed": seed, "tokens": TOKENS}, out=8)
         assert answer["cached"] == [0]
-        until(
-            lambda: len(files_in(self.files.directory)) == len(before) + BLOCKS, "all is stored"
-        )
+        until(lambda: len(files_in(self.files.directory)) == len(before) + BLOCKS, "all is stored")
         tokens: list[int] = answer["tokens"][0]
         return tokens, sorted(set(files_in(self.files.directory)) - set(before))
 
