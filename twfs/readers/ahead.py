@@ -24,10 +24,9 @@ class Room:
     """The part of an arena that may be read ahead into, for all who do."""
 
     def __init__(self, arenas: Arenas, arena_bytes: int) -> None:
-        self.byte_count = arena_bytes // AHEAD_PARTS
         self._arenas = arenas
         self._lock = Lock()
-        self._left_bytes = self.byte_count
+        self._left_bytes = arena_bytes // AHEAD_PARTS
 
     def take(self, byte_count: int) -> Piece | None:
         """Return a piece of *byte_count* bytes, or None if there is no room just now."""
@@ -117,12 +116,17 @@ class Ahead:
         with self._lock:
             verified, self._verified = sorted(self._verified), set()
             self._asked = {job.at: blocks[job.at] for job in jobs if job.at not in verified}
-        for at in verified:
-            block = blocks[at]
-            if time.monotonic() < deadline:
-                self._deliver(block, jobs[at].memory[: block.payload_bytes])
-            else:
-                self._late.add(at)
+        try:
+            for at in verified:
+                block = blocks[at]
+                if time.monotonic() < deadline:
+                    self._deliver(block, jobs[at].memory[: block.payload_bytes])
+                else:
+                    self._late.add(at)
+        except BaseException:  # KeyboardInterrupt too: nothing is written once this has raised
+            self._deadline = 0.0
+            self.end()
+            raise
 
     def end(self) -> list[ReadOutcome]:
         """Wait for what was asked for; one outcome each, TIMED_OUT for what came too late.
