@@ -185,16 +185,13 @@ class Match:
             raise InvalidInput(f"this layout has {len(layout.groups)} groups, and no {group}")
         room = self._readers.ahead_bytes // layout.block_bytes(group)
         count = min(self.blocks - self.start, room)
-        if count <= 0 or self._reads or self._closed:
+        if count <= 0:
             return
         at = self._rows(group, shard, self.start, count)
-        ahead = self._readers.read_ahead(self._reads_of(group, shard, at, [()] * count, None))
-        with self._changed:
-            wanted = not (self._reads or self._closed or self._ahead)
-            if wanted:
-                self._ahead = ahead
-        if not wanted:
-            ahead.drop()
+        blocks = self._reads_of(group, shard, at, [()] * count, None)
+        with self._changed:  # a read that comes now waits, and takes them: none is read twice
+            if not (self._reads or self._closed or self._ahead):
+                self._ahead = self._readers.read_ahead(blocks)
 
     def _take_ahead(self) -> Ahead | None:
         """Return what is read ahead, for once."""
