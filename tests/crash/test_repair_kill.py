@@ -15,7 +15,7 @@ import pytest
 from support.breaking import assert_payloads, break_one, fill
 from support.tracing import STRACE, needs_strace
 from support.warehouses import make_warehouse, open_warehouse, records_of
-from twfs import repair
+from twfs.recovery import repair
 
 REPOSITORY = Path(__file__).parents[2]
 SYSCALLS = "pwrite64,pwritev,pwritev2,writev,fdatasync,fsync,msync"

@@ -20,7 +20,7 @@ from support.faultydisks import FaultyDisks, faulty_disks, needs_faults
 from support.lmcaches import LMCacheServer
 from support.vllms import Vllm, random_model
 from twfs.client import Client
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.store import BlockInfo, iterate_heads
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse

@@ -19,7 +19,7 @@ from support.daemon import Daemon, running_daemon
 from support.faultrules import Act, Op, Rule
 from support.faultydisks import FaultyDisks, faults_reason, faulty_disks
 from support.vllms import DEVICE_BYTES, STORED_TOKENS, Vllm, random_model, transfer_config
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 

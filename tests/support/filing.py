@@ -4,15 +4,15 @@ import socket
 import stat
 from collections.abc import Sequence
 
-from twfs import filetables, ledger
-from twfs.beginning import begin_put
 from twfs.checksums import lanes_of, xxh3_of
-from twfs.filerows import FileRow, content_names, tail_of
-from twfs.files import Files
-from twfs.payload import aligned_buffer
+from twfs.datapath.offering import begin_put
+from twfs.devices.payload import aligned_buffer
+from twfs.metadata import filetables, ledger
+from twfs.metadata.filerows import FileRow, content_names, tail_of
+from twfs.metadata.tables import WriteView
 from twfs.store import ArenaBlock, PutOutcome, Retention
-from twfs.tables import WriteView
 from twfs.units import ALIGN, ByteCount, Ino
+from twfs.vfs.files import Files
 
 WRITER = 4711  # stands for a process
 

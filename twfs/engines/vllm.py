@@ -29,6 +29,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from twfs.client import ARENA_BYTES
+from twfs.datapath.upload import PIECES_MAX
 from twfs.engines.attaching import PATIENCE_S, Attachment
 from twfs.engines.breakeven import BreakEven
 from twfs.engines.finding import Finder, Held
@@ -38,7 +39,6 @@ from twfs.engines.vllm_layout import check_windows, layout_of, prepare
 from twfs.engines.vllm_orders import LoadSpec, OpenStores, Owner, RankReport, StoreSpec
 from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
 from twfs.units import align_up
-from twfs.upload import PIECES_MAX
 
 KNOWN_SECONDS: Final = 60.0  # that a block which was offered is not offered again
 KNOWN_MAX: Final = 200_000  # of these; 120 bytes each
