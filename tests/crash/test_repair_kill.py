@@ -28,7 +28,7 @@ BREAKAGES = (
 
 def repair_until(directory: Path, number: int) -> int:
     """Repair in a process that is killed at its *number*-th write or flush; how it ended."""
-    code = "import sys; from pathlib import Path; from twfs import repair; "
+    code = "import sys; from pathlib import Path; from twfs.recovery import repair; "
     code += "repair.run(Path(sys.argv[1]), data=True)"
     command = [
         str(STRACE), "-f", "-qq", "-o", "/dev/null", "-e", f"trace={SYSCALLS}",

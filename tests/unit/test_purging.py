@@ -437,12 +437,12 @@ def test_a_daemon_purges_for_operators_and_owners_and_for_nobody_else(scratch: P
 DYING = """
 import os, sys
 from pathlib import Path
-from twfs import doomed, purging
+from twfs.admin import purging, shredding
 from twfs.devices.device import Device
 from twfs.metadata.environment import Metadata
 from twfs.warehouse import Warehouse
 
-purging.BATCH_BLOCKS = doomed.BATCH_EXTENTS = 2
+purging.BATCH_BLOCKS = shredding.BATCH_EXTENTS = 2
 left = [10**9]
 
 def dying(right):
