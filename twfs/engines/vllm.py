@@ -380,6 +380,12 @@ class TwfsConnector(OffloadingConnector):
             self.manager: TwfsManager = stock.manager
             self.connector_scheduler = _Scheduler(self.manager.spec, vllm_config, kv_cache_config)
 
+    @property
+    def _worker(self) -> TwfsWorker | None:
+        """The rank's side, once it has the engine's memory; None in the scheduler's process."""
+        worker: TwfsWorker | None = self.connector_worker and self.connector_worker.worker
+        return worker
+
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """Block outermost: a stored block is one run of memory where the attention allows it."""
@@ -421,22 +427,19 @@ class TwfsConnector(OffloadingConnector):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A worker's step begins."""
         super().bind_connector_metadata(connector_metadata)
-        worker = self.connector_worker and self.connector_worker.worker
-        if worker is not None and worker.prefill is not None:
-            worker.prefill.begin(getattr(connector_metadata, "twfs_prompts", None))
+        if self._worker is not None and self._worker.prefill is not None:
+            self._worker.prefill.begin(getattr(connector_metadata, "twfs_prompts", None))
 
     def wait_for_save(self) -> None:
         """A worker's forward pass is submitted."""
-        worker = self.connector_worker and self.connector_worker.worker
-        if worker is not None and worker.prefill is not None:
-            worker.prefill.end()
+        if self._worker is not None and self._worker.prefill is not None:
+            self._worker.prefill.end()
         super().wait_for_save()
 
     def build_connector_worker_meta(self) -> Any:
         """As vLLM's, with what this rank has timed and published."""
         jobs: Any = super().build_connector_worker_meta()
-        worker: TwfsWorker | None = self.connector_worker and self.connector_worker.worker
-        return jobs if worker is None else worker.report(jobs)
+        return jobs if self._worker is None else self._worker.report(jobs)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Note how fast the engine computes, and which loads failed.
@@ -454,13 +457,12 @@ class TwfsConnector(OffloadingConnector):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """The engine's blocks that a load did not fill, since the last call."""
-        worker = self.connector_worker and self.connector_worker.worker
-        if worker is None:
+        if self._worker is None:
             return set()
-        failed, worker.failed = worker.failed, set()
+        failed, self._worker.failed = self._worker.failed, set()
         return failed
 
     def unregister_kv_caches(self) -> None:
         """Let no I/O be under way when the engine gives its memory back (sleep)."""
-        if self.connector_worker is not None and self.connector_worker.worker is not None:
-            self.connector_worker.worker.transfers.drain()
+        if self._worker is not None:
+            self._worker.transfers.drain()
