@@ -229,7 +229,9 @@ def try_steps(socket: Path) -> None:
         )  # fmt: skip
         manager.requests[name] = Request(hashes)
         context = ReqContext(req_id=name)
-        status = RequestOffloadState(scheduler.config, known, context, manager.on_new_request(context))
+        status = RequestOffloadState(
+            scheduler.config, known, context, manager.on_new_request(context)
+        )
         status.update_offload_keys()
         status.group_states[0].block_ids.extend(range(1, blocks + 1))
         scheduler._req_status[name] = status
