@@ -18,7 +18,8 @@ each the engine's own KV and the memory tier are emptied. Below the CPU tier bot
 start. *tiers*: only these two, and only warm. *even*: the direct connector, with blocks as small as
 the engine's own, and none: from how many tokens on a load is worth it.
 *agents*: sessions of several turns at once, whose KV is more than three times the engine's; with
-and without, turn about, and what loads and stores cost each. *scheduler*: bench_scheduler.py, with a daemon.
+and without, turn about, and what loads and stores cost each. *scheduler*: bench_scheduler.py, with
+a daemon.
 """
 
 import argparse
