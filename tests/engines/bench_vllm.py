@@ -3,6 +3,7 @@
     export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED="vllm lmcache" PYTHONPATH=tests
     python -m engines.bench_vllm ttft [--rounds 7] [--lengths 2000,4000,8000] [--lmcache]
     python -m engines.bench_vllm tiers [--rounds 30] [--lengths 2000,4000,8000]
+    python -m engines.bench_vllm even [--rounds 15] [--lengths 70,135,200]
     python -m engines.bench_vllm agents
     python -m engines.bench_vllm scheduler [--rounds STEPS]
 
@@ -14,9 +15,11 @@ twfs below, and vLLM on LMCache with twfs or its own `fs_native` with O_DIRECT b
 answers a prompt of each length that nobody has seen (cold), then one that is held (warm); before
 each the engine's own KV and the memory tier are emptied. Below the CPU tier both are of one engine
 (support.vllmtier.EitherTier): two processes of the same code differ by 1 to 4 ms from start to
-start. *tiers*: only these two, and only warm.
+start. *tiers*: only these two, and only warm. *even*: the direct connector, with blocks as small as
+the engine's own, and none: from how many tokens on a load is worth it.
 *agents*: sessions of several turns at once, whose KV is more than three times the engine's; with
-and without, turn about. *scheduler*: bench_scheduler.py, with a daemon.
+and without, turn about, and what loads and stores cost each. *scheduler*: bench_scheduler.py, with
+a daemon.
 """
 
 import argparse
@@ -41,8 +44,16 @@ from support.daemon import Daemon, running_daemon
 from support.engines import engine_environment, engine_python
 from support.lmcaches import LMCacheServer
 from support.vllmengine import prompt_of
-from support.vllms import LOG, Vllm, random_model, transfer_config
+from support.vllms import (
+    GPU_BLOCK_TOKENS,
+    LOG,
+    STORED_TOKENS,
+    Vllm,
+    random_model,
+    transfer_config,
+)
 
+LENGTHS: Final = "2000,4000,8000"
 LAYERS: Final = 12
 HIDDEN: Final = 512
 THREADS: Final = 4  # readers of either tier
@@ -71,7 +82,7 @@ def tier_config(daemon: Daemon, **tiers: dict[str, Any]) -> dict[str, Any]:
     config["kv_connector"] = "TwfsTierConnector"
     config["kv_connector_module_path"] = "twfs.engines.vllm_tier"
     config["kv_connector_extra_config"] = {
-        "block_size": 256, "offload_prompt_only": False, "cpu_bytes_to_use": TIER_BYTES,
+        "block_size": STORED_TOKENS, "offload_prompt_only": False, "cpu_bytes_to_use": TIER_BYTES,
         "spec_name": "CpuTieringSpec", "spec_module_path": "support.vllmtier",
         "secondary_tiers": [either],
     }  # fmt: skip
@@ -182,9 +193,12 @@ class Engines:
             "fs tier": Contender(vllm, lambda: files_in(files), clear, {"tier": "fs"}),
         }
 
-    def alone(self) -> Contenders:
+    def alone(self, stored_tokens: int = STORED_TOKENS) -> Contenders:
         """The direct connector, and none."""
-        direct = transfer_config(self._daemon.socket, arena_bytes=128 << 20, load_deadline_s=None)
+        direct = transfer_config(
+            self._daemon.socket, arena_bytes=128 << 20, load_deadline_s=None,
+            block_size=stored_tokens,
+        )  # fmt: skip
         return {
             "direct": Contender(self._engine(direct), self._published),
             "none": Contender(self._engine(None)),
@@ -346,19 +360,30 @@ class Sessions:
 
 
 def agents(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Throughput and latency with and without the connector, turn about."""
-    found: dict[str, list[dict[str, float]]] = {"twfs": [], "none": []}
-    with running_daemon(folder / "w", device_bytes=4 << 30, arena_bytes=1 << 30) as daemon:
+    """Throughput and latency without the connector and with it, turn about.
+
+    And what each half of it costs: *stores* without loads, and *loads* of what the run before has
+    stored all of.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    with running_daemon(folder / "w", device_bytes=8 << 30, arena_bytes=1 << 30) as daemon:
         usual = transfer_config(
             daemon.socket, arena_bytes=128 << 20, load_deadline_s=None, min_load_tokens=None
         )
+        never = transfer_config(
+            daemon.socket, arena_bytes=128 << 20, load_deadline_s=None, min_load_tokens=1 << 30
+        )
         for number in range(rounds):
-            for name, config in (("none", None), ("twfs", usual)):
+            seed = 100 * (number + 1)
+            for name, config, first_seed in (
+                ("none", None, seed), ("twfs", usual, seed), ("loads", usual, seed),
+                ("stores", never, 50 * 100 + seed),
+            ):  # fmt: skip
                 with server(model, config):
-                    sessions = Sessions(100 * (number + 1))
+                    sessions = Sessions(first_seed)
                     seconds = sessions.run()
                 first, between = sorted(sessions.first), sorted(sessions.between)
-                found[name].append(
+                found.setdefault(name, []).append(
                     {
                         "output_tokens_per_s": sessions.tokens / seconds,
                         "ttft_p50_s": statistics.median(first),
@@ -390,9 +415,9 @@ def scheduler(folder: Path, steps: int) -> list[Any]:
 def main() -> None:
     """Measure one of them."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["ttft", "tiers", "agents", "scheduler"])
+    parser.add_argument("what", choices=["ttft", "tiers", "even", "agents", "scheduler"])
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--lengths", default="2000,4000,8000", help="of prompts, in tokens")
+    parser.add_argument("--lengths", help="of prompts, in tokens, with commas")
     parser.add_argument("--lmcache", action="store_true", help="with ttft: LMCache's instead")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
     given = parser.parse_args()
@@ -406,15 +431,20 @@ def main() -> None:
             if given.what == "agents":
                 result = agents(model, folder, given.rounds or 3)
             else:
-                lengths = [int(length) for length in given.lengths.split(",")]
+                usual, rounds = {"even": ("70,135,200", 15), "tiers": (LENGTHS, 30)}.get(
+                    given.what, (LENGTHS, 7)
+                )
+                lengths = [int(length) for length in (given.lengths or usual).split(",")]
                 with ExitStack() as stack:
                     start = Engines(stack, model, folder)
-                    engines = start.tiers()
-                    if given.what == "tiers":
-                        result = ttft(engines, lengths, given.rounds or 30, cold=False)
+                    if given.what == "even":
+                        engines = start.alone(GPU_BLOCK_TOKENS)
                     else:
+                        engines = start.tiers()
+                    if given.what == "ttft":
                         engines |= start.lmcache() if given.lmcache else start.alone()
-                        result = ttft(engines, lengths, given.rounds or 7)
+                    cold = given.what != "tiers"
+                    result = ttft(engines, lengths, given.rounds or rounds, cold=cold)
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
