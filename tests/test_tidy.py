@@ -76,7 +76,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
     ("engines.finding", "engines.keyed"),
-    ("engines.transfers", "engines.vllm_layout", "engines.vllm_prefill"),
+    (
+        "engines.transfers",
+        "engines.vllm_layout",
+        "engines.vllm_offers",
+        "engines.vllm_prefill",
+        "engines.vllm_requests",
+    ),
     ("engines.vllm_orders",),
     (
         "engines.lmcache",
