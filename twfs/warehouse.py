@@ -441,7 +441,7 @@ class Warehouse(OpenNamespace):
         self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
         owner: int, tenant: int = EVERYBODY, hint: Hint = NO_HINT,
     ) -> Put:  # fmt: skip
-        """Begin a put of *owner*; see datapath.offering.begin_put. Blocks when room must be made."""
+        """Begin a put of *owner*; see offering.begin_put. Blocks when room must be made."""
         with self._using():
             return offering.begin_put(
                 self._core, model, names, group=group, shard=shard, retention=retention,

@@ -3,20 +3,23 @@
 Run in the engine's environment by `python -m engines.bench_vllm scheduler` (see there).
 
 The real manager, its real answers over the real socket; what is simulated is vLLM around it. Each
-step asks for every waiting request as vLLM's scheduler does, lets one begin its load and end the
-one before, finishes that, and takes in a new request; with stores, the new blocks of what was
-finished are offered and a step later said to be stored, with events. Prints JSON: per block size,
-without and with stores, the wall and CPU time of twfs's calls in the scheduler's thread per step,
-in milliseconds.
+step asks for every waiting request as vLLM's scheduler does, lets one of them begin, and takes in a
+new one; a load takes a step, a prompt's rest 8,192 tokens a step, an answer eight steps. With
+stores, what was computed is offered step by step and a step later said to be stored, with events;
+so is all of each fourth request, which the engine holds itself and nobody has stored. Prints JSON:
+per block size, without and with stores, the wall and CPU time of twfs's calls in the scheduler's
+thread per step, in milliseconds.
 """
 
 import argparse
+import gc
 import hashlib
 import itertools
 import json
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +34,15 @@ from vllm.v1.kv_offload.config import (
 )
 
 from twfs.engines.transfers import Offer, Transfers, runs_of
-from twfs.engines.vllm import TwfsManager, TwfsSpec, _Request
+from twfs.engines.vllm import TwfsManager, TwfsSpec
 from twfs.engines.vllm_layout import IDENTITY
 from twfs.engines.vllm_orders import RankReport
+from twfs.engines.vllm_requests import Request
 
 NEW_TOKENS = 2048  # of each request, behind those that the store holds
+PREFILL_TOKENS = 8192  # that a step computes of a request
+ANSWER_TOKENS = 8
+HELD_ONE_IN = 4  # requests
 CHAINS = 8  # that the requests go on from: agents' sessions
 STEP_S = 0.010  # of the engine's own, during which it leaves Python to others
 BLOCK_BYTES = 4096
@@ -83,63 +90,139 @@ def fill(spec: TwfsSpec, manager: TwfsManager, chains: list[list[bytes]]) -> Non
     attached.close()
 
 
+@dataclass
+class Simulated:
+    """A request, as far as vLLM's scheduler knows it."""
+
+    id: str
+    keys: list[Any]
+    hashes: list[bytes]
+    context: ReqContext
+    held: int  # blocks that the engine holds itself
+    computed: int = 0  # blocks
+    offered: int = 0  # of these
+    answered: int = 0  # tokens
+
+
+class Clock:
+    """Milliseconds of this thread within its blocks, on the wall and of a processor."""
+
+    def __init__(self) -> None:
+        self.wall_ms = self.cpu_ms = 0.0
+
+    def __enter__(self) -> None:
+        self._wall_s, self._cpu_s = time.perf_counter(), time.thread_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu_ms += 1000 * (time.thread_time() - self._cpu_s)
+        self.wall_ms += 1000 * (time.perf_counter() - self._wall_s)
+
+
 class Simulation:
     """vLLM's scheduler, as far as its connector sees it."""
 
     def __init__(self, manager: TwfsManager, chains: list[list[bytes]], *, stores: bool) -> None:
         self.manager, self.chains, self.stores = manager, chains, stores
+        self.block_tokens = manager.layout.block_tokens
         self.numbers = itertools.count()
-        self.waiting: list[tuple[Any, ReqContext]] = []
-        self.loading: tuple[Any, ReqContext, int] | None = None
-        self.storing: tuple[Any, ReqContext] | None = None
-        self.ready = self.stored = 0
+        self.waiting: list[Simulated] = []
+        self.loading: Simulated | None = None
+        self.running: list[Simulated] = []
+        self.storing: list[tuple[Any, ReqContext]] = []
+        self.loads = self.offers = self.stored = 0
 
-    def arrive(self) -> tuple[Any, ReqContext]:
-        """A request that goes on from one of the chains."""
+    def arrive(self) -> Simulated:
+        """A request that goes on from one of the chains; with stores some from another.
+
+        That one the engine holds itself, and nobody has offered it.
+        """
         number = next(self.numbers)
-        chain = self.chains[number % len(self.chains)]
-        new = hashes_of(-1 - number, NEW_TOKENS // self.manager.layout.block_tokens)
-        hashes = [*chain, *new]
+        chain, held = self.chains[number % len(self.chains)], 0
+        if self.stores and number % HELD_ONE_IN == HELD_ONE_IN - 1:
+            chain, held = hashes_of(-1_000_000 - number, len(chain)), len(chain)
+        hashes = [*chain, *hashes_of(-1 - number, NEW_TOKENS // self.block_tokens)]
         context = ReqContext(req_id=f"r{number}")
         keys = [make_offload_key(key, 0) for key in hashes]
         for index, key in enumerate(keys):
-            context.set_offload_key_position(key, (index + 1) * self.manager.layout.block_tokens)
-        return SimpleNamespace(request_id=f"r{number}", block_hashes=hashes, keys=keys), context
+            context.set_offload_key_position(key, (index + 1) * self.block_tokens)
+        return Simulated(f"r{number}", keys, hashes, context, held)
 
-    def step(self, fresh: tuple[Any, ReqContext] | None) -> None:
-        """All that twfs does in one step."""
-        manager = self.manager
-        if fresh is not None:
-            manager.requests[fresh[0].request_id] = _Request(fresh[0].block_hashes)
-            manager.on_new_request(fresh[1])
-            self.waiting.append(fresh)
-        chosen = None
-        for request, context in self.waiting:
-            if manager.ready(request, 0):
-                known = manager.requests[request.request_id]
-                if chosen is None and known.blocks:
-                    chosen = (request, context, known.blocks)
-        if self.storing is not None:
-            output, context = self.storing
-            manager.complete_store(output.keys_to_store, context)
-            held = len(output.keys_to_store)
-            manager.stored(RankReport(stored={output.store_spec.number: [held]}))
+    def step(self, fresh: Simulated | None, clock: Clock) -> Any:
+        """All that twfs does in one step, on the *clock*; what the engine lets go of is returned.
+
+        As vLLM: it schedules, offers what is or will be computed, and takes what workers report.
+        """
+        manager, told, loaded = self.manager, self.storing, self.loading
+        with clock:
+            if fresh is not None:
+                manager.requests[fresh.id] = Request(fresh.hashes)
+                manager.on_new_request(fresh.context)
+                self.waiting.append(fresh)
+            chosen = self._schedule()
+            manager.offers.begin_step()
+        ended = [one for one in self.running if one.answered == ANSWER_TOKENS]
+        self.storing = []
+        for one in self.running if self.stores else ():
+            self._offer(one, clock)
+        with clock:
+            for one in ended:
+                manager.on_request_finished(one.context)
+            if loaded is not None:
+                manager.complete_load([], loaded.context)
+            for output, context in told:
+                manager.complete_store(set(output.keys_to_store), context)
+                held = len(output.keys_to_store)
+                manager.stored(RankReport(stored={output.store_spec.number: [held]}))
             self.stored += sum(len(event.keys) for event in manager.take_events())
             manager.take_told()
-            self.storing = None
-        if self.loading is not None:
-            request, context, blocks = self.loading
-            manager.complete_load([], context)
-            if self.stores:
-                self.storing = (manager.prepare_store(request.keys[blocks:], context), context)
-            manager.on_request_finished(context)
-            self.loading = None
+        self.running = [one for one in self.running if one not in ended]
+        self._compute(chosen)
+        return ended, told
+
+    def _schedule(self) -> Simulated | None:
+        """Ask for all that wait; the first that is ready begins."""
+        manager, chosen = self.manager, None
+        for one in self.waiting:
+            asking = SimpleNamespace(request_id=one.id)
+            if manager.ready(asking, one.held * self.block_tokens) and chosen is None:
+                chosen = one
         if chosen is not None:
-            request, context, blocks = chosen
-            self.ready += 1
-            manager.prepare_load(request.keys[:blocks], context)
-            self.loading = (request, context, blocks)
-            self.waiting.remove((request, context))
+            self.waiting.remove(chosen)
+            chosen.computed = found = manager.requests[chosen.id].blocks or 0
+            if found > chosen.held:
+                chosen.offered = found
+                manager.prepare_load(chosen.keys[:found], chosen.context)
+        return chosen
+
+    def _offer(self, one: Simulated, clock: Clock) -> None:
+        """As _Scheduler bounds it."""
+        ends = one.answered == ANSWER_TOKENS
+        bound = len(one.keys) if ends else self.manager.offers.bound(one.offered)
+        stop = min(one.computed, bound)
+        keys, one.offered = one.keys[one.offered : stop], stop
+        if keys:
+            with clock:
+                output = self.manager.prepare_store(keys, one.context)
+            if output.keys_to_store:
+                self.offers += 1
+                self.storing.append((output, one.context))
+
+    def _compute(self, chosen: Simulated | None) -> None:
+        """What the engine does of all that run: a load takes a step, a prompt one or more."""
+        for one in self.running:
+            if one.computed < len(one.keys):
+                more = PREFILL_TOKENS // self.block_tokens
+                one.computed = min(len(one.keys), one.computed + more)
+            else:
+                one.answered += 1
+        if self.loading is not None:
+            self.running.append(self.loading)
+        self.loading = None
+        if chosen is not None and chosen.computed > chosen.held:
+            self.loading = chosen
+            self.loads += 1
+        elif chosen is not None:
+            self.running.append(chosen)
 
 
 def measure(
@@ -151,28 +234,32 @@ def measure(
     manager.breakeven.tokens_min = 0
     chains = [hashes_of(seed, tokens // block_tokens) for seed in range(CHAINS)]
     fill(spec, manager, chains)
+    gc.freeze()  # as vLLM does before it begins
     simulation = Simulation(manager, chains, stores=stores)
-    wall, cpu = [], []
+    clocks = []
     for _ in range(waiting + steps):
         full = len(simulation.waiting) >= waiting
-        fresh = None if full else simulation.arrive()
-        wall_s, cpu_s = time.perf_counter(), time.thread_time()
-        simulation.step(fresh)
-        wall.append(1000 * (time.perf_counter() - wall_s))
-        cpu.append(1000 * (time.thread_time() - cpu_s))
+        fresh, clock = None if full else simulation.arrive(), Clock()
+        over = simulation.step(fresh, clock)
+        clocks.append(clock)
+        del over, fresh
         time.sleep(STEP_S)
-    loads, stored = simulation.ready, simulation.stored
     manager.shutdown()
     return {
         "block_tokens": block_tokens, "keys": tokens // block_tokens, "waiting": waiting,
-        "steps": len(wall), "loads": loads, "stored": stored if stores else None,
+        "steps": len(clocks), "loads": simulation.loads,
+        "offers": simulation.offers if stores else None,
+        "stored": simulation.stored if stores else None,
         **{
             name: {
                 "median": round(statistics.median(times), 3),
                 "p99": round(sorted(times)[int(len(times) * 0.99)], 3),
                 "most": round(max(times), 3),
             }
-            for name, times in (("wall_ms", wall), ("cpu_ms", cpu))
+            for name, times in (
+                ("wall_ms", [clock.wall_ms for clock in clocks]),
+                ("cpu_ms", [clock.cpu_ms for clock in clocks]),
+            )
         },
     }  # fmt: skip
 

@@ -1,19 +1,25 @@
 """vLLM on twfs against vLLM without: time to first token, and agents' sessions through the server.
 
     export TWFS_ENGINES=... TWFS_ENGINES_REQUIRED="vllm lmcache" PYTHONPATH=tests
-    python -m engines.bench_vllm ttft [--rounds 7] [--lmcache]
+    python -m engines.bench_vllm ttft [--rounds 7] [--lengths 2000,4000,8000] [--lmcache]
+    python -m engines.bench_vllm tiers [--rounds 30] [--lengths 2000,4000,8000]
+    python -m engines.bench_vllm even [--rounds 15] [--lengths 70,135,200]
     python -m engines.bench_vllm agents
     python -m engines.bench_vllm scheduler [--rounds STEPS]
 
 For a quiet machine, as root (the page cache is dropped before each warm answer). Prints JSON.
 
 *ttft*: engines side by side, all but one paused, in interleaved rounds: the direct connector,
-twfs below vLLM's CPU tier, vLLM's own `fs` tier below the same, none; with `--lmcache` twfs below
-the CPU tier, and vLLM on LMCache with twfs or its own `fs_native` with O_DIRECT below. Each round
-answers a prompt of each length that nobody has seen (cold), then one that is held (warm) with the
-engine's own KV reset and the memory tier between flushed by the cold ones or cleared.
+vLLM's CPU tier with twfs or vLLM's own `fs` tier below, none; with `--lmcache` the CPU tier with
+twfs below, and vLLM on LMCache with twfs or its own `fs_native` with O_DIRECT below. Each round
+answers a prompt of each length that nobody has seen (cold), then one that is held (warm); before
+each the engine's own KV and the memory tier are emptied. Below the CPU tier both are of one engine
+(support.vllmtier.EitherTier): two processes of the same code differ by 1 to 4 ms from start to
+start. *tiers*: only these two, and only warm. *even*: the direct connector, with blocks as small as
+the engine's own, and none: from how many tokens on a load is worth it.
 *agents*: sessions of several turns at once, whose KV is more than three times the engine's; with
-and without, turn about. *scheduler*: bench_scheduler.py, with a daemon.
+and without, turn about, and what loads and stores cost each. *scheduler*: bench_scheduler.py, with
+a daemon.
 """
 
 import argparse
@@ -27,9 +33,9 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -38,9 +44,16 @@ from support.daemon import Daemon, running_daemon
 from support.engines import engine_environment, engine_python
 from support.lmcaches import LMCacheServer
 from support.vllmengine import prompt_of
-from support.vllms import LOG, Vllm, random_model, transfer_config
+from support.vllms import (
+    GPU_BLOCK_TOKENS,
+    STORED_TOKENS,
+    Vllm,
+    random_model,
+    transfer_config,
+    vllm_server,
+)
 
-LENGTHS: Final = (2000, 4000, 8000)
+LENGTHS: Final = "2000,4000,8000"
 LAYERS: Final = 12
 HIDDEN: Final = 512
 THREADS: Final = 4  # readers of either tier
@@ -51,7 +64,6 @@ TURNS: Final = 4
 FIRST_TOKENS: Final = 1500
 TURN_TOKENS: Final = 500
 ANSWER_TOKENS: Final = 32
-BLOCK_TOKENS: Final = 64
 PATIENCE_S: Final = 60.0  # for what an engine does soon
 CALM_STEPS: Final = 5  # without anything stored: all is
 # In processes of its own, as LLM and the server have it: within the one that asks, an engine that
@@ -62,15 +74,16 @@ AS_SERVED: Final = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1
 KV_TOKENS: Final = 8192  # of the engine's own; all sessions have 8 x 3,100
 
 
-def tier_config(daemon: Daemon, secondary: dict[str, Any]) -> dict[str, Any]:
-    """The CPU tier with *secondary* below it."""
+def tier_config(daemon: Daemon, **tiers: dict[str, Any]) -> dict[str, Any]:
+    """The CPU tier with *tiers* below it, of which each request names one."""
+    either = {"type": "EitherTier", "module_path": "support.vllmtier", "tiers": tiers}
     config = transfer_config(daemon.socket)
     config["kv_connector"] = "TwfsTierConnector"
     config["kv_connector_module_path"] = "twfs.engines.vllm_tier"
     config["kv_connector_extra_config"] = {
-        "block_size": 256, "offload_prompt_only": False, "cpu_bytes_to_use": TIER_BYTES,
+        "block_size": STORED_TOKENS, "offload_prompt_only": False, "cpu_bytes_to_use": TIER_BYTES,
         "spec_name": "CpuTieringSpec", "spec_module_path": "support.vllmtier",
-        "secondary_tiers": [secondary],
+        "secondary_tiers": [either],
     }  # fmt: skip
     return config
 
@@ -81,26 +94,43 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def settle(vllm: Vllm, stored: Callable[[], int]) -> None:
-    """Wait until no more is *stored*; the engine steps while it answers."""
-    before, calm = stored(), 0
-    late_s = time.monotonic() + PATIENCE_S
-    while calm < CALM_STEPS:
-        assert time.monotonic() < late_s, "it stores on and on"
-        vllm.generate({"seed": 999, "tokens": 20}, out=1)
-        time.sleep(0.1)
-        now = stored()
-        calm = calm + 1 if now == before else 0
-        before = now
+@dataclass
+class Contender:
+    """An engine, and what its requests say; *stored* grows while it stores.
 
+    *clear* empties all memory above the store but for the engine's own, if there is any.
+    """
 
-def forget(vllm: Vllm) -> None:
-    """Have the engine forget its own KV, once nobody uses a block of it."""
-    late_s = time.monotonic() + PATIENCE_S
-    while not vllm.ask(do="reset"):
-        assert time.monotonic() < late_s, "some block is in use all the time"
-        vllm.generate({"seed": 999, "tokens": 20}, out=1)
-        time.sleep(0.1)
+    vllm: Vllm
+    stored: Callable[[], int] = lambda: 0
+    clear: Callable[[], None] | None = None
+    params: dict[str, str] = field(default_factory=dict)
+
+    def generate(self, seed: int, length: int) -> dict[str, Any]:
+        """Answer a prompt with one token."""
+        return self.vllm.generate({"seed": seed, "tokens": length}, out=1, params=self.params)
+
+    def settle(self) -> None:
+        """Wait until no more is stored; the engine steps while it answers."""
+        before, calm = self.stored(), 0
+        late_s = time.monotonic() + PATIENCE_S
+        while calm < CALM_STEPS:
+            assert time.monotonic() < late_s, "it stores on and on"
+            self.generate(999, 20)
+            time.sleep(0.1)
+            now = self.stored()
+            calm = calm + 1 if now == before else 0
+            before = now
+
+    def forget(self) -> None:
+        """Empty all memory above the store, once nobody uses a block of it."""
+        late_s = time.monotonic() + PATIENCE_S
+        while not self.vllm.ask(do="reset"):
+            assert time.monotonic() < late_s, "some block is in use all the time"
+            self.generate(999, 20)
+            time.sleep(0.1)
+        if self.clear is not None:
+            self.clear()
 
 
 def published(daemon: Daemon) -> int:
@@ -119,122 +149,120 @@ def files_in(folder: Path) -> int:
     return found
 
 
-@dataclass
-class Contender:
-    """An engine; *stored* grows while it stores, *clear* empties all memory above the store."""
-
-    vllm: Vllm
-    stored: Callable[[], int] = lambda: 0
-    clear: Callable[[], None] | None = None  # None: the engine's own is all there is
-
-
 Contenders = dict[str, Contender]
 
 
-def contenders(stack: ExitStack, model: Path, folder: Path, *, lmcache: bool) -> Contenders:
-    """Start all engines of `ttft`."""
-    daemon = stack.enter_context(
-        running_daemon(folder / "w", device_bytes=16 << 30, arena_bytes=2 << 30)
-    )
-    twfs_tier = {
-        "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier",
-        "socket": str(daemon.socket), "patience_s": 5.0,
-    }  # fmt: skip
-    fs_tier = {
-        "type": "fs", "root_dir": str(folder / "fs"), "n_read_threads": THREADS,
-        "n_write_threads": THREADS,
-    }  # fmt: skip
+class Engines:
+    """Starts the engines that are compared; all are paused but for the one that is at work."""
 
-    def engine(config: dict[str, Any] | None, name: str = "vllm", **more: Any) -> Vllm:
+    def __init__(self, stack: ExitStack, model: Path, folder: Path) -> None:
+        self._stack, self._model, self._folder = stack, model, folder
+        self._engines: list[Vllm] = []
+        self._daemon = stack.enter_context(
+            running_daemon(folder / "w", device_bytes=16 << 30, arena_bytes=2 << 30)
+        )
+
+    def _engine(self, config: dict[str, Any] | None, name: str = "vllm", **more: Any) -> Vllm:
         options: dict[str, Any] = {
             "max_model_len": 8448, "max_num_batched_tokens": 8448, "environment": AS_SERVED, **more,
         }  # fmt: skip
-        return stack.enter_context(Vllm(name, model, config, **options))
+        made = self._stack.enter_context(Vllm(name, self._model, config, **options))
+        self._stack.callback(made.resume)  # or it could not end
+        made.pause()
+        return made
 
-    def in_daemon() -> int:
-        return published(daemon)
+    def _published(self) -> int:
+        return published(self._daemon)
 
-    def server(l2: dict[str, Any] | None, stored: Callable[[], int]) -> Contender:
-        below = LMCacheServer(daemon.socket, l2, l1_gb=1.0, revisions={str(model): "1"})
-        stack.enter_context(below)
-        # LMCache keeps a block of the engine in use, which then cannot forget: it caches nothing.
-        vllm = engine(below.transfer, "lmcache", enable_prefix_caching=False)
-        return Contender(vllm, stored, below.clear)
+    def tiers(self) -> Contenders:
+        """Below vLLM's CPU tier twfs and vLLM's own."""
+        files = self._folder / "fs"
+        twfs = {
+            "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier",
+            "socket": str(self._daemon.socket), "patience_s": 5.0,
+        }  # fmt: skip
+        own = {
+            "type": "fs", "root_dir": str(files), "n_read_threads": THREADS,
+            "n_write_threads": THREADS,
+        }  # fmt: skip
+        vllm = self._engine(tier_config(self._daemon, twfs=twfs, fs=own))
+        clear = partial(vllm.ask, do="reset", connector=True)
+        return {
+            "twfs tier": Contender(vllm, self._published, clear, {"tier": "twfs"}),
+            "fs tier": Contender(vllm, lambda: files_in(files), clear, {"tier": "fs"}),
+        }
 
-    found = {"twfs tier": Contender(engine(tier_config(daemon, twfs_tier)), in_daemon)}
-    if not lmcache:
-        direct = transfer_config(daemon.socket, arena_bytes=128 << 20, load_deadline_s=None)
-        found["direct"] = Contender(engine(direct), in_daemon)
-        files = folder / "fs"
-        found["fs tier"] = Contender(engine(tier_config(daemon, fs_tier)), lambda: files_in(files))
-        found["none"] = Contender(engine(None))
-    else:
-        native = folder / "native"
+    def alone(self, stored_tokens: int = STORED_TOKENS) -> Contenders:
+        """The direct connector, and none."""
+        direct = transfer_config(
+            self._daemon.socket, arena_bytes=128 << 20, load_deadline_s=None,
+            block_size=stored_tokens,
+        )  # fmt: skip
+        return {
+            "direct": Contender(self._engine(direct), self._published),
+            "none": Contender(self._engine(None)),
+        }
+
+    def lmcache(self) -> Contenders:
+        """LMCache with twfs and with its own below."""
+        native = self._folder / "native"
         native.mkdir()
-        found["lmcache twfs"] = server(None, in_daemon)
-        found["lmcache fs_native"] = server(
-            {"type": "fs_native", "base_path": str(native), "use_odirect": True},
-            lambda: files_in(native),
-        )
-    return found
+        own = {"type": "fs_native", "base_path": str(native), "use_odirect": True}
+        return {
+            "lmcache twfs": self._lmcache(None, self._published),
+            "lmcache fs_native": self._lmcache(own, lambda: files_in(native)),
+        }
+
+    def _lmcache(self, l2: dict[str, Any] | None, stored: Callable[[], int]) -> Contender:
+        below = LMCacheServer(self._daemon.socket, l2, l1_gb=1.0, revisions={str(self._model): "1"})
+        self._stack.enter_context(below)
+        # LMCache keeps a block of the engine in use, which then cannot forget: it caches nothing.
+        vllm = self._engine(below.transfer, "lmcache", enable_prefix_caching=False)
+        return Contender(vllm, stored, below.clear)
 
 
 def answer(engine: Contender, seed: int, length: int) -> dict[str, Any]:
-    """One token behind a prompt, and all stored that comes of it."""
-    answered = engine.vllm.generate({"seed": seed, "tokens": length}, out=1)
-    settle(engine.vllm, engine.stored)
+    """One token behind a prompt that is in no memory, and all stored that comes of it."""
+    engine.vllm.resume()
+    engine.forget()
+    drop_caches()
+    answered = engine.generate(seed, length)
+    engine.settle()
+    engine.vllm.pause()
     return answered
 
 
-@contextmanager
-def at_work(engine: Contender) -> Iterator[Contender]:
-    """Have *engine* go on for a while; all are paused otherwise."""
-    engine.vllm.resume()
-    try:
-        yield engine
-    finally:
-        engine.vllm.pause()
-
-
-def ttft(model: Path, folder: Path, rounds: int, *, lmcache: bool = False) -> dict[str, Any]:
+def ttft(
+    engines: Contenders, lengths: Sequence[int], rounds: int, *, cold: bool = True
+) -> dict[str, Any]:
     """Seconds to the first token by engine, length and temperature."""
-    with ExitStack() as stack:
-        engines = contenders(stack, model, folder, lmcache=lmcache)
-        sys.stderr.write(f"all are up, {time.strftime('%T')}\n")
-        for each in engines.values():
-            stack.callback(each.vllm.resume)  # or it could not end
-            each.vllm.pause()
-        for each in engines.values():
-            with at_work(each):
-                for seed, length in enumerate(LENGTHS):
-                    answer(each, seed, length)
-        seconds: dict[tuple[str, int, str], list[float]] = {}
-        held: dict[tuple[str, int], list[int]] = {}
-        for number in range(rounds):
-            sys.stderr.write(f"round {number + 1} of {rounds}, {time.strftime('%T')}\n")
-            first = number % len(engines)  # nobody is always the one behind the same other
-            order = [*list(engines.items())[first:], *list(engines.items())[:first]]
-            for length in LENGTHS:
-                for name, each in order:
-                    with at_work(each):
-                        cold = answer(each, 1000 + 10 * number + length // 1000, length)
-                    seconds.setdefault((name, length, "cold"), []).append(cold["seconds"])
-            for seed, length in enumerate(LENGTHS):
-                for name, each in order:
-                    with at_work(each):
-                        (each.clear or partial(forget, each.vllm))()
-                        drop_caches()
-                        warm = answer(each, seed, length)
-                    seconds.setdefault((name, length, "warm"), []).append(warm["seconds"])
-                    held.setdefault((name, length), []).extend(warm["cached"])
-        return {
-            "rounds": rounds, "layers": LAYERS, "hidden": HIDDEN,
-            "held": {f"{name} {length}": min(found) for (name, length), found in held.items()},
-            "seconds": {
-                f"{name} {length} {kind}": spread(found)
-                for (name, length, kind), found in sorted(seconds.items())
-            },
-        }  # fmt: skip
+    for each in engines.values():
+        for seed, length in enumerate(lengths):
+            answer(each, seed, length)
+    seconds: dict[tuple[str, int, str], list[float]] = {}
+    held: dict[tuple[str, int], list[int]] = {}
+    for number in range(rounds):
+        sys.stderr.write(f"round {number + 1} of {rounds}, {time.strftime('%T')}\n")
+        first = number % len(engines)  # nobody is always the one behind the same other
+        order = [*list(engines.items())[first:], *list(engines.items())[:first]]
+        for seed, length in enumerate(lengths):
+            for name, each in order:
+                if cold:
+                    new = answer(each, 1000 + 10 * number + seed, length)
+                    seconds.setdefault((name, length, "cold"), []).append(new["seconds"])
+        for seed, length in enumerate(lengths):
+            for name, each in order:
+                warm = answer(each, seed, length)
+                seconds.setdefault((name, length, "warm"), []).append(warm["seconds"])
+                held.setdefault((name, length), []).extend(warm["cached"])
+    return {
+        "rounds": rounds, "layers": LAYERS, "hidden": HIDDEN,
+        "held": {f"{name} {length}": min(found) for (name, length), found in held.items()},
+        "seconds": {
+            f"{name} {length} {kind}": spread(found)
+            for (name, length, kind), found in sorted(seconds.items())
+        },
+    }  # fmt: skip
 
 
 def spread(found: list[float]) -> dict[str, float]:
@@ -245,36 +273,14 @@ def spread(found: list[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-@contextmanager
-def server(model: Path, config: dict[str, Any] | None) -> Iterator[None]:
+def server(model: Path, config: dict[str, Any] | None) -> AbstractContextManager[None]:
     """VLLM's OpenAI server with little KV of its own."""
     extra = [] if config is None else ["--kv-transfer-config", json.dumps(config)]
-    with Path(LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [engine_python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-             "--served-model-name", "m", "--port", str(PORT), "--host", "127.0.0.1",
-             "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager",
-             "--disable-hybrid-kv-cache-manager", "--block-size", str(BLOCK_TOKENS),
-             "--max-num-batched-tokens", "512",
-             "--num-gpu-blocks-override", str(KV_TOKENS // BLOCK_TOKENS), *extra],
-            env=engine_environment(
-                VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
-                VLLM_CPU_OMP_THREADS_BIND="nobind",
-            ),
-            stdout=log, stderr=log,
-        )  # fmt: skip
-        try:
-            while process.poll() is None:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
-                        break
-                except OSError:
-                    time.sleep(0.5)
-            assert process.poll() is None, "the server has ended"
-            yield
-        finally:
-            process.terminate()
-            process.wait()
+    options = (
+        "--disable-hybrid-kv-cache-manager", "--max-num-batched-tokens", "512",
+        "--num-gpu-blocks-override", str(KV_TOKENS // GPU_BLOCK_TOKENS), *extra,
+    )  # fmt: skip
+    return vllm_server("vllm", model, "m", PORT, options)
 
 
 class Sessions:
@@ -331,19 +337,30 @@ class Sessions:
 
 
 def agents(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
-    """Throughput and latency with and without the connector, turn about."""
-    found: dict[str, list[dict[str, float]]] = {"twfs": [], "none": []}
-    with running_daemon(folder / "w", device_bytes=4 << 30, arena_bytes=1 << 30) as daemon:
+    """Throughput and latency without the connector and with it, turn about.
+
+    And what each half of it costs: *stores* without loads, and *loads* of what the run before has
+    stored all of.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    with running_daemon(folder / "w", device_bytes=8 << 30, arena_bytes=1 << 30) as daemon:
         usual = transfer_config(
             daemon.socket, arena_bytes=128 << 20, load_deadline_s=None, min_load_tokens=None
         )
+        never = transfer_config(
+            daemon.socket, arena_bytes=128 << 20, load_deadline_s=None, min_load_tokens=1 << 30
+        )
         for number in range(rounds):
-            for name, config in (("none", None), ("twfs", usual)):
+            seed = 100 * (number + 1)
+            for name, config, first_seed in (
+                ("none", None, seed), ("twfs", usual, seed), ("loads", usual, seed),
+                ("stores", never, 50 * 100 + seed),
+            ):  # fmt: skip
                 with server(model, config):
-                    sessions = Sessions(100 * (number + 1))
+                    sessions = Sessions(first_seed)
                     seconds = sessions.run()
                 first, between = sorted(sessions.first), sorted(sessions.between)
-                found[name].append(
+                found.setdefault(name, []).append(
                     {
                         "output_tokens_per_s": sessions.tokens / seconds,
                         "ttft_p50_s": statistics.median(first),
@@ -375,8 +392,9 @@ def scheduler(folder: Path, steps: int) -> list[Any]:
 def main() -> None:
     """Measure one of them."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["ttft", "agents", "scheduler"])
+    parser.add_argument("what", choices=["ttft", "tiers", "even", "agents", "scheduler"])
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--lengths", help="of prompts, in tokens, with commas")
     parser.add_argument("--lmcache", action="store_true", help="with ttft: LMCache's instead")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))
     given = parser.parse_args()
@@ -387,10 +405,23 @@ def main() -> None:
             result: Any = scheduler(folder, given.rounds or 1000)
         else:
             model = random_model("vllm", folder / "model", 0, LAYERS, HIDDEN)
-            if given.what == "ttft":
-                result = ttft(model, folder, given.rounds or 7, lmcache=given.lmcache)
-            else:
+            if given.what == "agents":
                 result = agents(model, folder, given.rounds or 3)
+            else:
+                usual, rounds = {"even": ("70,135,200", 15), "tiers": (LENGTHS, 30)}.get(
+                    given.what, (LENGTHS, 7)
+                )
+                lengths = [int(length) for length in (given.lengths or usual).split(",")]
+                with ExitStack() as stack:
+                    start = Engines(stack, model, folder)
+                    if given.what == "even":
+                        engines = start.alone(GPU_BLOCK_TOKENS)
+                    else:
+                        engines = start.tiers()
+                    if given.what == "ttft":
+                        engines |= start.lmcache() if given.lmcache else start.alone()
+                    cold = given.what != "tiers"
+                    result = ttft(engines, lengths, given.rounds or rounds, cold=cold)
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

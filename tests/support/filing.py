@@ -1,6 +1,5 @@
 """Files written and read through the library, as the mount does it."""
 
-import socket
 import stat
 from collections.abc import Sequence
 
@@ -84,11 +83,3 @@ def tree_of(files: Files, parent: int = 0, above: bytes = b"") -> dict[bytes, by
         if row.is_directory:
             found |= tree_of(files, ino, path)
     return found
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -13,8 +13,25 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, Final
 
+import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferStats
-from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import (
+    OffloadingEventsTracker,
+    get_offloading_event_group_spec,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
+    RequestOffloadState,
+    SchedulerOffloadConfig,
+)
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    OffloadingKVEventsConfig,
+    ReqContext,
+    make_offload_key,
+)
 from vllm.v1.kv_offload.config import (
     OffloadingCacheConfig,
     OffloadingConfig,
@@ -25,9 +42,11 @@ from vllm.v1.kv_offload.config import (
 
 from twfs.engines.attaching import Attachment
 from twfs.engines.transfers import Offer, Transfers
-from twfs.engines.vllm import EVENT_SECONDS, TwfsManager, TwfsSpec, _Request
+from twfs.engines.vllm import EVENT_SECONDS, TwfsManager, TwfsSpec, _Scheduler
 from twfs.engines.vllm_layout import IDENTITY
-from twfs.engines.vllm_orders import OpenStores, RankReport
+from twfs.engines.vllm_offers import OpenStores
+from twfs.engines.vllm_orders import RankReport
+from twfs.engines.vllm_requests import Request
 
 TOKENS: Final = 64
 BLOCK_BYTES: Final = 4096
@@ -59,7 +78,7 @@ def request_of(
     keys = [make_offload_key(each, 0) for each in hashes]
     for index, key in enumerate(keys):
         context.set_offload_key_position(key, (index + 1) * TOKENS)
-    manager.requests[name] = _Request(hashes)
+    manager.requests[name] = Request(hashes)
     manager.on_new_request(context)
     return SimpleNamespace(request_id=name), context, keys
 
@@ -99,9 +118,9 @@ def try_reports() -> None:
         # Two ranks have told of store 1, of whose blocks both hold two, and one of store 2.
         stores = OpenStores(2)
         assert [stores.begin((None, 0), [*keys]) for keys in ("abcd", "efgh")] == [1, 2]
-        assert [(each.keys, each.held) for each in stores.ended(total)] == [([*"abcd"], 2)]
+        assert [(each.keys, each.held) for each in stores.ended(total.stored)] == [([*"abcd"], 2)]
         late = RankReport(stored={2: [0], 1: [2], 9: [9]})
-        assert [(each.keys, each.held) for each in stores.ended(late)] == [([*"efgh"], 0)]
+        assert [(each.keys, each.held) for each in stores.ended(late.stored)] == [([*"efgh"], 0)]
         assert len(stores) == 0
 
 
@@ -162,12 +181,12 @@ def try_loads(manager: TwfsManager) -> None:
     found = [manager.lookup(key, context) for key in keys]
     assert found.count(LookupResult.HIT) == 10
     assert manager.prepare_load(keys[2:10], context).held.count == 8
-    manager.requests["b"].loading = frozenset({7, 8})
+    manager.requests["b"].loading = ([7], [8])
     manager.failed({1, 2})
     manager.complete_load(keys[2:10], context)
     until_ready(manager, request, 2 * TOKENS)
     assert manager.requests["b"].blocks == 10
-    manager.requests["b"].loading = frozenset({7, 8})
+    manager.requests["b"].loading = ([7], [8])
     manager.failed({8})
     until_ready(manager, request, 2 * TOKENS)
     assert manager.requests["b"].blocks == 2
@@ -177,9 +196,64 @@ def try_loads(manager: TwfsManager) -> None:
     until_ready(manager, request)
     assert manager.requests["c"].blocks == 0
     # What the engine holds itself is offered whatever the room, once it is not known any more.
-    manager._known.clear()
+    manager.offers._known.clear()
     manager.requests["c"].start = 12
     assert manager.prepare_store(keys, context).keys_to_store == keys
+
+
+def try_steps(socket: Path) -> None:
+    """Through vLLM's own scheduler: few keys in a step, all in the end; at once at a request's."""
+    manager = TwfsManager(spec_of(socket, arena_bytes=BLOCK_BYTES << 13))
+    spec: Any = FullAttentionSpec(
+        block_size=TOKENS, num_kv_heads=1, head_size=64, dtype=torch.bfloat16
+    )
+    group: Any = GroupOffloadConfig(
+        0, TOKENS, TOKENS, 1, get_offloading_event_group_spec(KVCacheGroupSpec(["layer"], spec)),
+        None, spec, FullAttentionManager,
+    )  # fmt: skip
+    scheduler: Any = _Scheduler.__new__(_Scheduler)
+    scheduler.config = SchedulerOffloadConfig((group,), 1, TOKENS, 1, False, False)
+    scheduler.manager, scheduler._req_status = manager, {}
+    scheduler._events_tracker = OffloadingEventsTracker(OffloadingKVEventsConfig(True, False))
+    scheduler._jobs, scheduler._job_counter, scheduler._block_id_to_pending_jobs = {}, 0, {}
+    scheduler._current_batch_allocated_block_ids = set()
+    stopped = {"x": 2, "y": 3}  # the last step of each
+    sizes = {"x": 3000, "y": 2600}
+    for name, blocks in sizes.items():
+        hashes = [hashlib.sha256(f"{name} {i}".encode()).digest() for i in range(blocks)]
+        known: Any = SimpleNamespace(
+            request_id=name, block_hashes=hashes, kv_transfer_params=None, status=None,
+            num_tokens=blocks * TOKENS + 1, num_prompt_tokens=blocks * TOKENS,
+            num_computed_tokens=blocks * TOKENS, is_finished=lambda: False,
+            shared_prefix_boundary=None,
+        )  # fmt: skip
+        manager.requests[name] = Request(hashes)
+        context = ReqContext(req_id=name)
+        status = RequestOffloadState(
+            scheduler.config, known, context, manager.on_new_request(context)
+        )
+        status.update_offload_keys()
+        status.group_states[0].block_ids.extend(range(1, blocks + 1))
+        scheduler._req_status[name] = status
+        until_ready(manager, known)
+    offered: dict[str, list[int]] = {name: [] for name in sizes}
+    step, counts = 0, []
+    while any(len(offered[name]) < blocks for name, blocks in sizes.items()):
+        step += 1
+        ended = {name for name, last in stopped.items() if last == step}
+        for name in ended:
+            scheduler._req_status[name].req.is_finished = lambda: True
+        manager.offers.begin_step()
+        going = {name: 1 for name, last in stopped.items() if step < last}
+        output = SimpleNamespace(num_scheduled_tokens=going, finished_req_ids=ended)
+        jobs = scheduler._build_store_jobs(output)
+        for job in jobs.values():
+            offered[job.req_id] += job.src_spec.block_ids.tolist()
+            assert job.dst_spec.offer.blocks == len(job.src_spec.block_ids)
+        counts.append({job.req_id: job.dst_spec.offer.blocks for job in jobs.values()})
+    assert counts == [{"x": 1024}, {"y": 1024, "x": 1976}, {"y": 1576}], counts
+    assert all(offered[name] == list(range(1, blocks + 1)) for name, blocks in sizes.items())
+    manager.shutdown()
 
 
 def main() -> None:
@@ -191,6 +265,7 @@ def main() -> None:
     workers = spec.attach(arena_bytes=1 << 20)
     try_stores(manager, workers)
     try_loads(manager)
+    try_steps(Path(sys.argv[1]))
     for name in ("a", "b", "c", "never seen"):
         manager.on_request_finished(ReqContext(req_id=name))
     manager.reset_cache()

@@ -3,13 +3,26 @@
 vLLM's own worker for the tier needs CUDA; this one copies between "GPU" memory, which is the host's
 here, and the tier's. Everything else of the tier, its manager and secondary tiers, is vLLM's.
 Imported by the engine: `spec_name` CpuTieringSpec, `spec_module_path` support.vllmtier.
+
+EitherTier has several secondary tiers in one engine, for each request the one that it names: what
+is compared then shares all else, above all the process whose luck decides over milliseconds.
 """
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadingWorker,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    TransferResult,
+)
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
@@ -87,3 +100,70 @@ class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
             made = self._worker = HostCopyWorker(kv_caches, self.blocks_per_chunk, region)
         worker: HostCopyWorker = made
         return worker
+
+
+class EitherTier(SecondaryTierManager):  # type: ignore[misc]
+    """Some tiers, by name."""
+
+    medium = Medium.STORAGE
+
+    def __init__(
+        self, offloading_spec: Any, primary_kv_view: memoryview, tier_type: str,
+        backpressure_detector: Any = None, *, tiers: dict[str, dict[str, Any]],
+    ) -> None:  # fmt: skip
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        make = SecondaryTierFactory.create_secondary_tier
+        self._tiers: dict[str, Any] = {
+            name: make(config, primary_kv_view, offloading_spec) for name, config in tiers.items()
+        }
+
+    def _of(self, req_context: Any) -> Any:
+        """The tier that a request names, by its parameter `tier`."""
+        return self._tiers[req_context.kv_transfer_params["tier"]]
+
+    def lookup(self, key: Any, req_context: Any) -> LookupResult:
+        """As the tier's."""
+        return self._of(req_context).lookup(key, req_context)
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        """As the tier's."""
+        self._of(job_metadata.req_context).submit_store(job_metadata)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        """As the tier's."""
+        self._of(job_metadata.req_context).submit_load(job_metadata)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        """All tiers'."""
+        return [done for tier in self._tiers.values() for done in tier.get_finished_jobs()]
+
+    def has_pending_work(self) -> bool:
+        """Any tier's."""
+        return any(tier.has_pending_work() for tier in self._tiers.values())
+
+    def touch(self, keys: Any, req_context: Any) -> None:
+        """As the tier's."""
+        self._of(req_context).touch(keys, req_context)
+
+    def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
+        """As the tier's."""
+        return self._of(req_context).on_new_request(req_context)
+
+    def on_request_finished(self, req_context: Any) -> None:
+        """As the tier's."""
+        self._of(req_context).on_request_finished(req_context)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        """All tiers'."""
+        for tier in self._tiers.values():
+            tier.on_schedule_end(context)
+
+    def drain_jobs(self) -> None:
+        """All tiers'."""
+        for tier in self._tiers.values():
+            tier.drain_jobs()
+
+    def shutdown(self) -> None:
+        """All tiers'."""
+        for tier in self._tiers.values():
+            tier.shutdown()

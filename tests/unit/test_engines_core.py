@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from queue import SimpleQueue
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,12 @@ from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.client import Client
 from twfs.engines import attaching
 from twfs.engines.attaching import Attachment
-from twfs.engines.finding import Desk, Finder, names_in
+from twfs.engines.finding import NAMED_SOON, Desk, Finder, names_in
 from twfs.engines.requests import NO_PARAMS, Params
 from twfs.engines.transfers import Done, Offer, Run, Transfers
 from twfs.hints import Hint
 from twfs.layout import Arrangement, Group, Layout
-from twfs.prefix import joined
+from twfs.prefix import Names, joined
 from twfs.store import ModelInfo
 
 Payload = npt.NDArray[np.uint8]
@@ -262,6 +262,63 @@ def test_all_keys_of_a_request_are_one_message_and_repeated_asks_one_lease(
         engine.finder.finish("r", keys)
         while leases_of(client) != leases:
             time.sleep(0.001)
+
+
+def test_keys_that_an_engine_took_back_are_not_found(daemon: Daemon, engine: Engine) -> None:
+    """Its list is not copied; a session's user may go on otherwise than the model did."""
+    first, then, touched = keys_of("a", 40), keys_of("b", 30), list[bool]()
+    engine.store(first, payloads_of(40))
+    keys = list(first)
+    assert engine.ask("r", keys) == 40
+    keys[10:] = then
+    assert engine.ask("r", keys) == 10
+    store, real = engine.scheduler.store, engine.scheduler.store.touch
+
+    def touch(model: Any, names: Names, hint: Hint) -> None:
+        touched.append(names.keys == tuple(keys))
+        real(model, names, hint)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "touch", touch)
+        keys[20:] = keys_of("c", 20)
+        engine.finder.finish("r", keys)
+        while not touched:
+            time.sleep(0.001)
+    assert touched == [True]
+
+
+def test_a_step_waits_only_for_an_answer_that_may_come_in_it(
+    daemon: Daemon, engine: Engine
+) -> None:
+    waits = list[float | None]()
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return super().wait(timeout)
+
+    finder = Finder(engine.scheduler, BLOCK_TOKENS, answer_s=PATIENT_S)
+    few, many = keys_of("few", NAMED_SOON), keys_of("many", NAMED_SOON + 1)
+    for name in ("a", "b", "c"):
+        finder.admit(name)
+        finder._requests[name].answered = Event()
+    while finder.epoch("a") is None:
+        time.sleep(0.001)
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        assert finder.ask("a", many, 0) is None
+        assert finder.ask("b", few, 0) is None  # behind the other's
+        assert waits == []
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    while finder.ask("a", many, 0) is None or finder.ask("b", few, 0) is None:
+        time.sleep(0.001)
+    waits.clear()
+    while finder._desk.under_way():
+        time.sleep(0.001)
+    assert finder.ask("c", few, 0) == 0
+    assert waits == [PATIENT_S]
+    finder.close()
 
 
 def hurried_asks(engine: Engine, request: str, keys: list[bytes]) -> None:

@@ -25,6 +25,7 @@ ANSWER_SECONDS: Final = 0.0005  # that a step may wait for an answer, in all
 WAITS_APART_S: Final = 0.005  # steps are longer than this; within it only one ask may wait
 LATER_SECONDS: Final = 0.005  # then an answer that ends has left the engine
 NAMED_AT_ONCE: Final = 128  # keys: about 0.2 ms of one processor, then others may have Python
+NAMED_SOON: Final = 128  # keys: of more no answer comes while a step may wait
 BEHIND_PUBLIC: Final = b"behind public "  # enters the names of what goes on from public blocks
 RENEW_SECONDS: Final = 20.0  # a lease lasts 60 s; a request that waits longer is renewed
 
@@ -44,7 +45,9 @@ class _Asked:
     """One request: its latest ask and what came of it."""
 
     params: Params = NO_PARAMS
-    keys: Sequence[bytes] = ()
+    keys: Sequence[bytes] = ()  # the engine's own, which may grow
+    count: int = 0  # of these keys that were asked for
+    last: bytes = b""  # of these: it proves all before it
     start: int = 0
     asked_s: float = 0.0
     number: int = 0  # of the ask: an answer to an older one is of no use
@@ -64,12 +67,17 @@ class Desk:
     def __init__(self, name: str) -> None:
         self._queue: SimpleQueue[tuple[float, Callable[[], None] | None]] = SimpleQueue()
         self._later: deque[tuple[float, Callable[[], None]]] = deque()
+        self._working = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def put(self, work: Callable[[], None], *, later: bool = False) -> None:
         """Have *work* done; it must not raise. *later* when the engine's own step is over."""
         self._queue.put((time.monotonic() + LATER_SECONDS if later else 0.0, work))
+
+    def under_way(self) -> int:
+        """How much was put and is not done, without what waits for later."""
+        return self._queue.qsize() + self._working
 
     def close(self, timeout_s: float) -> None:
         """End when all that was put is done, or after *timeout_s* seconds. Idempotent."""
@@ -78,7 +86,9 @@ class Desk:
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
+            self._working = True
             work()
+            self._working = False
         for _, work in self._later:
             work()
 
@@ -174,9 +184,11 @@ class Finder:
 
         It holds *start* of them itself, so *start* is a miss. The blocks behind stay leased until
         `finish`, or until an ask that needs another lease. What is not answered within the
-        attachment's patience is a miss.
+        attachment's patience is a miss. *keys* are not copied: there may be thousands.
         """
-        asked = self._requests.setdefault(request, _Asked())
+        asked = self._requests.get(request)
+        if asked is None:
+            asked = self._requests[request] = _Asked()
         if self._resetting:
             self._desk.put(self._reset)
             return start
@@ -196,16 +208,19 @@ class Finder:
         return max(start, min(asked.blocks, len(keys)))
 
     def _wait(self, asked: _Asked) -> None:
-        """Give the answer a moment, once per step."""
-        now_s = time.monotonic()
-        if now_s - self._waited_s > WAITS_APART_S:
+        """Give the answer a moment, once per step, if it may come in it."""
+        unnamed = asked.count - (0 if asked.names is None else len(asked.names))
+        if unnamed > NAMED_SOON or self._desk.under_way() > 1:
+            return
+        if time.monotonic() - self._waited_s > WAITS_APART_S:
             asked.answered.wait(self._answer_s)
             self._waited_s = time.monotonic()
 
     def _begin(self, asked: _Asked, keys: Sequence[bytes], start: int) -> None:
         """Have the store asked; what was leased before is let go."""
         self._release(asked)
-        asked.keys, asked.start, asked.asked_s = list(keys), start, time.monotonic()
+        asked.keys, asked.count, asked.last = keys, len(keys), keys[-1]
+        asked.start, asked.asked_s = start, time.monotonic()
         asked.answered.clear()
         asked.pending = True
         number = asked.number
@@ -232,26 +247,29 @@ class Finder:
             self._attachment.quietly("a read ahead failed", match.read_ahead, None)
 
     def _match(self, asked: _Asked) -> LeasedMatch | None:
-        names = self._named(asked, asked.keys)
+        names = self._named(asked, asked.keys, asked.count)
         if names is None or asked.model is None:
             return None
         return self._attachment.store.match(asked.model, names, start=asked.start)
 
-    def _named(self, asked: _Asked, keys: Sequence[bytes]) -> Names | None:
-        """The names of *keys*, of which those named before are not named again; None: no model."""
+    def _named(self, asked: _Asked, keys: Sequence[bytes], count: int) -> Names | None:
+        """The names of *count* *keys*; those named before are not named again. None: no model."""
         model = self._attachment.model(asked.params.tenant)
         if model is None:
             return None
         known = asked.names if asked.model == model else None
         first = 0 if known is None else len(known)
-        if known is None or first < len(keys):
+        last = min(first, count) - 1
+        if known is not None and last >= 0 and known.keys[last] != keys[last]:
+            known, first = None, 0  # an engine whose user goes on otherwise takes keys back
+        if known is None or first < count:
             public = asked.params.public_tokens // self._block_tokens
             if public and not model.public_salt:
                 self._attachment.complain("public tokens without a share group", model.name)
-            more = name_keys(model, keys, first, len(keys), self._block_tokens, public=public)
+            more = name_keys(model, keys, first, count, self._block_tokens, public=public)
             known = more if known is None else joined([known, more])
             asked.names, asked.model = known, model
-        return known.head(len(keys))
+        return known.head(count)
 
     def _keep(self, asked: _Asked) -> None:
         """Renew the lease of a request that waits for long."""
@@ -301,20 +319,22 @@ class Finder:
             self._release(asked)
 
     def finish(self, request: str, keys: Sequence[bytes]) -> None:
-        """End *request*, whose whole chain is *keys*: one touch for all of it, no more lease."""
+        """End *request*, whose whole chain is *keys*: one touch for all of it, no more lease.
+
+        *keys* stay as they are from now on.
+        """
         asked = self._requests.pop(request, None)
         if asked is None:
             return
         self._release(asked, later=True)
-        chain = list(keys)
-        if chain:
-            touch = lambda: self._touch(asked, chain)  # noqa: E731
+        if keys:
+            touch = lambda: self._touch(asked, keys)  # noqa: E731
             self._desk.put(
                 lambda: self._attachment.quietly("a touch failed", touch, None), later=True
             )
 
     def _touch(self, asked: _Asked, keys: Sequence[bytes]) -> None:
-        names = self._named(asked, keys)
+        names = self._named(asked, keys, len(keys))
         if names is not None and asked.model is not None:
             self._attachment.store.touch(asked.model, names, asked.params.hint)
 
@@ -359,8 +379,8 @@ def _serves(asked: _Asked, keys: Sequence[bytes], start: int) -> bool:
     """Tell whether what is being asked, or was answered, says all of *keys* from *start* on."""
     if not (asked.pending or asked.blocks is not None) or start < asked.start:
         return False
-    known = len(asked.keys)
-    if len(keys) > known and asked.blocks == known:
+    if len(keys) > asked.count and asked.blocks == asked.count:
         return False  # all that was asked for is there, and there is more to ask for
-    last = min(len(keys), known) - 1
-    return keys[last] == asked.keys[last]
+    if len(keys) < asked.count:
+        return keys[-1] == asked.keys[len(keys) - 1]
+    return keys[asked.count - 1] == asked.last

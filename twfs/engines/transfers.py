@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 from twfs.checksums import loaded_torch
@@ -68,15 +69,21 @@ class Offer:
 
 def runs_of(chain: Sequence[bytes], indices: Sequence[int]) -> tuple[Run, ...]:
     """Return the blocks *indices* (ascending) of a *chain* of keys as runs."""
-    runs: list[Run] = []
-    first = 0
-    for at, index in enumerate(indices):
-        if at + 1 == len(indices) or indices[at + 1] != index + 1:
-            begin = indices[first]
-            parent = chain[begin - 1] if begin else None
-            runs.append(Run(tuple(chain[begin : index + 1]), parent, begin))
-            first = at + 1
-    return tuple(runs)
+    return tuple(run_of(chain, indices[at], stop - at) for at, stop in stretches(indices))
+
+
+def run_of(chain: Sequence[bytes], first: int, count: int) -> Run:
+    """Return *count* blocks of a *chain* of keys, from place *first* on."""
+    parent = chain[first - 1] if first else None
+    return Run(tuple(chain[first : first + count]), parent, first)
+
+
+def stretches(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Where in *places* (ascending) neighbours begin, and where they stop."""
+    if not places or places[-1] - places[0] == len(places) - 1:
+        return [(0, len(places))] if places else []
+    gaps = [at for at, (one, other) in enumerate(pairwise(places), 1) if other != one + 1]
+    return list(pairwise((0, *gaps, len(places))))
 
 
 @dataclass(frozen=True, slots=True)

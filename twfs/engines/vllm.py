@@ -7,7 +7,6 @@ computed instead. For the configuration see docs/vllm.md.
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -34,28 +33,15 @@ from twfs.engines.attaching import PATIENCE_S, Attachment
 from twfs.engines.breakeven import BreakEven
 from twfs.engines.finding import Finder, Held
 from twfs.engines.requests import params_of
-from twfs.engines.transfers import Offer, Transfers, runs_of
+from twfs.engines.transfers import Offer, Transfers, run_of, stretches
 from twfs.engines.vllm_layout import check_windows, layout_of, prepare
-from twfs.engines.vllm_orders import LoadSpec, OpenStores, Owner, RankReport, StoreSpec
+from twfs.engines.vllm_offers import Offers, OpenStores, Owner
+from twfs.engines.vllm_orders import LoadSpec, RankReport, StoreSpec
 from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
+from twfs.engines.vllm_requests import Request, places_of
 from twfs.units import align_up
 
-KNOWN_SECONDS: Final = 60.0  # that a block which was offered is not offered again
-KNOWN_MAX: Final = 200_000  # of these; 120 bytes each
 EVENT_SECONDS: Final = 2.0  # that an idle engine goes on for events of what it has stored
-
-
-@dataclass
-class _Request:
-    """A request as the scheduler knows it, the keys of its whole blocks, and its load."""
-
-    hashes: Sequence[bytes]
-    keys: list[bytes] = field(default_factory=list)
-    start: int = 0  # blocks that the engine held itself when it asked
-    blocks: int | None = None  # that lookups may count on, from there
-    loading: frozenset[int] = frozenset()  # the engine's blocks
-    load_tokens: int = 0
-    load_begun_s: float = 0.0
 
 
 class TwfsManager(OffloadingManager):
@@ -70,28 +56,21 @@ class TwfsManager(OffloadingManager):
             tokens_min=spec.extra_config.get("min_load_tokens"),
             deadline_s=spec.extra_config.get("load_deadline_s"),
         )
-        self.requests: dict[str, _Request] = {}
-        self._hashes_per_block = self.layout.block_tokens // spec.tokens_per_hash
-        self._known: dict[tuple[Owner, bytes], float] = {}
-        self._storing: set[tuple[str, bytes]] = set()  # blocks that take the workers' room
+        self.requests: dict[str, Request] = {}
+        self.hashes_per_block = self.layout.block_tokens // spec.tokens_per_hash
+        room = spec.arena_bytes // align_up(self.layout.block_bytes())
+        self.offers = Offers(room, self.layout.block_tokens)
         self._open = OpenStores(spec.layout.shards)
         self._copied_s = 0.0  # when the workers had last read what they store
         self._events: list[OffloadingEvent] = []
         self._told: list[bytes] = []  # keys of stores that have ended, of which events say all
 
-    def keys_of(self, request_id: str) -> list[bytes]:
-        """The keys of the request's whole blocks so far."""
-        request = self.requests[request_id]
-        step = self._hashes_per_block
-        request.keys.extend(request.hashes[step * len(request.keys) + step - 1 :: step])
-        return request.keys
-
     def ready(self, request: Any, computed_tokens: int) -> bool:
         """Ask for *request*, of which the engine holds some tokens; False: ask again next step."""
         step = self.layout.block_tokens
-        known, keys = self.requests[request.request_id], self.keys_of(request.request_id)
+        known = self.requests[request.request_id]
         start = known.start = computed_tokens // step
-        known.blocks = self.finder.ask(request.request_id, keys, start)
+        known.blocks = self.finder.ask(request.request_id, known.keys(), start)
         if known.blocks is None:
             return False
         tokens = known.blocks * step - computed_tokens
@@ -124,14 +103,14 @@ class TwfsManager(OffloadingManager):
         """The workers have read: the lease is over, and the store's speed known."""
         known = self.requests.get(req_context.req_id)
         if known is not None:
-            known.loading = frozenset()
+            known.loading = ()
             self.breakeven.loaded(known.load_tokens, time.monotonic() - known.load_begun_s)
             self.finder.loaded(req_context.req_id)
 
     def failed(self, block_ids: set[int]) -> None:
         """Loads into these of the engine's blocks failed: their requests are computed."""
         for request_id, known in self.requests.items():
-            if not known.loading.isdisjoint(block_ids):
+            if any(not block_ids.isdisjoint(group) for group in known.loading):
                 self.finder.decline(request_id)
 
     def prepare_store(self, keys: Collection[Any], req_context: Any) -> PrepareStoreOutput:
@@ -140,33 +119,22 @@ class TwfsManager(OffloadingManager):
         What the engine held itself when it asked is mostly stored already, so it counts for no
         room; the daemon says which of it is lacking.
         """
-        request_id, step = req_context.req_id, self.layout.block_tokens
+        request_id, owner = req_context.req_id, self._owner_of(req_context)
         epoch, known = self.finder.epoch(request_id), self.requests.get(request_id)
-        owner, now_s = self._owner_of(req_context), time.monotonic()
-        wanted: dict[int, Any] = {}
+        stored: list[Any] = []
+        runs = []
         if epoch is not None and known is not None:
-            room = self.spec.arena_bytes // align_up(self.layout.block_bytes()) - len(self._storing)
-            for key in keys:
-                index = req_context.get_offload_key_position(key) // step - 1
-                if known.start <= index < (known.blocks or 0) or (
-                    now_s - self._known.get((owner, key), -KNOWN_SECONDS) < KNOWN_SECONDS
+            held, ordered = (known.start, known.blocks or 0), list(keys)
+            end_of, chain = req_context.get_offload_key_position, known.keys()
+            places = places_of(ordered, end_of, self.layout.block_tokens)
+            for at, stop in stretches(places):
+                for first, run in self.offers.choose(
+                    request_id, owner, places[at], ordered[at:stop], held
                 ):
-                    continue
-                if index >= known.start:
-                    if room <= 0:
-                        break
-                    room -= 1
-                    self._storing.add((request_id, key))
-                wanted[index] = key
+                    runs.append(run_of(chain, first, len(run)))
+                    stored += run
         params = self.finder.params(request_id)
-        chain = self.keys_of(request_id) if wanted else []
-        offer = Offer(
-            runs_of(chain, sorted(wanted)), epoch or 0, params.tenant, params.hint, owner[1]
-        )
-        stored = [wanted[index] for index in sorted(wanted)]
-        if len(self._known) > KNOWN_MAX:
-            self._known.clear()
-        self._known.update(((owner, key), now_s) for key in stored)
+        offer = Offer(tuple(runs), epoch or 0, params.tenant, params.hint, owner[1])
         number = self._open.begin(owner, stored) if stored else 0
         return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint, number), [])
 
@@ -177,7 +145,7 @@ class TwfsManager(OffloadingManager):
 
     def complete_store(self, keys: Collection[Any], req_context: Any, success: bool = True) -> None:
         """The workers have read the blocks; whether they are held is for `stored` to say."""
-        self._storing.difference_update((req_context.req_id, key) for key in keys)
+        self.offers.copied(req_context.req_id, keys)
         self._copied_s = time.monotonic()
 
     def stored(self, report: RankReport) -> None:
@@ -186,12 +154,10 @@ class TwfsManager(OffloadingManager):
         A store that was not whole has mostly met a daemon that is away, or a warehouse without
         room, which the next request may not.
         """
-        for store in self._open.ended(report):
-            held, lacking = store.keys[: store.held], store.keys[store.held :]
-            for key in lacking:
-                self._known.pop((store.owner, key), None)
+        for store in self._open.ended(report.stored):
+            self.offers.ended(store)
             if self.spec.config.enable_kv_cache_events:
-                if held:
+                if held := store.keys[: store.held]:
                     event = OffloadingEvent(held, medium=Medium.STORAGE, removed=False)
                     self._events.append(event)
                 self._told += store.keys
@@ -225,17 +191,13 @@ class TwfsManager(OffloadingManager):
 
     def on_request_finished(self, req_context: Any) -> None:
         """Touch the whole chain, also what came from the engine's own memory."""
-        request_id = req_context.req_id
-        self.finder.finish(
-            request_id, self.keys_of(request_id) if request_id in self.requests else []
-        )
-        self.requests.pop(request_id, None)
+        known = self.requests.pop(req_context.req_id, None)
+        self.finder.finish(req_context.req_id, [] if known is None else known.keys())
 
     def reset_cache(self) -> None:
         """Weights were updated, or the engine sleeps: what was stored before is out of reach."""
         self.finder.reset()
-        self._known.clear()
-        self._storing.clear()
+        self.offers.clear()
         self._open.clear()
 
     def shutdown(self) -> None:
@@ -386,11 +348,24 @@ class _Scheduler(OffloadingConnectorScheduler):
         blocks = self.manager.requests[req.request_id].blocks
         return max(0, min(len(keys), (blocks or 0) - start))
 
+    def _calc_num_offloadable_tokens(self, req_status: Any, num_computed_tokens: int) -> int:
+        """As vLLM's; of a request that goes on no more than a step may offer, the next one more.
+
+        The blocks of one that has finished are the engine's again: now or never.
+        """
+        tokens: int = super()._calc_num_offloadable_tokens(req_status, num_computed_tokens)
+        if req_status.req.is_finished():
+            return tokens
+        (group,), (state,) = self.config.kv_group_configs, req_status.group_states
+        most = self.manager.offers.bound(state.next_stored_chunk_idx) * group.tokens_per_chunk
+        return min(tokens, most)
+
     def take_events(self) -> Iterable[Any]:
         """As vLLM's, which would keep what describes a block until it is evicted: none is."""
         yield from super().take_events()
-        for key in self.manager.take_told():
-            self._events_tracker._pending_event_metadata.pop(key, None)  # noqa: SLF001
+        told, metadata = self.manager.take_told(), self._events_tracker._pending_event_metadata  # noqa: SLF001
+        for key in told if metadata else ():
+            metadata.pop(key, None)
 
 
 class TwfsConnector(OffloadingConnector):
@@ -418,7 +393,8 @@ class TwfsConnector(OffloadingConnector):
 
     def on_new_request(self, request: Any) -> None:
         """Note the request, whose hashes grow with it."""
-        self.manager.requests[request.request_id] = _Request(request.block_hashes)
+        known = Request(request.block_hashes, self.manager.hashes_per_block)
+        self.manager.requests[request.request_id] = known
         super().on_new_request(request)
 
     def get_num_new_matched_tokens(
@@ -435,12 +411,12 @@ class TwfsConnector(OffloadingConnector):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note which of the engine's blocks are being loaded."""
         if num_external_tokens:
-            ids = frozenset(i for group in blocks.get_block_ids() for i in group)
-            self.manager.requests[request.request_id].loading = ids
+            self.manager.requests[request.request_id].loading = blocks.get_block_ids()
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """Let the worker know of a step that computes prompts alone: it times that."""
+        self.manager.offers.begin_step()
         meta: Any = super().build_connector_meta(scheduler_output)
         tokens = 0 if meta.load_jobs else prompt_tokens(scheduler_output)
         if tokens:
