@@ -4,7 +4,7 @@ Run in the engine's environment by `python -m engines.bench_vllm scheduler` (see
 
 The real manager, its real answers over the real socket; what is simulated is vLLM around it. Each
 step asks for every waiting request as vLLM's scheduler does, lets one of them begin, and takes in a
-new one; a load takes a step, a prompt's rest 8,192 tokens a step, an answer eight steps. With
+new one; a load takes a step, a prompt's rest 8,192 tokens a step, an answer 32 steps. With
 stores, what was computed is offered step by step and a step later said to be stored, with events;
 so is all of each fourth request, which the engine holds itself and nobody has stored. Prints JSON:
 per block size, without and with stores, the wall and CPU time of twfs's calls in the scheduler's
@@ -41,7 +41,7 @@ from twfs.engines.vllm_requests import Request
 
 NEW_TOKENS = 2048  # of each request, behind those that the store holds
 PREFILL_TOKENS = 8192  # that a step computes of a request
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 32
 HELD_ONE_IN = 4  # requests
 CHAINS = 8  # that the requests go on from: agents' sessions
 STEP_S = 0.010  # of the engine's own, during which it leaves Python to others
@@ -152,14 +152,15 @@ class Simulation:
 
         As vLLM: it schedules, offers what is or will be computed, and takes what workers report.
         """
-        manager, told, loaded = self.manager, self.storing, self.loading
+        manager, loaded = self.manager, self.loading
+        told = [(output, set(output.keys_to_store), context) for output, context in self.storing]
         with clock:
             if fresh is not None:
                 manager.requests[fresh.id] = Request(fresh.hashes)
                 manager.on_new_request(fresh.context)
                 self.waiting.append(fresh)
             chosen = self._schedule()
-            manager.offers.begin_step()
+            manager.on_schedule_end(None)
         ended = [one for one in self.running if one.answered == ANSWER_TOKENS]
         self.storing = []
         for one in self.running if self.stores else ():
@@ -169,10 +170,9 @@ class Simulation:
                 manager.on_request_finished(one.context)
             if loaded is not None:
                 manager.complete_load([], loaded.context)
-            for output, context in told:
-                manager.complete_store(set(output.keys_to_store), context)
-                held = len(output.keys_to_store)
-                manager.stored(RankReport(stored={output.store_spec.number: [held]}))
+            for output, keys, context in told:
+                manager.complete_store(keys, context)
+                manager.stored(RankReport(stored={output.store_spec.number: [len(keys)]}))
             self.stored += sum(len(event.keys) for event in manager.take_events())
             manager.take_told()
         self.running = [one for one in self.running if one not in ended]

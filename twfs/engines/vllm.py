@@ -189,6 +189,11 @@ class TwfsManager(OffloadingManager):
         self.finder.admit(req_context.req_id, params)
         return RequestOffloadingContext()
 
+    def on_schedule_end(self, context: Any) -> None:
+        """All requests of a step are scheduled; what is stored of them is offered next."""
+        self.offers.begin_step()
+        self.finder.next_step()
+
     def on_request_finished(self, req_context: Any) -> None:
         """Touch the whole chain, also what came from the engine's own memory."""
         known = self.requests.pop(req_context.req_id, None)
@@ -416,7 +421,6 @@ class TwfsConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """Let the worker know of a step that computes prompts alone: it times that."""
-        self.manager.offers.begin_step()
         meta: Any = super().build_connector_meta(scheduler_output)
         tokens = 0 if meta.load_jobs else prompt_tokens(scheduler_output)
         if tokens:

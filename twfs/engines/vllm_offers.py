@@ -48,9 +48,14 @@ class Known:
         ends = self._ends.get(owner)
         if not ends or not keys:
             return [(first, keys)] if keys else []
-        met = [(place, ends[key]) for place, key in enumerate(keys, first) if key in ends]
         found: list[Run] = []
         stop = first + len(keys)  # what is from here on is settled
+        while first < stop and (end := ends.get(keys[stop - 1 - first])) is not None:
+            if now_s - end.since_s >= KNOWN_SECONDS or end.begin >= stop:
+                break
+            stop = end.begin
+        left = keys[: max(0, stop - first)]
+        met = [(place, ends[key]) for place, key in enumerate(left, first) if key in ends]
         for place, end in reversed(met):
             if now_s - end.since_s < KNOWN_SECONDS and end.begin <= place:
                 if place + 1 < stop:
@@ -127,7 +132,6 @@ class Offers:
         no room; what follows up to held[1] is leased. What is behind goes as far as there is room.
         """
         now_s = time.monotonic()
-        self.left -= len(keys)
         own = keys[: max(0, held[0] - first)]
         behind = max(0, max(held) - first)
         chosen = self._known.lacking(owner, first, own, now_s)
@@ -140,6 +144,7 @@ class Offers:
                 chosen.append((place, taken))
         for place, run in chosen:
             self._known.note(owner, place, run, now_s)
+            self.left -= len(run)
         return chosen
 
     def _take(self, request: str, keys: Sequence[Any]) -> None:

@@ -4,7 +4,9 @@ For engines that keep vLLM's own tier in host memory; see docs/vllm.md. All of i
 scheduler's process; nothing here blocks it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -35,6 +37,27 @@ class TwfsTierConnector(OffloadingConnector):
         super().__init__(vllm_config, role, kv_cache_config)
 
 
+@dataclass(slots=True)
+class _Request:
+    """The chain of a request's keys; the engine looks one up after the other, in every step."""
+
+    block_tokens: int
+    ends: Mapping[Any, int]  # the engine's own: each key's last token; it grows
+    seen: int = 0  # of these
+    chain: list[bytes] = field(default_factory=list)
+
+    def grow(self) -> None:
+        """Take in what was added to *ends*."""
+        for key in reversed([*islice(reversed(self.ends), len(self.ends) - self.seen)]):
+            if self.place(key) == len(self.chain):
+                self.chain.append(get_offload_block_hash(key))
+        self.seen = len(self.ends)
+
+    def place(self, key: Any) -> int:
+        """The index of *key* in the chain, -1 if it is not there."""
+        return self.ends.get(key, 0) // self.block_tokens - 1
+
+
 class TwfsTier(SecondaryTierManager):
     """What `secondary_tiers` names: rows of the CPU tier, to and from the store."""
 
@@ -58,31 +81,30 @@ class TwfsTier(SecondaryTierManager):
         self.finder = Finder(self.attachment, self.layout.block_tokens, ahead=True)
         self.transfers = Transfers(self.attachment)
         self._view = primary_kv_view.cast("B")
-        self._requests: dict[str, dict[Any, int]] = {}  # each key's place in its request's chain
-        self._chains: dict[str, list[bytes]] = {}
+        self._requests: dict[str, _Request] = {}
         self._loads: dict[int, tuple[str, list[Any]]] = {}  # what each load job asked for
 
-    def _places(self, req_context: Any) -> tuple[list[bytes], dict[Any, int]]:
-        """The keys of the request's chain so far, and the index of each."""
-        positions: dict[Any, int] = vars(req_context).get("_offload_key_positions", {})
-        chain = self._chains.setdefault(req_context.req_id, [])
-        places = self._requests.setdefault(req_context.req_id, {})
-        if len(places) < len(positions):
-            for key in list(positions)[len(places) :]:
-                places[key] = positions[key] // self.layout.block_tokens - 1
-                if places[key] == len(chain):
-                    chain.append(get_offload_block_hash(key))
-        return chain, places
+    def _request(self, req_context: Any) -> _Request:
+        """The request's chain so far."""
+        known = self._requests.get(req_context.req_id)
+        if known is None:
+            ends = vars(req_context).get("_offload_key_positions", {})
+            known = _Request(self.layout.block_tokens, ends)
+            self._requests[req_context.req_id] = known
+        if known.seen < len(known.ends):
+            known.grow()
+        return known
 
     def lookup(self, key: Any, req_context: Any) -> LookupResult:
         """All keys of the request in one message; RETRY until it is answered."""
-        chain, places = self._places(req_context)
-        if key not in places:
+        known = self._request(req_context)
+        place = known.place(key)
+        if place < 0:
             return LookupResult.MISS
-        blocks = self.finder.ask(req_context.req_id, chain, places[key])
+        blocks = self.finder.ask(req_context.req_id, known.chain, place)
         if blocks is None:
             return LookupResult.RETRY
-        return LookupResult.HIT if places[key] < blocks else LookupResult.MISS
+        return LookupResult.HIT if place < blocks else LookupResult.MISS
 
     def _rows(self, places: Any) -> list[memoryview]:
         step = self.block_size_bytes
@@ -91,28 +113,26 @@ class TwfsTier(SecondaryTierManager):
     def submit_store(self, job_metadata: Any) -> None:
         """Begin a store; the rows are free again once they were copied."""
         request_id = job_metadata.req_context.req_id
-        chain, places = self._places(job_metadata.req_context)
-        rows = dict(
-            zip((places.get(key, -1) for key in job_metadata.keys),
-                self._rows(job_metadata.chunk_ids), strict=True)
-        )  # fmt: skip
-        indices = sorted(index for index in rows if 0 <= index < len(chain))
+        known = self._request(job_metadata.req_context)
+        places = map(known.place, job_metadata.keys)
+        rows = dict(zip(places, self._rows(job_metadata.chunk_ids), strict=True))
+        indices = sorted(index for index in rows if 0 <= index < len(known.chain))
         params = self.finder.params(request_id)
         epoch = self.finder.epoch(request_id)
         offer = Offer(
-            runs_of(chain, indices), -1 if epoch is None else epoch, params.tenant, params.hint,
-            params.public_tokens // self.layout.block_tokens,
+            runs_of(known.chain, indices), -1 if epoch is None else epoch, params.tenant,
+            params.hint, params.public_tokens // self.layout.block_tokens,
         )  # fmt: skip
         self.transfers.store(job_metadata.job_id, offer, [rows[index] for index in indices])
 
     def submit_load(self, job_metadata: Any) -> None:
         """Begin a load of neighbours in one chain; what else is asked for has failed."""
         request_id = job_metadata.req_context.req_id
-        _, places = self._places(job_metadata.req_context)
+        known = self._request(job_metadata.req_context)
         keys, rows = list(job_metadata.keys), self._rows(job_metadata.chunk_ids)
-        order = sorted(range(len(keys)), key=lambda i: places.get(keys[i], -1))
-        first = places.get(keys[order[0]], -1)
-        run = [i for at, i in enumerate(order) if places.get(keys[i], -1) == first + at]
+        order = sorted(range(len(keys)), key=lambda i: known.place(keys[i]))
+        first = known.place(keys[order[0]])
+        run = [i for at, i in enumerate(order) if known.place(keys[i]) == first + at]
         self._loads[job_metadata.job_id] = (request_id, [keys[i] for i in run])
         match = self.finder.match(request_id)
         held = match is not None and match.blocks >= first + len(run)
@@ -147,10 +167,14 @@ class TwfsTier(SecondaryTierManager):
         self.finder.admit(req_context.req_id, params)
         return RequestOffloadingContext()
 
+    def on_schedule_end(self, context: Any) -> None:
+        """A step of the scheduler is over."""
+        self.finder.next_step()
+
     def on_request_finished(self, req_context: Any) -> None:
         """Touch the whole chain, also what came from the engine's own memory."""
-        self._requests.pop(req_context.req_id, None)
-        self.finder.finish(req_context.req_id, self._chains.pop(req_context.req_id, []))
+        known = self._requests.pop(req_context.req_id, None)
+        self.finder.finish(req_context.req_id, [] if known is None else known.chain)
 
     def drain_jobs(self) -> None:
         """Return when no job uses the CPU tier's memory."""
