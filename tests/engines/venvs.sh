@@ -101,6 +101,44 @@ make_nixl() {
     pip_in . numpy torch==2.13.0+cpu "${CLIENT_NEEDS[@]}"
 }
 
+# Unpacks from the sdist at URL $1 with sha256 $2 what lies below the paths from $4 on, into folder $3.
+from_sdist() {
+    rm -rf "$3"
+    nice -n 5 bin/python - "$@" <<'PYTHON'
+import hashlib, io, sys, tarfile, urllib.request
+url, wanted, folder, *paths = sys.argv[1:]
+with urllib.request.urlopen(url, timeout=180) as response:
+    data = response.read()
+found = hashlib.sha256(data).hexdigest()
+if found != wanted:
+    sys.exit(f"venvs: {url} has sha256 {found}, not {wanted}")
+with tarfile.open(fileobj=io.BytesIO(data)) as sdist:
+    taken = []
+    for member in sdist:
+        member.name = member.name.partition("/")[2]
+        if member.isfile() and member.name.startswith(tuple(paths)):
+            taken.append(member)
+    sdist.extractall(folder, taken, filter="data")
+PYTHON
+}
+
+# The tests that vLLM and LMCache ship with their sources (the sdists of PyPI; the wheels leave
+# them out), with both to import. SGLang 0.5.23, Mooncake and NIXL have no sdist there.
+make_shipped() {
+    made lmcache "$1"
+    over_vllm "$1"
+    local site
+    site=$("$root/lmcache/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "$site" >"$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lmcache.pth"
+    local files=https://files.pythonhosted.org/packages
+    from_sdist "$files/d5/df/5471312c76e335eaa2b8333e87ea39f0d37bfe24f10a582620e34ff12e33/vllm-0.32.0.tar.gz" \
+        d2c957d5eee3d0985012151315ddc62cbe0cd368fc96a5fc3510438d9dddf2ad vllm \
+        pyproject.toml tests/__init__.py tests/v1/__init__.py tests/v1/kv_offload/
+    from_sdist "$files/84/25/3ccd46844c94e08897aa8d72716a538c07e4583410d84dbc6cd12cb60dc1/lmcache-0.5.6.tar.gz" \
+        d6951e60ce8818a76aa42d0866a4ba85f1c95cd919355fff30ff24dcc3243f1e lmcache \
+        pyproject.toml tests/__init__.py tests/conftest.py tests/v1/
+}
+
 # Makes the engine $1 with Python $2 unless it is there as its recipe wants it.
 made() {
     local stamp
