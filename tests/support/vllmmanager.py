@@ -96,11 +96,11 @@ def try_owners(manager: TwfsManager, first: ReqContext) -> None:
         {"tenant": "other", "public_tokens": 2 * TOKENS},
     ]
     for number, params in enumerate(others):
-        request, context, keys = request_of(manager, f"owner {number}", 4, **params)
+        request, context, keys = request_of(manager, f"owner {number}", 16, **params)
         until_ready(manager, request)
         assert manager.prepare_store(keys[:0], context).keys_to_store == []
-        offered = manager.prepare_store(keys[:4], context).keys_to_store
-        assert offered == keys[:4], (params, offered)
+        offered = manager.prepare_store(keys, context).keys_to_store
+        assert offered == keys[:10], (params, offered)
         manager.on_request_finished(context)
         manager.complete_store(offered, context)  # which may be later than the end
         assert manager.prepare_store(keys, first).keys_to_store == []
