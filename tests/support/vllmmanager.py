@@ -251,7 +251,7 @@ def try_steps(socket: Path) -> None:
             offered[job.req_id] += job.src_spec.block_ids.tolist()
             assert job.dst_spec.offer.blocks == len(job.src_spec.block_ids)
         counts.append({job.req_id: job.dst_spec.offer.blocks for job in jobs.values()})
-    assert counts == [{"x": 1024}, {"y": 1024, "x": 1976}, {"y": 1576}], counts
+    assert counts == [{"x": 512}, {"y": 512, "x": 2488}, {"y": 2088}], counts
     assert all(offered[name] == list(range(1, blocks + 1)) for name, blocks in sizes.items())
     manager.shutdown()
 

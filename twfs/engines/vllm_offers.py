@@ -16,7 +16,7 @@ KNOWN_SECONDS: Final = 60.0  # that a block which was offered is not offered aga
 KNOWN_MAX: Final = 200_000  # ends of runs and forks; some 300 bytes each
 FORK_TOKENS: Final = 1024  # so often a run is known by a key in its midst: others may fork there
 FORGOTTEN_AT_ONCE: Final = 256  # offers: in a step, of those that are over
-OFFERED_AT_ONCE: Final = 1024  # keys: in a step, of requests that go on
+OFFERED_AT_ONCE: Final = 512  # keys: in a step, of requests that go on
 
 Owner = tuple[str | None, int]  # tenant, and public blocks: what else than its key names a block
 Run = tuple[int, Sequence[Any]]  # the place of the first in its request's chain, and the keys
