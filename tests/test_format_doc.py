@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 import twfs
-from twfs import check, filerows, records
+from twfs import records
+from twfs.checking import invariants
 from twfs.checksums import lanes_of, xxh3_of
 from twfs.layout import Group, Layout
+from twfs.metadata import filerows
+from twfs.metadata.tables import TABLES
 from twfs.prefix import Chain, Names, OwnKey, Root, names_of_keys, root_of
 from twfs.records import BLOCK_DTYPE, EXTENT, LAYER_SUMS_MAX, SUM
 from twfs.secret import MAC_BYTES
-from twfs.tables import TABLES
 from twfs.units import ALIGN, EXTENTS_MAX, NAME_BYTES_MAX
 
 DOCUMENT = Path(next(iter(twfs.__path__)), "FORMAT.md").read_text()
@@ -133,7 +135,7 @@ def test_every_table_of_the_metadata_is_described() -> None:
 def test_invariants_are_the_checkers_word_by_word() -> None:
     sentences = {int(number): text for number, text in INVARIANT.findall(DOCUMENT)}
     assert list(sentences) == list(range(1, len(sentences) + 1))
-    for number, function in check.INVARIANTS.items():
+    for number, function in invariants.INVARIANTS.items():
         first = (inspect.getdoc(function) or "").split(". ")[0].split(".\n")[0].rstrip(".")
         assert first == f"I{number}: {sentences[number]}"
 
@@ -149,7 +151,7 @@ def test_every_invariant_that_is_not_of_one_state_names_the_tests_that_hold_it()
         for number, text in re.findall(r"^\* I(\d+): (.+)$", DOCUMENT, re.MULTILINE)
     }
     numbers = {int(number) for number, _ in INVARIANT.findall(DOCUMENT)}
-    assert named.keys() == numbers - check.INVARIANTS.keys()
+    assert named.keys() == numbers - invariants.INVARIANTS.keys()
     for number, names in named.items():
         assert names, number
         assert set(names) <= there, number

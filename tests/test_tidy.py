@@ -1,7 +1,9 @@
 """The code keeps its own rules: short modules and functions, layers, docstrings, our nouns only.
 
-To add a module, put its name into LAYERS: on a line below all that it imports and above all that
-import it; the names of one line do not import each other.
+To add a module, put its name into LAYERS: in its package, on a line below all that it imports and
+above all that import it; the names of one line do not import each other. Packages stand there in
+layers in the same way, so where two modules that belong together would tie two packages both ways,
+the imports say where each goes.
 """
 
 import ast
@@ -14,86 +16,131 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
+PACKAGE_MODULES_MAX = 15  # engines/ apart, where each engine brings its own
 
-# The modules of twfs/: each imports only from lines before its own.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "units"),
-    ("accesses", "clocks", "counters", "operating", "tenants", "uses"),
-    ("charges", "copying", "meter", "secret"),
-    ("hints", "layout", "prefix", "records"),
-    ("config", "counting", "store"),
-    ("checksums", "formatting", "leases", "limbo", "slots", "tables", "wire"),
-    ("messages", "retention", "sessions", "siblings"),
-    ("admission", "asking", "filerows", "metafile", "recording", "scoring"),
-    ("filetables", "miniature"),
-    ("arena", "device", "extents", "ledger", "metadata", "protocol", "runs"),
-    ("flushing", "payload"),
-    ("wiping",),
-    ("modes", "roster", "salvaging"),
-    ("readers", "readers.base"),
-    ("readers.arenas", "readers.hanging", "readers.landing", "readers.planning", "readers.probe"),
-    ("readers.ahead",),
-    ("readers.host",),
-    ("readers.cufile", "readers.staged"),
-    ("readers.select",),
-    ("match", "upload"),
-    ("devicestates",),
-    ("core", "sources"),
-    ("enrolling", "metering", "quotas", "ranking", "using"),
-    ("choosing", "sharing"),
-    ("evicting", "listing", "matching", "opening", "pinning"),
-    ("retaining",),
-    ("reserving", "tenancy", "usage"),
-    ("doomed", "erasing", "moving", "pacing", "parting", "putting", "snapshot", "subject"),
-    ("advising", "beginning", "covering", "filecheck", "scanning", "wasting"),
-    ("survivors",),
-    ("accounting", "proving", "rebuild"),
-    ("check", "scrubbing"),
-    ("verdicts",),
-    ("mending",),
-    ("repair",),
-    ("draining", "localput", "spool"),
-    ("drafts",),
-    ("fileblocks", "members", "purging"),
-    ("drafting", "filerecovery"),
-    ("files",),
-    ("namespace",),
-    ("warehouse",),
-    ("shared",),
-    ("permitting",),
-    ("answers", "greeting"),
-    ("connection",),
-    ("server",),
-    ("channel", "remote"),
-    ("link",),
-    ("holding",),
-    ("client",),
-    ("chainfile",),
-    ("describing", "importing"),
-    ("nodes",),
-    ("tree",),
-    ("__init__",),
-    ("engines",),
-    ("engines.attaching", "engines.breakeven", "engines.identity", "engines.requests"),
-    ("engines.finding", "engines.keyed"),
-    (
-        "engines.transfers",
-        "engines.vllm_layout",
-        "engines.vllm_offers",
-        "engines.vllm_prefill",
-        "engines.vllm_requests",
-    ),
-    ("engines.vllm_orders",),
-    (
-        "engines.lmcache",
-        "engines.sglang",
-        "engines.transformers",
-        "engines.vllm",
-        "engines.vllm_tier",
-    ),
-    ("engines.sglang_linker",),
-)
-RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line}
+# The packages of twfs/, from the lowest to the highest, and the lines of modules in each. A module
+# imports only from lines before its own, and a package only from packages before it. "" is twfs/
+# itself: at its bottom the words that all share, at its top what users import.
+LAYERS: tuple[tuple[str, str], ...] = (
+    ("", """
+        copying errors units
+        hints layout prefix secret tenants
+        config records
+        store
+        checksums
+    """),
+    ("metadata", """
+        filerows meter tables
+        filetables metafile sessions
+        environment ledger
+    """),
+    ("devices", """
+        arena extents formatting limbo
+        device
+        flushing payload
+        roster standing wiping
+    """),
+    ("readers", """
+        base
+        arenas hanging landing planning probe
+        ahead
+        host
+        cufile staged
+        select
+    """),
+    ("index", """
+        charges clocks counting leases uses
+        slots
+        siblings
+    """),
+    ("policy", """
+        accesses admission retention scoring
+        asking recording
+        miniature
+    """),
+    ("core", """
+        counters modes operating
+        state
+        enrolling listing metering
+        opening
+    """),
+    ("eviction", """
+        pinning quotas ranking using
+        choosing sharing
+        evicting
+        retaining
+    """),
+    ("protocol", """
+        wire
+        messages
+        codec
+        channel remote
+        link
+        holding
+    """),
+    ("datapath", """
+        match matching reserving runs sources upload
+        putting
+        localput offering
+    """),
+    ("checking", """
+        pacing snapshot subject
+        accounting covering filecheck proving
+        invariants scrubbing
+    """),
+    ("recovery", """
+        salvaging scanning verdicts
+        mending survivors
+        rebuild repair
+    """),
+    ("admin", """
+        divergence erasing moving purgeable shredding tenancy usage
+        advising draining purging
+        members
+        namespace
+    """),
+    ("vfs", """
+        chainfile spool
+        describing drafts importing
+        fileblocks nodes
+        drafting filerecovery tree
+        files
+    """),
+    ("", """
+        client warehouse
+        __init__
+    """),
+    ("daemon", """
+        permitting shared
+        answers greeting
+        connection
+        server
+    """),
+    ("engines", """
+        attaching breakeven identity requests
+        finding keyed
+        transfers vllm_layout vllm_offers vllm_prefill vllm_requests
+        vllm_orders
+        lmcache sglang transformers vllm vllm_tier
+        sglang_linker
+    """),
+)  # fmt: skip
+
+
+def ranks() -> dict[str, tuple[int, int]]:
+    """Of every module, as `readers.host`, the numbers of its layer and of its line there."""
+    found: dict[str, tuple[int, int]] = {}
+    for layer, (package, lines) in enumerate(LAYERS):
+        for line, names in enumerate(lines.strip().splitlines()):
+            for name in names.split():
+                module = f"{package}.{name}" if package else name
+                assert module not in found, f"{module} stands twice in LAYERS"
+                found[module] = layer, line
+    return found
+
+
+RANKS = ranks()
+PACKAGES = sorted({package for package, _ in LAYERS if package})
 
 # Words that name nothing of ours (DESIGN.md, nouns), and the names in which they are another's.
 BANNED = frozenset(
@@ -153,23 +200,23 @@ def test_test_file_says_what_is_guaranteed(path: Path) -> None:
     assert ast.get_docstring(parsed(path)) or not path.read_text(), "no docstring"
 
 
-def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING`, which import nothing when run."""
+def nodes_of(tree: ast.AST, *, types: bool) -> Iterator[ast.AST]:
+    """All nodes; without *types* not those under `if TYPE_CHECKING`, of which none is run."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
         yield node
-        yield from runtime_nodes(node)
+        yield from nodes_of(node, types=types)
 
 
-def imports_of(path: Path) -> Iterator[str]:
+def imports_of(path: Path, *, types: bool = False) -> Iterator[str]:
     """Modules of twfs that the file at *path* imports, wherever in it, without the `twfs.`."""
-    for node in runtime_nodes(parsed(path)):
+    for node in nodes_of(parsed(path), types=types):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{ast.unparse(node)}: write the whole name"
-            # `from twfs import slots` imports a module, `from twfs.slots import Slots` a name.
+            # `from twfs.index import slots` imports a module, `from twfs.units import Ino` a name.
             names = [
                 f"{node.module}.{alias.name}" if is_package(node.module) else str(node.module)
                 for alias in node.names
@@ -183,24 +230,54 @@ def is_package(module: str | None) -> bool:
     return module is not None and (ROOT / module.replace(".", "/")).is_dir()
 
 
+def is_face(path: Path) -> bool:
+    """Whether *path* is the `__init__.py` of a package within twfs/."""
+    return path.name == "__init__.py" and path.parent != ROOT / "twfs"
+
+
 def module_of(path: Path) -> str:
-    """`readers.host` of twfs/readers/host.py, `readers` of its __init__.py."""
-    name = ".".join(path.relative_to(ROOT / "twfs").with_suffix("").parts)
-    return name.removesuffix(".__init__")
+    """`readers.host` of twfs/readers/host.py."""
+    return ".".join(path.relative_to(ROOT / "twfs").with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def rank_of(module: str) -> tuple[int, int]:
+    assert module in RANKS, f"{module} is in no layer: add it to LAYERS in tests/test_tidy.py"
+    return RANKS[module]
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if not is_face(p)], ids=name_of)
 def test_module_imports_only_from_lower_layers(path: Path) -> None:
     module = module_of(path)
-    assert module in RANKS, f"{module} is in no layer: add it to LAYERS in tests/test_tidy.py"
     for name in imports_of(path):
-        assert name in RANKS, f"{name} is in no layer: add it to LAYERS in tests/test_tidy.py"
-        assert RANKS[name] < RANKS[module], f"{module} imports {name}, which is not below it"
+        assert rank_of(name) < rank_of(module), f"{module} imports {name}, which is not below it"
 
 
-def test_layers_name_every_module_once() -> None:
-    names = [module for line in LAYERS for module in line]
-    assert sorted(names) == sorted(set(names))
+@pytest.mark.parametrize("path", [p for p in LIBRARY if not is_face(p)], ids=name_of)
+def test_packages_form_layers_by_types_too(path: Path) -> None:
+    module = module_of(path)
+    for name in imports_of(path, types=True):
+        assert rank_of(name)[0] <= rank_of(module)[0], (
+            f"{module} imports {name} of a higher package"
+        )
+
+
+def test_layers_name_every_module_and_package_once() -> None:
+    assert sorted(RANKS) == sorted(module_of(path) for path in LIBRARY if not is_face(path))
+    named = [package for package, _ in LAYERS if package]
+    assert sorted(named) == PACKAGES
+    assert len(LAYERS) - len(named) == 2  # twfs/ itself: below all and above the library
+
+
+@pytest.mark.parametrize("package", ["", *(each for each in PACKAGES if each != "engines")])
+def test_a_package_is_small(package: str) -> None:
+    assert len(list((ROOT / "twfs" / package).glob("[!_]*.py"))) <= PACKAGE_MODULES_MAX
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_face_of_a_package_says_its_job_and_brings_no_names(package: str) -> None:
+    face = parsed(ROOT / "twfs" / package / "__init__.py")
+    assert ast.get_docstring(face)
+    assert len(face.body) == 1, "import its modules by their own names"
 
 
 def given_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -237,5 +314,7 @@ def test_the_checks_see_what_they_forbid() -> None:
     found = {name for _, name in given_names(ast.parse(source)) if BANNED & set(words(name))}
     assert found == {"PageTable", "chunk_size", "anItem"}
     tree = ast.parse("if TYPE_CHECKING:\n    import a\ndef f():\n    import b")
-    seen = [node.names[0].name for node in runtime_nodes(tree) if isinstance(node, ast.Import)]
-    assert seen == ["b"]
+    for types, expected in ((False, ["b"]), (True, ["a", "b"])):
+        found_nodes = nodes_of(tree, types=types)
+        seen = [node.names[0].name for node in found_nodes if isinstance(node, ast.Import)]
+        assert seen == expected

@@ -4,11 +4,11 @@ The public names; everything else may change without notice.
 """
 
 from twfs.client import Client, connect
+from twfs.datapath.match import Match
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import TwfsError
-from twfs.formatting import DeviceSpec
 from twfs.hints import Hint, Retention, Stop
 from twfs.layout import Arrangement, Group, GroupKind, Layout
-from twfs.match import Match
 from twfs.prefix import OwnKey, names_of_keys
 from twfs.store import Model, PutResult, ReadReport, Store
 from twfs.warehouse import Warehouse

@@ -18,6 +18,8 @@ from uuid import UUID
 import numpy as np
 
 from twfs.copying import Copying
+from twfs.datapath.match import Match
+from twfs.datapath.upload import check_payloads, upload
 from twfs.errors import (
     InvalidInput,
     LayoutMismatch,
@@ -32,12 +34,22 @@ from twfs.errors import (
     WarehouseFull,
 )
 from twfs.hints import NO_HINT, Hint, check_session
-from twfs.holding import Held, boottime_s
+from twfs.index.leases import Located
 from twfs.layout import Layout
-from twfs.leases import Located
-from twfs.link import Connector, Link, RemotePut
-from twfs.match import Match
-from twfs.messages import (
+from twfs.metadata.meter import check_prefill
+from twfs.prefix import Names
+from twfs.protocol.codec import (
+    error_of,
+    hint_to_wire,
+    layout_to_json,
+    model_of,
+    model_to_wire,
+    names_to_wire,
+    rows_of,
+)
+from twfs.protocol.holding import Held, boottime_s
+from twfs.protocol.link import Connector, Link, RemotePut
+from twfs.protocol.messages import (
     AnyReply,
     Counted,
     CountPrefill,
@@ -54,20 +66,10 @@ from twfs.messages import (
     Request,
     TouchNames,
 )
-from twfs.meter import check_prefill
-from twfs.prefix import Names
-from twfs.protocol import (
-    error_of,
-    hint_to_wire,
-    layout_to_json,
-    model_of,
-    model_to_wire,
-    names_to_wire,
-    rows_of,
-)
+from twfs.protocol.remote import RemoteNamespace
+from twfs.protocol.wire import BLOCKS_MAX
 from twfs.readers.select import Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
-from twfs.remote import RemoteNamespace
 from twfs.store import (
     Model,
     Pieces,
@@ -79,8 +81,6 @@ from twfs.store import (
 )
 from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, DeviceIndex, ModelId
-from twfs.upload import check_payloads, upload
-from twfs.wire import BLOCKS_MAX
 
 ARENA_BYTES: Final = 128 << 20  # eight windows of 16 MiB: some fill while others are written
 HELLO_SECONDS_MAX: Final = 5.0  # for the first connection, which no engine's loop waits for

@@ -44,14 +44,14 @@ class RetentionSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EvictionSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """[eviction]: which blocks of a class go first; see scoring.py."""
+    """[eviction]: which blocks of a class go first; see policy/scoring.py."""
 
     policy: Literal["reuse", "lru"] = "reuse"
     attention_tokens: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
 
 
 class AdmissionSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """[admission]: which blocks are written at all; see admission.py."""
+    """[admission]: which blocks are written at all; see policy/admission.py."""
 
     second_touch: tuple[Retention, ...] = ()  # classes whose blocks are kept if offered twice
     remembered_names: Annotated[int, Meta(ge=1024, le=1 << 28)] = 1 << 20
@@ -67,7 +67,7 @@ class AdmissionSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RecordSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """[record]: what is noted of requests for `twfs advise`; see recording.py."""
+    """[record]: what is noted of requests for `twfs advise`; see policy/recording.py."""
 
     on: bool = True
     bytes: Annotated[int, Meta(ge=1 << 22, le=1 << 30)] = 64 << 20  # of the record, at most

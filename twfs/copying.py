@@ -1,6 +1,6 @@
 """How far a put is with reading the caller's memory, which an engine wants back soon.
 
-Not a place for the copying itself, which is in upload.py.
+Not a place for the copying itself, which is in datapath/upload.py.
 """
 
 import threading

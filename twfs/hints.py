@@ -1,6 +1,7 @@
 """What a request says of the session it belongs to: class wanted, why it ended, when it is back.
 
-Only the words and their bounds; what becomes of them is in sessions.py and evicting.py.
+Only the words and their bounds; what becomes of them is in metadata/sessions.py and
+eviction/evicting.py.
 """
 
 from dataclasses import dataclass

@@ -427,7 +427,7 @@ class Namespace(Protocol):
         """Check every invariant of FORMAT.md; with *data* every payload too."""
 
     def operate(self, verb: str, **arguments: Any) -> Any:
-        """Run an operator's *verb* (see operating.py) with JSON-ready *arguments*; its result.
+        """Run an operator's *verb* (see core/operating.py) with JSON-ready *arguments*; its result.
 
         InvalidInput, NotAllowed, and what the verb raises.
         """

@@ -17,43 +17,35 @@ from uuid import UUID
 
 import numpy as np
 
-from twfs import (
-    advising,
-    beginning,
-    enrolling,
-    erasing,
-    evicting,
-    matching,
-    metering,
-    opening,
-    retaining,
-    tenancy,
-    usage,
-)
-from twfs.arena import Arena
-from twfs.clocks import Clock, wall_ms
+from twfs.admin import advising, erasing, tenancy, usage
+from twfs.admin.members import Members
+from twfs.admin.namespace import OpenNamespace
+from twfs.admin.purging import Purger
+from twfs.checking.scrubbing import Scrubber
 from twfs.config import Config, settings_of
 from twfs.copying import Copying
-from twfs.core import Core
-from twfs.device import Device
+from twfs.core import enrolling, metering, opening
+from twfs.core.operating import Verbs
+from twfs.core.state import Core
+from twfs.datapath import matching, offering
+from twfs.datapath.localput import LocalPort
+from twfs.datapath.match import Match
+from twfs.datapath.putting import Put
+from twfs.datapath.sources import Sources
+from twfs.datapath.upload import check_payloads, upload
+from twfs.devices.arena import Arena
+from twfs.devices.device import Device
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import InvalidInput, TwfsError, WarehouseClosed
-from twfs.files import Files
-from twfs.formatting import DeviceSpec
+from twfs.eviction import evicting, retaining
 from twfs.hints import NO_HINT, Hint, check_session
+from twfs.index.clocks import Clock, wall_ms
+from twfs.index.leases import Located
 from twfs.layout import Layout
-from twfs.leases import Located
-from twfs.localput import LocalPort
-from twfs.match import Match
-from twfs.members import Members
-from twfs.meter import check_prefill
-from twfs.namespace import OpenNamespace
-from twfs.operating import Verbs
+from twfs.metadata.meter import check_prefill
+from twfs.metadata.tables import DeviceRecord
 from twfs.prefix import Names
-from twfs.purging import Purger
-from twfs.putting import Put
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, BlockKey
-from twfs.scrubbing import Scrubber
-from twfs.sources import Sources
 from twfs.store import (
     Durability,
     Model,
@@ -63,10 +55,9 @@ from twfs.store import (
     Retention,
     Served,
 )
-from twfs.tables import DeviceRecord
 from twfs.tenants import EVERYBODY
 from twfs.units import ByteCount, ModelId, align_up
-from twfs.upload import check_payloads, upload
+from twfs.vfs.files import Files
 
 log = logging.getLogger(__name__)
 
@@ -450,9 +441,9 @@ class Warehouse(OpenNamespace):
         self, model: ModelId, names: Names, *, group: int, shard: int, retention: Retention,
         owner: int, tenant: int = EVERYBODY, hint: Hint = NO_HINT,
     ) -> Put:  # fmt: skip
-        """Begin a put of *owner*; see beginning.begin_put. Blocks when room must be made."""
+        """Begin a put of *owner*; see offering.begin_put. Blocks when room must be made."""
         with self._using():
-            return beginning.begin_put(
+            return offering.begin_put(
                 self._core, model, names, group=group, shard=shard, retention=retention,
                 tenant=tenant, uid=self._core.bounded_uid(owner), hint=hint,
             )  # fmt: skip

@@ -17,12 +17,12 @@ import pyfuse3  # noqa: TID251
 import sdnotify
 import trio
 
-from twfs import modes
 from twfs.config import load
+from twfs.core import modes
+from twfs.daemon.server import serve
 from twfs.errors import MountRefused, NotAllowed, TwfsError
-from twfs.importing import Importer
-from twfs.server import serve
 from twfs.store import Durability
+from twfs.vfs.importing import Importer
 from twfs.warehouse import LEASE_MS, Warehouse
 from twfs_mount import mountpoint as places
 from twfs_mount.dropin import FileOperations

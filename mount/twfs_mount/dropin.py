@@ -16,12 +16,12 @@ import pyfuse3  # noqa: TID251
 import trio
 from pyfuse3 import FUSEError  # noqa: TID251
 
-from twfs.describing import CLASS_NAME, PREFIX
-from twfs.drafts import Draft
 from twfs.errors import InvalidInput, NoSuchFile, TwfsError
-from twfs.filerows import FileRow
-from twfs.nodes import FILE_INOS
+from twfs.metadata.filerows import FileRow
 from twfs.store import Retention
+from twfs.vfs.describing import CLASS_NAME, PREFIX
+from twfs.vfs.drafts import Draft
+from twfs.vfs.nodes import FILE_INOS
 from twfs_mount.filing import FileReading, OpenFile, is_file, refuse_unless_regular
 from twfs_mount.looking import answered
 from twfs_mount.writers import was_killed

@@ -18,17 +18,17 @@ import pyfuse3  # noqa: TID251
 import trio
 from pyfuse3 import FUSEError  # noqa: TID251
 
-from twfs.describing import PREFIX
-from twfs.drafting import check_name
-from twfs.drafts import Draft
 from twfs.errors import BlockGone, NoSuchFile, NotSupported, TwfsError
-from twfs.filerows import PIECE_BYTES, ROOT_INO, FileRow, device_bytes, piece_bytes
-from twfs.files import Files
-from twfs.importing import Importer
 from twfs.layout import FILES_NAME
-from twfs.nodes import FILE_INOS
-from twfs.nodes import ROOT_INO as MOUNT_INO
+from twfs.metadata.filerows import PIECE_BYTES, ROOT_INO, FileRow, device_bytes, piece_bytes
 from twfs.store import BlockInfo, Namespace
+from twfs.vfs.describing import PREFIX
+from twfs.vfs.drafting import check_name
+from twfs.vfs.drafts import Draft
+from twfs.vfs.files import Files
+from twfs.vfs.importing import Importer
+from twfs.vfs.nodes import FILE_INOS
+from twfs.vfs.nodes import ROOT_INO as MOUNT_INO
 from twfs_mount.looking import AHEAD_MAX, BRIEF_SECONDS, STEADY_SECONDS, Presentation, answered
 from twfs_mount.operations import Operations
 from twfs_mount.writers import writer_of

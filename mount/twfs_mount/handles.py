@@ -11,8 +11,10 @@ from typing import Any, Final
 import trio
 
 from twfs.errors import BlockGone, TooLarge
-from twfs.importing import PendingFile
-from twfs.nodes import (
+from twfs.store import BlockInfo
+from twfs.units import Ino
+from twfs.vfs.importing import PendingFile
+from twfs.vfs.nodes import (
     CONTROL,
     LAYOUTS,
     METRICS,
@@ -23,8 +25,6 @@ from twfs.nodes import (
     Rows,
     SessionDirectory,
 )
-from twfs.store import BlockInfo
-from twfs.units import Ino
 
 HANDLES_MAX: Final = 1 << 20  # the kernel's own limits on open files are lower
 PAYLOAD_BYTES: Final = 256 << 20  # verified payloads kept: a few blocks of the largest models

@@ -23,8 +23,9 @@ import trio.lowlevel
 from pyfuse3 import FUSEError  # noqa: TID251
 
 from twfs.errors import BadPayload, BlockGone, NoSuchBlock, ReadOnly, TwfsError
-from twfs.importing import Importer, Pending, PendingFile
-from twfs.nodes import (
+from twfs.store import BlockInfo, Namespace
+from twfs.vfs.importing import Importer, Pending, PendingFile
+from twfs.vfs.nodes import (
     DIRECTORIES,
     FILES,
     Attributes,
@@ -35,8 +36,7 @@ from twfs.nodes import (
     Node,
     SessionDirectory,
 )
-from twfs.store import BlockInfo, Namespace
-from twfs.tree import Tree
+from twfs.vfs.tree import Tree
 from twfs_mount.handles import (
     Handles,
     Known,

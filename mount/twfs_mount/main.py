@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from twfs.core.modes import gid_of
 from twfs.errors import InvalidInput, TwfsError
-from twfs.modes import gid_of
 from twfs.store import Durability
 from twfs_mount import mountpoint as places
 

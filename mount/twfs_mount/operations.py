@@ -12,13 +12,13 @@ import stat
 import pyfuse3  # noqa: TID251
 from pyfuse3 import FUSEError  # noqa: TID251
 
-from twfs.chainfile import HASH_PATTERN
-from twfs.describing import CLASS_NAME, PREFIX
 from twfs.errors import InvalidInput, NoSuchBlock
-from twfs.importing import Pending, PendingFile
-from twfs.nodes import DETACHED_NAME, BlockFile, ModelDirectory, SessionDirectory
 from twfs.store import Retention
 from twfs.units import PrefixHash
+from twfs.vfs.chainfile import HASH_PATTERN
+from twfs.vfs.describing import CLASS_NAME, PREFIX
+from twfs.vfs.importing import Pending, PendingFile
+from twfs.vfs.nodes import DETACHED_NAME, BlockFile, ModelDirectory, SessionDirectory
 from twfs_mount.handles import OpenPending
 from twfs_mount.looking import ReadOperations, answered, text_of
 

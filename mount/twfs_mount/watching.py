@@ -11,10 +11,10 @@ import pyfuse3  # noqa: TID251
 import trio
 
 from twfs.errors import TwfsError
-from twfs.importing import Importer
-from twfs.nodes import BlockFile, SessionDirectory
 from twfs.store import Namespace
-from twfs.tree import Tree
+from twfs.vfs.importing import Importer
+from twfs.vfs.nodes import BlockFile, SessionDirectory
+from twfs.vfs.tree import Tree
 from twfs_mount.handles import Known, Payloads
 
 log = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from twfs.choosing import victims
-from twfs.core import Core
-from twfs.evicting import VICTIMS_PER_COMMIT
-from twfs.formatting import DEVICE_BYTES_MIN, DeviceSpec
-from twfs.scoring import policy_of
-from twfs.slots import LIVE, NONE
+from twfs.core.state import Core
+from twfs.devices.formatting import DEVICE_BYTES_MIN, DeviceSpec
+from twfs.eviction.choosing import victims
+from twfs.eviction.evicting import VICTIMS_PER_COMMIT
+from twfs.index.slots import LIVE, NONE
+from twfs.policy.scoring import policy_of
 from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from twfs.charges import Charges
+from twfs.index.charges import Charges
 from twfs.warehouse import Warehouse
 from twfs_tools.output import say
 from twfs_tools.replay import drive

@@ -56,7 +56,7 @@ from support.faultydisks import (  # noqa: E402
     mount_ext4,
     unmount,
 )
-from twfs.formatting import DeviceSpec  # noqa: E402
+from twfs.devices.formatting import DeviceSpec  # noqa: E402
 from twfs.warehouse import Warehouse  # noqa: E402
 
 DEVICE_BYTES: Final = 16 << 20  # the least a device may have

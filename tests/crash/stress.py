@@ -41,8 +41,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from twfs.client import Client, connect
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import TwfsError
-from twfs.formatting import DeviceSpec
 from twfs.store import Namespace, iterate_sessions
 from twfs.units import ByteCount
 from twfs.warehouse import Warehouse

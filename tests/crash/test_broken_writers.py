@@ -24,14 +24,15 @@ from support.warehouses import (
     read_all,
     upload_all,
 )
-from twfs import ledger, putting
-from twfs.core import Core
-from twfs.device import Device
-from twfs.devicestates import Standings
+from twfs.core.state import Core
+from twfs.datapath import putting
+from twfs.devices.device import Device
+from twfs.devices.standing import Standings
 from twfs.errors import BadPayload, BlockGone
+from twfs.metadata import ledger
+from twfs.metadata.tables import WriteView
 from twfs.records import Block, BlockKey, Checksums
 from twfs.store import ReadOutcome
-from twfs.tables import WriteView
 from twfs.units import ALIGN, ByteCount
 from twfs.warehouse import Warehouse
 

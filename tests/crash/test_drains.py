@@ -25,8 +25,8 @@ from support.loops import loop_device, needs_loops
 from support.mounting import Mount, mounted, store, until
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, make_warehouse, put, read_all
 from twfs.client import Client
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import DeviceNotEmpty
-from twfs.formatting import DeviceSpec
 from twfs.prefix import Names
 from twfs.store import Model
 from twfs.units import ByteCount

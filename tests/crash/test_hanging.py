@@ -31,7 +31,7 @@ from support.warehouses import (
     put,
     read_all,
 )
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.prefix import Names
 from twfs.store import Model, PutOutcome, ReadOutcome, Store
 from twfs.units import DeviceIndex

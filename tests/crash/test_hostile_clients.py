@@ -26,9 +26,20 @@ from fuzz.wire import request_seeds
 from support.daemon import PATIENT_S, REPOSITORY, Daemon, running_daemon
 from twfs.checksums import checksums_of
 from twfs.client import Client
+from twfs.daemon.shared import CLIENTS_MAX
 from twfs.errors import InvalidInput, ProtocolError, TooLarge
 from twfs.layout import Group, Layout
-from twfs.messages import (
+from twfs.protocol.codec import (
+    FrameBuffer,
+    decode_reply,
+    encode,
+    error_of,
+    layout_to_json,
+    model_of,
+    names_to_wire,
+    unpack_numbers,
+)
+from twfs.protocol.messages import (
     AbandonPut,
     AnyReply,
     AskChanges,
@@ -51,20 +62,9 @@ from twfs.messages import (
     Welcome,
     WriteBlocks,
 )
-from twfs.protocol import (
-    FrameBuffer,
-    decode_reply,
-    encode,
-    error_of,
-    layout_to_json,
-    model_of,
-    names_to_wire,
-    unpack_numbers,
-)
-from twfs.shared import CLIENTS_MAX
+from twfs.protocol.wire import PROTOCOL_VERSION, REQUEST_BYTES_MAX, WireArenaBlock
 from twfs.store import Model, PutOutcome, Retention
 from twfs.units import ALIGN
-from twfs.wire import PROTOCOL_VERSION, REQUEST_BYTES_MAX, WireArenaBlock
 
 LAYOUT = Layout("m", (Group(2, 2, 8),), 16)
 ARENA_BYTES = 64 * ALIGN
@@ -431,7 +431,7 @@ MID_PUT = """
 import sys, time
 from twfs.client import connect
 from twfs.layout import Group, Layout
-from twfs.link import RemotePut
+from twfs.protocol.link import RemotePut
 from twfs.store import Retention
 client = connect(sys.argv[1], connect_timeout_s=20, match_timeout_s=20)
 model = client.open_model("killed", Layout("m", (Group(2, 2, 8),), 16))

@@ -28,8 +28,8 @@ from support.warehouses import (
     put,
     read_all,
 )
-from twfs import metadata
 from twfs.client import Client, connect
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import (
     NoDaemon,
     NoSpaceForImage,
@@ -37,8 +37,8 @@ from twfs.errors import (
     WarehouseBusy,
     WarehouseFull,
 )
-from twfs.formatting import DeviceSpec
 from twfs.layout import Layout
+from twfs.metadata import environment
 from twfs.store import Model, PutOutcome, ReadOutcome
 from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
@@ -101,7 +101,7 @@ def test_a_full_map_refuses_puts_and_a_larger_one_takes_them(
 ) -> None:
     make_warehouse(scratch)
     with monkeypatch.context() as patch:
-        patch.setattr(metadata, "MAP_BYTES", 192 << 10)
+        patch.setattr(environment, "MAP_BYTES", 192 << 10)
         with open_warehouse(scratch) as warehouse:
             model = warehouse.open_model("m", MHA)
             stored_chains = fill_until_refused(warehouse, model)

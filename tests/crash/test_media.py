@@ -31,8 +31,8 @@ from support.mediafaults import (
     outcomes,
 )
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, payload_of, put, read_all
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import CorruptSuperblock, TwfsError
-from twfs.formatting import DeviceSpec
 from twfs.store import PutOutcome, ReadOutcome
 from twfs.units import ALIGN, ByteCount
 from twfs.warehouse import Warehouse

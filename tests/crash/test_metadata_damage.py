@@ -19,7 +19,7 @@ from fuzz.sample import Copy, look_at_everything
 from support.cli import assert_refused, twfs
 from support.warehouses import make_warehouse, stop_tending
 from twfs.errors import CorruptMetadata, TwfsError
-from twfs.metafile import scout
+from twfs.metadata.metafile import scout
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 

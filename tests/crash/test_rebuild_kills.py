@@ -20,7 +20,7 @@ from support.rebuilding import State, assert_back, fill, state_of
 from support.tracing import STRACE, needs_strace
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, open_warehouse, put, read_all
 from twfs.errors import CorruptMetadata, NoSuchWarehouse
-from twfs.rebuild import rebuild
+from twfs.recovery.rebuild import rebuild
 from twfs.warehouse import Warehouse
 
 REPOSITORY = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 from support.breaking import assert_payloads, break_one, fill
 from support.tracing import STRACE, needs_strace
 from support.warehouses import make_warehouse, open_warehouse, records_of
-from twfs import repair
+from twfs.recovery import repair
 
 REPOSITORY = Path(__file__).parents[2]
 SYSCALLS = "pwrite64,pwritev,pwritev2,writev,fdatasync,fsync,msync"
@@ -28,7 +28,7 @@ BREAKAGES = (
 
 def repair_until(directory: Path, number: int) -> int:
     """Repair in a process that is killed at its *number*-th write or flush; how it ended."""
-    code = "import sys; from pathlib import Path; from twfs import repair; "
+    code = "import sys; from pathlib import Path; from twfs.recovery import repair; "
     code += "repair.run(Path(sys.argv[1]), data=True)"
     command = [
         str(STRACE), "-f", "-qq", "-o", "/dev/null", "-e", f"trace={SYSCALLS}",

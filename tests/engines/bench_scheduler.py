@@ -173,7 +173,7 @@ class Simulation:
                 manager.on_new_request(fresh.context)
                 self.waiting.append(fresh)
             chosen = self._schedule(full=full)
-            manager.offers.begin_step()
+            manager.on_schedule_end(None)
         ended = [one for one in self.running if one.answered == ANSWER_TOKENS]
         self.storing = []
         for one in self.running if self.stores else ():

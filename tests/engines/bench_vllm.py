@@ -33,8 +33,8 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,11 +46,11 @@ from support.lmcaches import LMCacheServer
 from support.vllmengine import prompt_of
 from support.vllms import (
     GPU_BLOCK_TOKENS,
-    LOG,
     STORED_TOKENS,
     Vllm,
     random_model,
     transfer_config,
+    vllm_server,
 )
 
 LENGTHS: Final = "2000,4000,8000"
@@ -64,7 +64,6 @@ TURNS: Final = 4
 FIRST_TOKENS: Final = 1500
 TURN_TOKENS: Final = 500
 ANSWER_TOKENS: Final = 32
-BLOCK_TOKENS: Final = 64
 PATIENCE_S: Final = 60.0  # for what an engine does soon
 CALM_STEPS: Final = 5  # without anything stored: all is
 # In processes of its own, as LLM and the server have it: within the one that asks, an engine that
@@ -274,36 +273,14 @@ def spread(found: list[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-@contextmanager
-def server(model: Path, config: dict[str, Any] | None) -> Iterator[None]:
+def server(model: Path, config: dict[str, Any] | None) -> AbstractContextManager[None]:
     """VLLM's OpenAI server with little KV of its own."""
     extra = [] if config is None else ["--kv-transfer-config", json.dumps(config)]
-    with Path(LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [engine_python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-             "--served-model-name", "m", "--port", str(PORT), "--host", "127.0.0.1",
-             "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager",
-             "--disable-hybrid-kv-cache-manager", "--block-size", str(BLOCK_TOKENS),
-             "--max-num-batched-tokens", "512",
-             "--num-gpu-blocks-override", str(KV_TOKENS // BLOCK_TOKENS), *extra],
-            env=engine_environment(
-                VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
-                VLLM_CPU_OMP_THREADS_BIND="nobind",
-            ),
-            stdout=log, stderr=log,
-        )  # fmt: skip
-        try:
-            while process.poll() is None:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
-                        break
-                except OSError:
-                    time.sleep(0.5)
-            assert process.poll() is None, "the server has ended"
-            yield
-        finally:
-            process.terminate()
-            process.wait()
+    options = (
+        "--disable-hybrid-kv-cache-manager", "--max-num-batched-tokens", "512",
+        "--num-gpu-blocks-override", str(KV_TOKENS // GPU_BLOCK_TOKENS), *extra,
+    )  # fmt: skip
+    return vllm_server("vllm", model, "m", PORT, options)
 
 
 class Sessions:

@@ -11,6 +11,8 @@ import pytest
 from support.daemon import Daemon, running_daemon
 from support.vllms import DEVICE_BYTES, random_model
 
+pytest.register_assert_rewrite("support.lostfiles")
+
 
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> str:
@@ -35,5 +37,5 @@ def daemon(scratch: Path) -> Iterator[Daemon]:
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where what the engines themselves say goes in this test."""
     path = tmp_path / "log"
-    monkeypatch.setattr("support.vllms.LOG", str(path))
+    monkeypatch.setattr("support.asking.LOG", str(path))
     return path

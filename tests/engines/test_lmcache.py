@@ -3,7 +3,6 @@
 Real packages in an environment of their own (`./run test-engines lmcache`), real processes.
 """
 
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from typing import Any, Final
 import pytest
 
 from support.daemon import Daemon, running_daemon
-from support.engines import engine_environment, engine_python, until
+from support.engines import check_inside, until, until_stored
 from support.faultrules import Act, Op, Rule
 from support.faultydisks import FaultyDisks, faulty_disks, needs_faults
 from support.lmcaches import LMCacheServer
 from support.vllms import Vllm, random_model
 from twfs.client import Client
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.store import BlockInfo, iterate_heads
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
@@ -34,16 +33,7 @@ BLOCKS: Final = TOKENS // 256
 
 
 def test_the_adapter_holds_lmcaches_contract(scratch: Path) -> None:
-    done = subprocess.run(
-        [
-            engine_python(ENGINE), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
-            "-p", "no:cacheprovider", f"--basetemp={scratch / 'inside'}",
-            INSIDE / "lmcache_l2.py",
-        ],
-        env=engine_environment(LMCACHE_TRACK_USAGE="false"), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    check_inside(ENGINE, INSIDE / "lmcache_l2.py", scratch, LMCACHE_TRACK_USAGE="false")
 
 
 @contextmanager
@@ -54,15 +44,6 @@ def engine_of(daemon: Daemon, model: Path, **options: Any) -> Iterator[tuple[LMC
         Vllm("lmcache", model, server.transfer, enable_prefix_caching=False, **options) as vllm,
     ):
         yield server, vllm
-
-
-def until_stored(daemon: Daemon, blocks: int) -> None:
-    """Wait until so many blocks are published."""
-    with daemon.client(arena_bytes=0) as client:
-        until(
-            lambda: sum(info.blocks for info in client.models()) >= blocks,
-            f"{blocks} blocks are stored",
-        )  # fmt: skip
 
 
 def test_tokens_are_the_same_cold_warm_and_after_a_restart_of_everything(

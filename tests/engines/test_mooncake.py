@@ -12,10 +12,10 @@ from typing import Final
 
 import pytest
 
-from support.engines import ENGINES, engine_environment, engine_python
+from support.asking import Asked
+from support.engines import ENGINES, engine_python, free_port
 from support.faultydisks import needs_faults
 from support.filefaults import faulty_files
-from support.filing import free_port
 from support.mounting import mounted
 from support.warehouses import make_warehouse
 
@@ -42,53 +42,24 @@ def master() -> Iterator[int]:
             process.terminate()
 
 
-class Offload:
-    """A client of a master; see support.mooncakes."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def answer(self) -> list[int]:
-        """What it says next."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("answer: "):
-                return [int(word) for word in line.removeprefix("answer: ").split()]
-        raise AssertionError("Mooncake has ended")
-
-    def got(self) -> list[int]:
-        """Have all keys read: how many were right, and how many wrong."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-
 @contextmanager
-def offload(command: str, directory: Path, backend: str) -> Iterator[Offload]:
-    """A client of a fresh master; it must end well."""
-    python = engine_python("mooncake")
-    with master() as port, subprocess.Popen(
-        [python, "-m", "support.mooncakes", command, directory, str(port), str(KEYS)],
-        env=engine_environment(
+def offload(directory: Path, backend: str) -> Iterator[Asked]:
+    """A client of a fresh master, see support.mooncakes; it must end well."""
+    with master() as port:
+        with Asked(
+            [engine_python("mooncake"), "-m", "support.mooncakes", directory, str(port), str(KEYS)],
             MOONCAKE_OFFLOAD_STORAGE_BACKEND_DESCRIPTOR=backend,
             MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS="1",
             MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES=str(8 << 20),
-        ),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    ) as process:  # fmt: skip
-        try:
-            yield Offload(process)
-        except BaseException:
-            process.kill()
-            raise
-    assert process.returncode == 0
+        ) as client:
+            yield client
+        assert client.process.returncode == 0
 
 
 def put_all(directory: Path, backend: str) -> None:
     """Store all keys below *directory*."""
-    with offload("put", directory, backend) as client:
-        assert client.answer() == [KEYS]
+    with offload(directory, backend) as client:
+        assert client.ask(do="put") == KEYS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,8 +70,9 @@ def test_all_keys_are_there_after_a_restart(backend: str, scratch: Path, tmp_pat
         directory.mkdir()
         put_all(directory, backend)
     with mounted(scratch, tmp_path / "mnt") as mount:
-        with offload("get", directory, backend) as client:
-            assert client.got() == [KEYS, 0]
+        with offload(directory, backend) as client:
+            assert client.ask(do="find")
+            assert client.ask(do="get") == [KEYS, 0]
         assert mount.statistics()["counters"]["mount_reads"] >= 3
 
 
@@ -114,16 +86,17 @@ def test_what_is_lost_is_a_miss_and_nothing_else_is(backend: str, scratch: Path)
             if path.is_file() and path.stat().st_size >= 1 << 20
         )  # fmt: skip
         lost = sum(path.stat().st_size for path in large[:2]) >> 20  # a key each, or a bucket
-        with offload("get", files.directory, backend) as client:
+        with offload(files.directory, backend) as client:
             files.rot(large[0])
             with files.unreadable(large[1]):
-                right, wrong = client.got()
+                assert client.ask(do="find")
+                right, wrong = client.ask(do="get")
             assert wrong == 0
             assert KEYS - lost <= right <= KEYS - 2  # a file goes once its bad block is met
             files.gone(large[0])
             files.gone(large[1])
-            assert client.got() == [KEYS - lost, 0]
+            assert client.ask(do="get") == [KEYS - lost, 0]
             files.mount.kill()
-            assert client.got() == [0, 0]
+            assert client.ask(do="get") == [0, 0]
             files.mount.start()
-            assert client.got() == [KEYS - lost, 0]
+            assert client.ask(do="get") == [KEYS - lost, 0]

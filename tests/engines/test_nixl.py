@@ -20,7 +20,7 @@ from support.faultydisks import faulty_disks, needs_faults
 from support.loops import loop_device, needs_loops
 from support.mounting import mounted, shell, store
 from support.snippets import snippets_of
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import iterate_heads
 from twfs.units import ALIGN, ByteCount

@@ -8,15 +8,15 @@ src/plugins/posix/posix_aio_io_queue.cpp), with a pointer to a request that its 
 """
 
 import json
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
-from support.engines import engine_environment, engine_python, until
+from support.asking import Asked
+from support.engines import engine_python, until
 from support.faultydisks import needs_faults
 from support.filefaults import faulty_files
 from support.mounting import mounted
@@ -33,19 +33,18 @@ PARAMS: Final[dict[str, dict[str, str]]] = {
 }
 
 
-def command_of(command: str, directory: Path, how: str) -> list[Any]:
-    """The program inside NIXL's environment; see support.nixlposix."""
+def mover_of(directory: Path, how: str) -> Asked:
+    """A process of NIXL's; see support.nixlposix."""
     python = engine_python("nixl")
-    return [python, "-m", "support.nixlposix", command, directory, json.dumps(PARAMS[how])]
+    return Asked([python, "-m", "support.nixlposix", directory, json.dumps(PARAMS[how])])
 
 
 def moved(command: str, directory: Path, how: str) -> int:
     """Files that came out right."""
-    done = subprocess.run(
-        command_of(command, directory, how),
-        env=engine_environment(), stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    return int(done.stdout.split()[-1])
+    with mover_of(directory, how) as mover:
+        count: int = mover.ask(do=command)
+    assert mover.process.returncode == 0
+    return count
 
 
 @pytest.mark.parametrize("how", PARAMS)
@@ -61,45 +60,13 @@ def test_files_are_written_and_read_after_a_restart(
         assert mount.statistics()["counters"]["mount_reads"] >= FILES
 
 
-class Reader:
-    """A process that reads all files whenever it is asked."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def send(self, line: str) -> None:
-        """Ask; `answer` has what comes of it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{line}\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> Any:
-        """The answer to the oldest question."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("answer: "):  # NIXL writes there too
-                return json.loads(line.removeprefix("answer: "))
-        raise AssertionError("NIXL has ended")
-
-    def ask(self, line: str) -> Any:
-        """Ask and wait for the answer."""
-        self.send(line)
-        return self.answer()
-
-
 @contextmanager
-def reader_of(directory: Path, how: str) -> Iterator[Reader]:
-    """A Reader; it must end well if it can."""
-    with subprocess.Popen(
-        command_of("ask", directory, how), env=engine_environment(), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        try:
-            yield Reader(process)
-        except BaseException:
-            process.kill()
-            raise
-    assert process.returncode == 0 or not goes_on(how)
+def reader_of(directory: Path, how: str) -> Iterator[Asked]:
+    """A process that has all files open; it must end well if it can."""
+    with mover_of(directory, how) as reader:
+        reader.ask(do="open")
+        yield reader
+    assert reader.process.returncode == 0 or not goes_on(how)
 
 
 @needs_faults
@@ -108,13 +75,11 @@ def test_what_is_lost_is_an_error_of_its_file_alone(how: str, scratch: Path) -> 
     with faulty_files(scratch) as files:
         for number, losing in (3, files.rotten), (7, files.unreadable):
             path = written(files.directory, how)[number]
-            with reader_of(files.directory, how) as reader:
-                reader.ask("open")
-                with losing(path):
-                    assert reader.ask("together") == "ERR"
-                    if goes_on(how):
-                        others = [other for other in NUMBERS if other != number]
-                        assert reader.ask("each") == {"done": others, "right": others}
+            with reader_of(files.directory, how) as reader, losing(path):
+                assert reader.ask(do="together") == "ERR"
+                if goes_on(how):
+                    others = [other for other in NUMBERS if other != number]
+                    assert reader.ask(do="each") == {"done": others, "right": others}
             files.gone(path)
         written(files.directory, how)
         assert moved("read", files.directory, how) == FILES
@@ -126,17 +91,16 @@ def test_a_mount_killed_during_a_read_is_an_error(how: str, scratch: Path) -> No
     with faulty_files(scratch) as files:
         written(files.directory, how)
         with reader_of(files.directory, how) as reader:
-            reader.ask("open")
             files.hang()
-            reader.send("together")
+            reader.send(do="together")
             files.kill_in_a_read()
             assert reader.answer() == "ERR"
             if goes_on(how):
-                assert reader.ask("each") == {"done": [], "right": []}  # the dead mount's
+                assert reader.ask(do="each") == {"done": [], "right": []}  # the dead mount's
             files.mount.start()
             if goes_on(how):
-                reader.ask("open")
-                assert reader.ask("each") == {"done": NUMBERS, "right": NUMBERS}
+                reader.ask(do="open")
+                assert reader.ask(do="each") == {"done": NUMBERS, "right": NUMBERS}
         assert moved("read", files.directory, how) == FILES
 
 

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from support.daemon import Daemon, running_daemon
-from support.engines import engine_environment, engine_python, until
+from support.engines import check_inside, engine_environment, engine_python, until_stored
 from support.sglangs import PAGE_TOKENS, Sglang, linker_config
 from support.snippets import snippets_of
 from twfs.units import ALIGN
@@ -25,24 +25,7 @@ PROMPT: Final = {"seed": 1, "tokens": PAGE_TOKENS * PAGES + 20}
 
 
 def test_the_adapters_hold_sglangs_contracts(scratch: Path) -> None:
-    done = subprocess.run(
-        [
-            engine_python(ENGINE), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
-            "-p", "no:cacheprovider", f"--basetemp={scratch / 'inside'}",
-            INSIDE / "sglang_storage.py",
-        ],
-        env=engine_environment(SGLANG_USE_CPU_ENGINE="1"), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
-
-
-def until_stored(daemon: Daemon, blocks: int) -> None:
-    with daemon.client(arena_bytes=0) as client:
-        until(
-            lambda: sum(info.blocks for info in client.models()) >= blocks,
-            f"{blocks} blocks are stored",
-        )
+    check_inside(ENGINE, INSIDE / "sglang_storage.py", scratch, SGLANG_USE_CPU_ENGINE="1")
 
 
 def flip_a_byte(daemon: Daemon) -> None:

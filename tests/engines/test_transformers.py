@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from twfs.device import DeviceSpec
+from twfs.devices.device import DeviceSpec
 from twfs.errors import InvalidInput
 from twfs.layout import Layout
 from twfs.store import PutOutcome

@@ -16,10 +16,11 @@ from typing import Any, Final
 import pytest
 
 from support.daemon import Daemon, running_daemon
+from support.engines import blocks_in, until_stored
 from support.faultrules import Act, Op, Rule
 from support.faultydisks import FaultyDisks, faults_reason, faulty_disks
 from support.vllms import DEVICE_BYTES, STORED_TOKENS, Vllm, random_model, transfer_config
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 
@@ -27,18 +28,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROMPT: Final = {"seed": 1, "tokens": 2000}
 HELD: Final = 2000 // STORED_TOKENS * STORED_TOKENS
-
-
-def blocks_in(daemon: Daemon) -> int:
-    """Blocks that the daemon has published, of all models."""
-    with daemon.client(arena_bytes=0) as client:
-        return sum(info.blocks for info in client.models())
-
-
-def wait_stored(daemon: Daemon, count: int) -> None:
-    """Wait until so many blocks are published; the engine does not."""
-    while blocks_in(daemon) < count:
-        time.sleep(0.05)
 
 
 def test_a_restart_of_engine_and_daemon_finds_the_same_tokens(
@@ -50,13 +39,13 @@ def test_a_restart_of_engine_and_daemon_finds_the_same_tokens(
         own = vllm.generate(PROMPT, out=52)
         assert own["cached"][0] > 0
         assert own["tokens"] == cold["tokens"]
-        wait_stored(daemon, (2000 + 51) // STORED_TOKENS)
+        until_stored(daemon, (2000 + 51) // STORED_TOKENS)
         # The next turn finds what the first one answered, and not its prompt alone.
         turn = {"ids": ids_of(PROMPT) + cold["tokens"][0] + [7] * 60}
         assert vllm.ask(do="reset")
         second = vllm.generate(turn)
         assert second["cached"] == [2048]
-        wait_stored(daemon, 8)
+        until_stored(daemon, 8)
     daemon.stop()
     daemon.start()
     with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
@@ -95,7 +84,7 @@ def test_other_weights_dtype_and_block_size_never_hit(
     shutil.copytree(model, path)
     with Vllm(engine, path, transfer_config(daemon.socket)) as vllm:
         first = vllm.generate(PROMPT)
-        wait_stored(daemon, HELD // STORED_TOKENS)
+        until_stored(daemon, HELD // STORED_TOKENS)
         before = blocks_in(daemon)
     with Vllm(engine, path, transfer_config(daemon.socket, block_size=512)) as vllm:
         assert vllm.generate(PROMPT) | {"seconds": 0} == first | {"seconds": 0}
@@ -107,7 +96,7 @@ def test_other_weights_dtype_and_block_size_never_hit(
         other = vllm.generate(PROMPT)
         assert other["cached"] == [0]
         assert other["tokens"] != first["tokens"]
-        wait_stored(daemon, before + 1)
+        until_stored(daemon, before + 1)
     with daemon.client(arena_bytes=0) as client:
         assert len(client.models()) == 4
 
@@ -134,7 +123,7 @@ def test_a_load_that_fails_is_computed_with_the_right_tokens(
         engine, model, transfer_config(daemon.socket)
     ) as vllm, ThreadPoolExecutor(1) as helper:  # fmt: skip
         cold = vllm.generate(PROMPT)
-        wait_stored(daemon, HELD // STORED_TOKENS)
+        until_stored(daemon, HELD // STORED_TOKENS)
         for name, act, meanwhile in faults:
             assert vllm.ask(do="reset"), name
             assert vllm.generate(PROMPT)["cached"] == [HELD], name
@@ -193,7 +182,7 @@ def test_ranks_store_a_shard_each(engine: str, model: Path, daemon: Daemon) -> N
     with Vllm(engine, model, transfer_config(daemon.socket), tensor_parallel_size=2) as vllm:
         cold = vllm.generate(PROMPT)
         assert vllm.ask(do="estimate") > 0  # which rank 0 alone has timed
-        wait_stored(daemon, 2 * (HELD // STORED_TOKENS))
+        until_stored(daemon, 2 * (HELD // STORED_TOKENS))
     daemon.restart()
     with Vllm(engine, model, transfer_config(daemon.socket), tensor_parallel_size=2) as vllm:
         warm = vllm.generate(PROMPT)
@@ -211,13 +200,13 @@ def test_two_engines_share_a_daemon_one_in_another_pid_namespace(
 ) -> None:
     with Vllm(engine, model, transfer_config(daemon.socket)) as vllm:
         cold = vllm.generate(PROMPT)
-        wait_stored(daemon, HELD // STORED_TOKENS)
+        until_stored(daemon, HELD // STORED_TOKENS)
         contained = ("unshare", "--fork", "--pid", "--mount-proc")
         with Vllm(engine, model, transfer_config(daemon.socket), wrapper=contained) as other:
             warm = other.generate(PROMPT)
             assert (warm["cached"], warm["tokens"]) == ([HELD], cold["tokens"])
             theirs = other.generate({"seed": 5, "tokens": 1000})
-            wait_stored(daemon, HELD // STORED_TOKENS + 3)
+            until_stored(daemon, HELD // STORED_TOKENS + 3)
         mine = vllm.generate({"seed": 5, "tokens": 1000})
         assert (mine["cached"], mine["tokens"]) == ([768], theirs["tokens"])
 

@@ -7,19 +7,16 @@ import json
 import shlex
 import subprocess
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from support.daemon import Daemon
-from support.engines import engine_environment, engine_python
 from support.snippets import snippets_of
-from support.vllms import LOG, Vllm, sessions_of
+from support.vllms import Vllm, sessions_of, vllm_server
 from twfs.hints import Retention
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -37,35 +34,13 @@ def config_of(number: int, daemon: Daemon) -> dict[str, Any]:
     return config
 
 
-@contextmanager
-def server(command: str, engine: str, model: Path, folder: Path) -> Iterator[None]:
+def server(command: str, engine: str, model: Path, folder: Path) -> AbstractContextManager[None]:
     """What `vllm serve ...` of the page starts, once it answers."""
     words = shlex.split(command.replace("\\\n", " ").replace('"$(cat twfs.json)"', "@config"))
     assert words[:3] == ["vllm", "serve", MODEL]
     config = (folder / "twfs.json").read_text()
     options = [config if word == "@config" else word for word in words[3:]]
-    with Path(LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [engine_python(engine), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
-             "--served-model-name", MODEL, "--port", str(PORT), "--host", "127.0.0.1",
-             "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager",
-             "--block-size", "64", *options],
-            env=engine_environment(VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
-                                   VLLM_CPU_OMP_THREADS_BIND="nobind"),
-            stdout=log, stderr=log,
-        )  # fmt: skip
-        try:
-            while process.poll() is None:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5):
-                        break
-                except OSError:
-                    time.sleep(0.5)
-            assert process.poll() is None, "the server has ended"
-            yield
-        finally:
-            process.terminate()
-            process.wait()
+    return vllm_server(engine, model, MODEL, PORT, options)
 
 
 def test_the_server_of_the_page_stores_and_the_request_of_the_page_says_so(

@@ -5,26 +5,30 @@ cannot be read, a mount that has died. The tier calls a file that it cannot read
 what it read before it in the same job (vllm/v1/kv_offload/tiering/fs/manager.py).
 """
 
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from support.engines import until
-from support.faultydisks import needs_faults
-from support.filefaults import FaultyFiles, faulty_files
+from support.filefaults import faulty_files
+from support.lostfiles import (
+    BLOCKS,
+    HELD,
+    TOKENS,
+    Served,
+    test_a_file_that_is_lost_is_computed_again,  # noqa: F401 - what this module claims as well
+    test_a_mount_killed_during_a_load_costs_that_load,  # noqa: F401
+    until_blocks,
+)
 from support.mounting import mounted
 from support.vllms import GPU_BLOCK_TOKENS, STORED_TOKENS, Vllm
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mark.root,
               pytest.mark.timeout(900)]  # fmt: skip
 
-TOKENS: Final = 2000
-BLOCKS: Final = TOKENS // STORED_TOKENS
+SUFFIX: Final = ".bin"
 
 
 def tier_config(directory: Path) -> dict[str, Any]:
@@ -40,11 +44,6 @@ def tier_config(directory: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def files_in(directory: Path) -> list[Path]:
-    """The tier's blocks."""
-    return [path for path in directory.rglob("*") if path.is_file() and path.suffix == ".bin"]
-
-
 def test_the_fs_tier_finds_its_files_after_a_restart(
     model: Path, scratch: Path, tmp_path: Path
 ) -> None:
@@ -55,43 +54,20 @@ def test_the_fs_tier_finds_its_files_after_a_restart(
         with Vllm("vllm", model, tier_config(directory)) as vllm:
             cold = vllm.generate(prompt, out=8)
             assert cold["cached"] == [0]
-            while len(files_in(directory)) < BLOCKS:
-                time.sleep(0.1)
+            until_blocks(directory, SUFFIX, BLOCKS)
     with mounted(scratch, tmp_path / "mnt") as mount:
         assert not list(directory.rglob("*.tmp"))
         with Vllm("vllm", model, tier_config(directory)) as vllm:
             warm = vllm.generate(prompt, out=8)
         assert warm["tokens"] == cold["tokens"]
-        assert warm["cached"] == [BLOCKS * STORED_TOKENS]
+        assert warm["cached"] == [HELD]
         assert mount.statistics()["counters"]["mount_reads"] >= BLOCKS
         assert GPU_BLOCK_TOKENS < STORED_TOKENS
 
 
-@dataclass(frozen=True)
-class Served:
-    """One engine, whose tier is on a disk that a test commands."""
-
-    files: FaultyFiles
-    vllm: Vllm
-
-    def cold(self, seed: int) -> tuple[list[int], list[Path]]:
-        """The tokens that are computed for a prompt, and the files that it leaves."""
-        before = set(files_in(self.files.directory))
-        answer = self.vllm.generate({"seed": seed, "tokens": TOKENS}, out=8)
-        assert answer["cached"] == [0]
-        self.until_stored(len(before) + BLOCKS)
-        tokens: list[int] = answer["tokens"][0]
-        return tokens, sorted(set(files_in(self.files.directory)) - before)
-
-    def until_stored(self, count: int) -> None:
-        """Wait until there are so many files."""
-        until(lambda: len(files_in(self.files.directory)) == count, "all is stored")
-
-    def again(self, seed: int) -> tuple[list[int], int]:
-        """Tokens, and how many were cached, when nothing but the files has its KV."""
-        assert self.vllm.ask(do="reset", connector=True)
-        answer = self.vllm.generate({"seed": seed, "tokens": TOKENS}, out=8)
-        return answer["tokens"][0], answer["cached"][0]
+def forget(vllm: Vllm) -> None:
+    """Empty the engine's own memory and the tier's."""
+    assert vllm.ask(do="reset", connector=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,38 +76,4 @@ def served(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Se
         faulty_files(tmp_path_factory.mktemp("served")) as files,
         Vllm("vllm", model, tier_config(files.directory)) as vllm,
     ):
-        yield Served(files, vllm)
-
-
-@needs_faults
-def test_a_file_whose_bytes_changed_on_the_device_is_computed_again(served: Served) -> None:
-    tokens, files = served.cold(11)
-    served.files.rot(files[0])
-    again, cached = served.again(11)
-    assert again == tokens
-    assert cached < BLOCKS * STORED_TOKENS
-    # It was gone for the tier, which has stored it anew.
-    until(lambda: served.again(11) == (tokens, BLOCKS * STORED_TOKENS), "it is whole again")
-
-
-@needs_faults
-def test_a_file_that_cannot_be_read_is_computed_again(served: Served) -> None:
-    tokens, files = served.cold(12)
-    with served.files.unreadable(files[0]):
-        again, cached = served.again(12)
-    assert again == tokens
-    assert cached < BLOCKS * STORED_TOKENS
-    until(lambda: served.again(12) == (tokens, BLOCKS * STORED_TOKENS), "it is whole again")
-
-
-@needs_faults
-def test_a_mount_killed_during_a_load_costs_that_load(served: Served) -> None:
-    tokens, _ = served.cold(13)
-    served.files.hang()
-    with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(served.again, 13)
-        served.files.kill_in_a_read()
-        assert answer.result() == (tokens, 0)
-    assert served.again(13) == (tokens, 0)  # nobody there at all: lookups are misses
-    served.files.mount.start()
-    assert served.again(13) == (tokens, BLOCKS * STORED_TOKENS)
+        yield Served(files, vllm, SUFFIX, partial(forget, vllm))

@@ -31,12 +31,12 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
-from twfs import evicting
 from twfs.errors import TwfsError
-from twfs.metadata import Metadata
+from twfs.eviction import evicting
+from twfs.metadata.environment import Metadata
+from twfs.metadata.tables import TABLES, ReadView, WriteView
 from twfs.prefix import Names
 from twfs.store import Model, ReadOutcome
-from twfs.tables import TABLES, ReadView, WriteView
 from twfs.warehouse import Warehouse
 
 EVERY_TABLE: Final = (*TABLES, "children")

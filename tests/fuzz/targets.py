@@ -30,17 +30,18 @@ from fuzz.sample import (
 )
 from fuzz.wire import feed_frames, feed_reply, feed_request, reply_seeds, request_seeds
 from support.warehouses import LAYOUTS, MHA, chain_of, stop_tending
-from twfs import opening
-from twfs.chainfile import ChainFile, parse_block_name, parse_detached_name, write_chain
+from twfs.checking.snapshot import take_snapshot
 from twfs.config import parse
+from twfs.core import opening
+from twfs.devices.extents import Allocator
+from twfs.devices.roster import Roster, RosterClass, RosterModel
 from twfs.errors import CorruptMetadata, InvalidInput, TooLarge, TwfsError
-from twfs.extents import Allocator
-from twfs.importing import Importer
+from twfs.index.slots import Slots
 from twfs.layout import Layout, check_model_name
-from twfs.metadata import Metadata
-from twfs.nodes import CONTROL, ROOT
-from twfs.nodes import LAYOUTS as LAYOUTS_DIRECTORY
-from twfs.protocol import layout_of, layout_to_json
+from twfs.metadata.environment import Metadata
+from twfs.metadata.sessions import Session, SessionKey
+from twfs.policy.retention import Terms
+from twfs.protocol.codec import layout_of, layout_to_json
 from twfs.records import (
     FORMAT_VERSION,
     HEADER_MAGIC,
@@ -54,15 +55,14 @@ from twfs.records import (
     Superblock,
     _seal,
 )
-from twfs.retention import Terms
-from twfs.roster import Roster, RosterClass, RosterModel
 from twfs.secret import mac_of
-from twfs.sessions import Session, SessionKey
-from twfs.slots import Slots
-from twfs.snapshot import take_snapshot
 from twfs.store import ModelInfo
-from twfs.tree import Tree
 from twfs.units import ALIGN, Millis, ModelId, PrefixHash
+from twfs.vfs.chainfile import ChainFile, parse_block_name, parse_detached_name, write_chain
+from twfs.vfs.importing import Importer
+from twfs.vfs.nodes import CONTROL, ROOT
+from twfs.vfs.nodes import LAYOUTS as LAYOUTS_DIRECTORY
+from twfs.vfs.tree import Tree
 from twfs.warehouse import Warehouse
 from twfs_mount.looking import text_of
 from twfs_mount.main import mount_options

@@ -15,12 +15,38 @@ from msgspec.structs import replace
 
 from fuzz.sample import sample_warehouse
 from support.warehouses import MHA, chain_of
-from twfs.answers import ANSWERS, status_of
+from twfs.daemon.answers import ANSWERS, status_of
+from twfs.daemon.permitting import Permitted
+from twfs.daemon.shared import names_asked
+from twfs.datapath.match import Match
 from twfs.errors import TwfsError
 from twfs.hints import Stop
-from twfs.leases import Located
-from twfs.match import Match
-from twfs.messages import (
+from twfs.index.leases import Located
+from twfs.protocol.codec import (
+    FrameBuffer,
+    arena_block_of,
+    block_info_of,
+    block_info_to_wire,
+    decode_reply,
+    decode_request,
+    encode,
+    error_of,
+    failure_of,
+    hint_of,
+    hint_to_wire,
+    key_of,
+    layout_of,
+    layout_to_json,
+    located_to_wire,
+    model_of,
+    model_to_wire,
+    names_of,
+    names_to_wire,
+    result_of,
+    rows_of,
+    unpack_numbers,
+)
+from twfs.protocol.messages import (
     AnyReply,
     AskChanges,
     AskSpace,
@@ -63,37 +89,11 @@ from twfs.messages import (
     Welcome,
     WriteBlocks,
 )
-from twfs.permitting import Permitted
-from twfs.protocol import (
-    FrameBuffer,
-    arena_block_of,
-    block_info_of,
-    block_info_to_wire,
-    decode_reply,
-    decode_request,
-    encode,
-    error_of,
-    failure_of,
-    hint_of,
-    hint_to_wire,
-    key_of,
-    layout_of,
-    layout_to_json,
-    located_to_wire,
-    model_of,
-    model_to_wire,
-    names_of,
-    names_to_wire,
-    result_of,
-    rows_of,
-    unpack_numbers,
-)
+from twfs.protocol.remote import RemoteNamespace
+from twfs.protocol.wire import HELLO_BYTES_MAX, LENGTH_BYTES, WireArenaBlock, WireDevice, WireHint
 from twfs.readers.select import Readers
-from twfs.remote import RemoteNamespace
-from twfs.shared import names_asked
 from twfs.store import LeaseHolder, Model, ReadOutcome, Retention, Served
 from twfs.units import ByteCount, ModelId
-from twfs.wire import HELLO_BYTES_MAX, LENGTH_BYTES, WireArenaBlock, WireDevice, WireHint
 
 ARENA_BYTES: Final = 1 << 20
 SIZES: Final = {0: 16 << 20}

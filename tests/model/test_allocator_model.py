@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from twfs.extents import FIRST_EXTENT_MIN, Allocator
+from twfs.devices.extents import FIRST_EXTENT_MIN, Allocator
 from twfs.records import Extent
 from twfs.units import ALIGN, EXTENTS_MAX, ByteCount, ByteOffset, DeviceIndex
 

@@ -24,14 +24,14 @@ from support.daemon import Daemon, running_daemon
 from support.modelling import MODEL_LAYOUTS, examples, fresh_payload, names_along, paths, which
 from support.mounting import until
 from twfs.client import Client
+from twfs.datapath.match import Match
+from twfs.datapath.upload import upload
 from twfs.errors import LeaseEnded, NoSuchBlock, TwfsError
-from twfs.link import Link, RemotePut
-from twfs.match import Match
 from twfs.prefix import Names
+from twfs.protocol.link import Link, RemotePut
 from twfs.records import BlockKey
 from twfs.store import Model, PutOutcome, ReadOutcome, Retention
 from twfs.units import ByteCount
-from twfs.upload import upload
 
 CLIENTS = 3
 HELD_MAX = 4

@@ -23,11 +23,11 @@ from hypothesis.stateful import (
 
 from support.modelling import MODEL_LAYOUTS, examples, fresh_payload, names_along, paths, which
 from support.mounting import Mount, mounted, names_in, shell, until
-from twfs.chainfile import block_name
 from twfs.client import Client
 from twfs.records import BlockKey
 from twfs.store import BlockInfo, Model, PutOutcome, Retention
 from twfs.units import ByteCount, PrefixHash
+from twfs.vfs.chainfile import block_name
 
 numbers = st.integers(0, 20)
 

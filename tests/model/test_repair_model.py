@@ -26,8 +26,8 @@ from support.warehouses import (
     read_all,
     records_of,
 )
-from twfs import repair
 from twfs.errors import CorruptSuperblock
+from twfs.recovery import repair
 
 EXAMPLES = 600 if os.environ.get("TWFS_HYPOTHESIS") == "explore" else 30
 NUMBER = st.integers(0, 1 << 20)

@@ -24,12 +24,13 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
-from twfs import Hint, Retention, ledger, sessions
+from twfs import Hint, Retention
 from twfs.config import parse
 from twfs.errors import NoSuchBlock, PromiseRefused
-from twfs.evicting import freed_bytes, sweep_expired
+from twfs.eviction.evicting import freed_bytes, sweep_expired
+from twfs.eviction.retaining import flush, keep_classes
+from twfs.metadata import ledger, sessions
 from twfs.records import BlockKey
-from twfs.retaining import flush, keep_classes
 from twfs.store import Model
 from twfs.units import ByteCount, Millis
 from twfs.warehouse import Warehouse

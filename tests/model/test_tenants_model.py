@@ -25,13 +25,14 @@ from support.warehouses import (
     tokens_of,
 )
 from support.warehouses import put as put_names
-from twfs import evicting, usage
+from twfs.admin import usage
+from twfs.admin.usage import By
 from twfs.errors import NotEmpty, QuotaExceeded
+from twfs.eviction import evicting
 from twfs.prefix import Names
 from twfs.records import BlockKey
 from twfs.store import Model, PutOutcome, iterate_heads
 from twfs.units import ByteCount
-from twfs.usage import By
 from twfs.warehouse import Warehouse
 
 BLOCK = 8192  # on the device

@@ -32,15 +32,17 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
-from twfs import evicting, ledger, moving
+from twfs.admin import moving
 from twfs.checksums import checksums_of
 from twfs.config import AdmissionSettings, Config, EvictionSettings
+from twfs.datapath.match import Match
+from twfs.datapath.putting import Put
+from twfs.devices.payload import aligned_buffer
 from twfs.errors import StaleEpoch
+from twfs.eviction import evicting
 from twfs.layout import Layout
-from twfs.match import Match
-from twfs.payload import aligned_buffer
+from twfs.metadata import ledger
 from twfs.prefix import Names
-from twfs.putting import Put
 from twfs.records import Block, BlockKey
 from twfs.store import ArenaBlock, Model, PutOutcome, ReadOutcome, Retention
 from twfs.units import ByteCount, PrefixHash, align_up

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fuse
 
 BROKEN_DAEMON = """
 import sys
-from twfs.tree import Tree
+from twfs.vfs.tree import Tree
 from twfs_mount.main import main
 
 def described(self, node):

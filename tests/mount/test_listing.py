@@ -9,9 +9,9 @@ import pytest
 
 from support.mounting import Mount, expected, names_in, refusal, refused, shell, store, until
 from support.warehouses import HYBRID, MHA, SHARDED, payloads_of
-from twfs.describing import PREFIX
 from twfs.store import Retention
 from twfs.units import ByteCount
+from twfs.vfs.describing import PREFIX
 
 pytestmark = pytest.mark.fuse
 

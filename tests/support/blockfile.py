@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from twfs.checksums import checksums_of, layer_sums_of
+from twfs.datapath.match import Match
 from twfs.layout import Layout
-from twfs.match import Match
 from twfs.prefix import Names
 from twfs.readers.select import DeviceSource, Readers
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, Block, BlockKey, Extent, Header

@@ -19,13 +19,13 @@ from support.warehouses import (
     put_whole,
     records_of,
 )
-from twfs.filerows import FILE_KEY, row_of, tail_of
-from twfs.metadata import Metadata
-from twfs.opening import META_DIRECTORY
-from twfs.payload import read_payload
+from twfs.core.opening import META_DIRECTORY
+from twfs.devices.payload import read_payload
+from twfs.metadata.environment import Metadata
+from twfs.metadata.filerows import FILE_KEY, row_of, tail_of
+from twfs.metadata.tables import LENGTH, PLACE_KEY, WriteView
 from twfs.records import DATA_START, ROSTER_STARTS, Block
 from twfs.store import Model
-from twfs.tables import LENGTH, PLACE_KEY, WriteView
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 

@@ -12,18 +12,20 @@ from typing import Any
 import lmdb  # noqa: TID251
 import pytest
 
-from twfs import choosing, evicting, ledger, metadata, reserving
-from twfs.core import Core
-from twfs.device import Device
-from twfs.devicestates import Standings
+from twfs.core.state import Core
+from twfs.datapath import reserving
+from twfs.datapath.putting import Put
+from twfs.devices.device import Device
+from twfs.devices.payload import aligned_buffer
+from twfs.devices.standing import Standings
 from twfs.errors import NoSuchFile
-from twfs.fileblocks import FileBlocks
-from twfs.files import Files
-from twfs.metadata import Metadata
-from twfs.payload import aligned_buffer
-from twfs.putting import Put
+from twfs.eviction import choosing, evicting
+from twfs.metadata import environment, ledger
+from twfs.metadata.environment import Metadata
 from twfs.records import HEADER_MAGIC
 from twfs.units import ALIGN, ByteOffset
+from twfs.vfs.fileblocks import FileBlocks
+from twfs.vfs.files import Files
 from twfs.warehouse import Warehouse
 
 
@@ -114,7 +116,7 @@ def reuse_before_certain(patch: pytest.MonkeyPatch) -> None:
     def hasty(
         tables: Metadata, job: Any, after: Any = None, *, settled: Any = None, urgent: bool = False
     ) -> Any:
-        if settled is None or settled is metadata._nothing:
+        if settled is None or settled is environment._nothing:
             return right(tables, job, after, settled=settled, urgent=urgent)
 
         def both(result: Any) -> None:

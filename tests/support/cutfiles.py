@@ -20,11 +20,12 @@ import pytest
 from support.filing import WRITER, make_file, tree_of
 from support.powercut import Marked, Recorder
 from support.warehouses import open_warehouse
-from twfs import drafts, filerows
-from twfs.drafts import Draft
-from twfs.files import Files
+from twfs.metadata import filerows
 from twfs.store import Durability
 from twfs.units import Ino
+from twfs.vfs import drafts
+from twfs.vfs.drafts import Draft
+from twfs.vfs.files import Files
 
 PIECE_BYTES: Final = 16 << 10
 SIZES: Final = (0, 100, 4096, 5000, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES + 777)

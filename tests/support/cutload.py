@@ -12,17 +12,17 @@ from typing import Final
 
 from support.powercut import Recorder
 from support.warehouses import MHA, chain_of, open_warehouse, payload_of, payloads_of, upload_all
-from twfs import evicting
 from twfs.checksums import checksums_of
+from twfs.datapath.match import Match
+from twfs.datapath.putting import Put
 from twfs.errors import NoSuchBlock, NotEmpty, StaleEpoch, WarehouseFull
+from twfs.eviction import evicting
 from twfs.layout import Group, Layout
-from twfs.match import Match
-from twfs.metadata import Metadata
+from twfs.metadata.environment import Metadata
+from twfs.metadata.tables import RETIRED, WriteView
 from twfs.prefix import Names
-from twfs.putting import Put
 from twfs.records import BlockKey, Extent
 from twfs.store import Durability, Model, PutOutcome
-from twfs.tables import RETIRED, WriteView
 from twfs.units import ByteCount, ByteOffset
 from twfs.warehouse import Warehouse
 

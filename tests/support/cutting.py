@@ -32,8 +32,8 @@ from support.warehouses import (
     read_all,
     records_of,
 )
-from twfs import proving
-from twfs.device import Device
+from twfs.checking import proving
+from twfs.devices.device import Device
 from twfs.errors import TwfsError
 from twfs.records import BlockKey
 from twfs.store import Durability

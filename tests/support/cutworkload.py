@@ -20,11 +20,11 @@ import msgspec
 
 from support.faultydisks import Control
 from support.warehouses import chain_of, payloads_of, records_of, settle, stop_tending
-from twfs.core import Core
-from twfs.device import Device
+from twfs.core.state import Core
+from twfs.datapath.putting import Put
+from twfs.devices.device import Device
 from twfs.layout import Group, Layout
 from twfs.prefix import Names
-from twfs.putting import Put
 from twfs.records import BlockKey
 from twfs.store import Model, PutOutcome
 from twfs.units import ByteCount

@@ -16,8 +16,8 @@ from typing import Final
 import trio
 
 from twfs.client import Client, connect
-from twfs.formatting import DeviceSpec
-from twfs.server import serve
+from twfs.daemon.server import serve
+from twfs.devices.formatting import DeviceSpec
 from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from support.mounting import until
 from support.warehouses import chain_of, payload_of
-from twfs import moving
+from twfs.admin import moving
 from twfs.client import connect
 from twfs.store import ReadOutcome
 from twfs.warehouse import Warehouse

@@ -5,12 +5,15 @@
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from support.daemon import Daemon
 
 REPOSITORY: Final = Path(__file__).parents[2]
 ENGINES: Final = Path(os.environ.get("TWFS_ENGINES", REPOSITORY / ".engines"))
@@ -35,6 +38,18 @@ def engine_environment(**more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def check_inside(engine: str, program: Path, scratch: Path, **environment: str) -> None:
+    """Run tests that need *engine*'s environment in it; fail if one fails."""
+    done = subprocess.run(
+        [
+            engine_python(engine), "-m", "pytest", "-q", "-c", "/dev/null", "--noconftest",
+            "-p", "no:cacheprovider", f"--basetemp={scratch / 'inside'}", program,
+        ],
+        env=engine_environment(**environment), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
@@ -49,3 +64,14 @@ def until(claim: Callable[[], bool], what: str) -> None:
     while not claim():
         assert time.monotonic() < deadline_s, f"never: {what}"
         time.sleep(0.1)
+
+
+def blocks_in(daemon: Daemon) -> int:
+    """Blocks that the daemon has published, of all models."""
+    with daemon.client(arena_bytes=0) as client:
+        return sum(info.blocks for info in client.models())
+
+
+def until_stored(daemon: Daemon, count: int) -> None:
+    """Wait until so many blocks are published; the engine does not."""
+    until(lambda: blocks_in(daemon) >= count, f"{count} blocks are stored")

@@ -13,7 +13,7 @@ from support.engines import until
 from support.faultrules import Act, Op, Rule
 from support.faultydisks import FaultyDisks, faulty_disks
 from support.mounting import MOUNTED_BYTES, Mount, mounted, shell
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
 

@@ -1,18 +1,17 @@
 """Files written and read through the library, as the mount does it."""
 
-import socket
 import stat
 from collections.abc import Sequence
 
-from twfs import filetables, ledger
-from twfs.beginning import begin_put
 from twfs.checksums import lanes_of, xxh3_of
-from twfs.filerows import FileRow, content_names, tail_of
-from twfs.files import Files
-from twfs.payload import aligned_buffer
+from twfs.datapath.offering import begin_put
+from twfs.devices.payload import aligned_buffer
+from twfs.metadata import filetables, ledger
+from twfs.metadata.filerows import FileRow, content_names, tail_of
+from twfs.metadata.tables import WriteView
 from twfs.store import ArenaBlock, PutOutcome, Retention
-from twfs.tables import WriteView
 from twfs.units import ALIGN, ByteCount, Ino
+from twfs.vfs.files import Files
 
 WRITER = 4711  # stands for a process
 
@@ -84,11 +83,3 @@ def tree_of(files: Files, parent: int = 0, above: bytes = b"") -> dict[bytes, by
         if row.is_directory:
             found |= tree_of(files, ino, path)
     return found
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -10,9 +10,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Final, Self
 
+from support.asking import LOG
 from support.engines import engine_environment, engine_python, free_port, until
 from support.snippets import snippets_of
-from support.vllms import LOG
 
 L1_GB: Final = 0.25
 

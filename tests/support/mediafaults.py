@@ -16,7 +16,7 @@ import numpy as np
 from support.faultrules import EVERYWHERE, Act, Op, Rule
 from support.faultydisks import FaultyDisks
 from support.warehouses import DEVICE_BYTES, MHA, block_at, payload_of, settle
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.prefix import Names
 from twfs.records import DATA_START, Extent
 from twfs.store import Model, ReadOutcome, Store

@@ -1,17 +1,21 @@
 """Mooncake's store with its SSD offload in a directory, in Mooncake's own environment.
 
-COMMAND DIRECTORY MASTER_PORT KEYS: `put` stores keys of known bytes until all are on the SSD and
-says how many. `get` is another client, after a restart: for each line of stdin it reads all keys
-and says how many came back right, and how many wrong.
+DIRECTORY MASTER_PORT KEYS. Requests: `put` stores keys of known bytes until all are on the SSD, and
+answers how many are. `find`, to another client after a restart, waits until the last one is found.
+`get` reads all and answers how many came back right, and how many wrong. At the first one the store
+opens, and reads of what is there: a test may do its damage before that.
 """
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from mooncake.store import MooncakeDistributedStore
+
+from support.answering import Answers
 
 VALUE_BYTES: Final = 1 << 20
 PATIENCE_S: Final = 240.0  # it offloads at heartbeats, a bucket or so at each
@@ -42,31 +46,40 @@ def stored_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def say(*words: int) -> None:
-    """Answer whoever started this."""
-    sys.stdout.write(f"answer: {' '.join(map(str, words))}\n")
-    sys.stdout.flush()
+def wait(done: Callable[[], bool]) -> bool:
+    """Tell whether it is done in time."""
+    late = time.monotonic() + PATIENCE_S
+    while not done() and time.monotonic() < late:
+        time.sleep(0.5)
+    return done()
+
+
+def answer(store: Any, directory: Path, keys: int, request: str) -> Any:
+    """Do what *request* asks."""
+    match request:
+        case "put":
+            for number in range(keys):
+                assert store.put(f"key-{number}", content(number)) == 0
+            wait(lambda: stored_bytes(directory) >= keys * VALUE_BYTES)
+            return stored_bytes(directory) // VALUE_BYTES
+        case "find":
+            return wait(lambda: store.is_exist(f"key-{keys - 1}") == 1)
+        case "get":
+            found = [store.get(f"key-{number}") for number in range(keys)]
+            right = sum(value == content(number) for number, value in enumerate(found))
+            return right, sum(map(bool, found)) - right
+        case _:
+            raise ValueError(request)
 
 
 def main() -> None:
     """See the module's docstring."""
-    command, directory, port, keys = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-    store = opened(directory, port)
-    late = time.monotonic() + PATIENCE_S
-    if command == "put":
-        for number in range(keys):
-            assert store.put(f"key-{number}", content(number)) == 0
-        while stored_bytes(Path(directory)) < keys * VALUE_BYTES and time.monotonic() < late:
-            time.sleep(0.5)
-        say(stored_bytes(Path(directory)) // VALUE_BYTES)
-    else:
-        while store.is_exist(f"key-{keys - 1}") != 1 and time.monotonic() < late:
-            time.sleep(0.5)
-        for _ in sys.stdin:
-            found = [store.get(f"key-{number}") for number in range(keys)]
-            right = sum(value == content(number) for number, value in enumerate(found))
-            wrong = sum(bool(value) and value != content(n) for n, value in enumerate(found))
-            say(right, wrong)
+    answers = Answers()
+    directory, port, keys = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    store = None
+    for request in answers.requests():
+        store = store or opened(directory, port)
+        answers.say(answer(store, Path(directory), keys, request["do"]))
     os._exit(0)  # its threads do not end by themselves
 
 

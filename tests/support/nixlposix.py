@@ -1,8 +1,8 @@
-"""NIXL's POSIX plug-in between memory and files, in its environment: COMMAND DIRECTORY PARAMS.
+"""NIXL's POSIX plug-in between memory and files, in its environment: DIRECTORY PARAMS.
 
-`write` makes files of bytes that their number gives, `read` compares: both in one request, and
-print how many files were right. `ask` answers lines of stdin with JSON: `open` opens all anew;
-`together` reads them in one request and tells its state; `each` reads one by one (Answer).
+Requests: `write` makes files of bytes that their number gives, `read` compares: both in one request
+of NIXL's, and the answer is how many files were right. `open` opens all anew to be read; `together`
+reads them in one request and tells its state; `each` reads one by one (Answer).
 """
 
 import json
@@ -16,6 +16,8 @@ from typing import Any, Final, TypedDict
 
 import numpy as np
 from nixl._api import nixl_agent, nixl_agent_config, nixlBind
+
+from support.answering import Answers
 
 FILES: Final = 16
 FILE_BYTES: Final = 1 << 20
@@ -94,9 +96,25 @@ class Mover:
                 done.append(number)
         return {"done": done, "right": [number for number in done if self.is_right(number)]}
 
-    def answer(self, question: str) -> Any:
-        """Do what a line of stdin asks."""
-        match question:
+    def all(self, operation: str, flags: int) -> int:
+        """Move all files in one request, which must go well; how many are right."""
+        self.open(flags)
+        state = self.transfer(operation, range(FILES))
+        assert state == "DONE", state
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+        return sum(map(self.is_right, range(FILES)))
+
+    def answer(self, request: str) -> Any:
+        """Do what *request* asks."""
+        match request:
+            case "write":
+                for number in range(FILES):
+                    self.put(number, content(number))
+                return self.all("WRITE", os.O_RDWR | os.O_CREAT)
+            case "read":
+                return self.all("READ", os.O_RDONLY)
             case "open":
                 return self.open(os.O_RDONLY)
             case "together":
@@ -104,27 +122,15 @@ class Mover:
             case "each":
                 return self.each()
             case _:
-                raise ValueError(question)
+                raise ValueError(request)
 
 
 def main() -> None:
     """See the module's docstring."""
-    command, directory, params = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    mover = Mover(directory, params)
-    if command == "ask":
-        for line in sys.stdin:
-            sys.stdout.write(f"answer: {json.dumps(mover.answer(line.strip()))}\n")
-            sys.stdout.flush()
-        return
-    if command == "write":
-        for number in range(FILES):
-            mover.put(number, content(number))
-    mover.open(os.O_RDWR | os.O_CREAT if command == "write" else os.O_RDONLY)
-    state = mover.transfer(command.upper(), range(FILES))
-    assert state == "DONE", state
-    for fd in mover.fds:
-        os.close(fd)
-    sys.stdout.write(f"{sum(map(mover.is_right, range(FILES)))}\n")
+    answers = Answers()
+    mover = Mover(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    for request in answers.requests():
+        answers.say(mover.answer(request["do"]))
 
 
 if __name__ == "__main__":

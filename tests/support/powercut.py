@@ -17,8 +17,8 @@ from typing import Any, Final
 import numpy as np
 import pytest
 
-from twfs.device import Device
-from twfs.metadata import Metadata
+from twfs.devices.device import Device
+from twfs.metadata.environment import Metadata
 from twfs.records import HEADER_MAGIC, Block, BlockKey, Header
 from twfs.units import ALIGN
 

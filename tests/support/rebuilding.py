@@ -11,8 +11,8 @@ from pathlib import Path
 
 from support.warehouses import LAYOUTS, chain_of, own_names, put, records_of
 from twfs.errors import PromiseRefused
-from twfs.rebuild import rebuild
 from twfs.records import Block, BlockKey
+from twfs.recovery.rebuild import rebuild
 from twfs.store import Model, Retention
 from twfs.units import ByteCount, Slot
 from twfs.warehouse import Warehouse

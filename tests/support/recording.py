@@ -6,9 +6,9 @@ from typing import Final
 import xxhash
 
 from support.warehouses import MHA
-from twfs.accesses import Kind
 from twfs.config import RecordSettings
-from twfs.recording import Recorder
+from twfs.policy.accesses import Kind
+from twfs.policy.recording import Recorder
 from twfs.units import ModelId
 
 SECRET: Final = b"s" * 32

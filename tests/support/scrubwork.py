@@ -6,7 +6,7 @@ It goes on with the pass that was interrupted, or begins one; small batches, a c
 import sys
 from pathlib import Path
 
-from twfs import scrubbing
+from twfs.checking import scrubbing
 from twfs.warehouse import Warehouse
 
 

@@ -5,11 +5,11 @@ sglang.Engine is given. Requests: generate, flush. SGLang's own output goes to s
 """
 
 import json
-import os
 import sys
 import time
 from typing import Any
 
+from support.answering import Answers
 from support.vllmengine import prompt_of
 
 
@@ -35,16 +35,12 @@ def answer(engine: Any, request: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Serve until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = Answers()
     import sglang
 
     engine = sglang.Engine(**json.loads(sys.argv[1]))
-    answers.write('"ready"\n')
-    answers.flush()
-    for line in sys.stdin:
-        answers.write(json.dumps(answer(engine, json.loads(line))) + "\n")
-        answers.flush()
+    for request in answers.requests():
+        answers.say(answer(engine, request))
     engine.shutdown()
 
 

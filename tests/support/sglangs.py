@@ -1,13 +1,12 @@
 """Drives SGLang processes (support.sglangengine) on a CPU, with the linker of docs/sglang.md."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from support.engines import engine_environment, engine_python
+from support.asking import Generating
+from support.engines import engine_python
 from support.snippets import snippets_of
-from support.vllms import LOG, Vllm
 
 PAGE_TOKENS = 64
 
@@ -22,7 +21,7 @@ def linker_config(socket: Path, **extra: Any) -> dict[str, Any]:
     return config
 
 
-class Sglang(Vllm):
+class Sglang(Generating):
     """One engine process, driven as vLLM's; also a context manager."""
 
     def __init__(self, model: Path, linker: dict[str, Any], **options: Any) -> None:
@@ -34,10 +33,7 @@ class Sglang(Vllm):
             "unified_cache_external_linker_config": linker, "log_level": "info",
             "skip_server_warmup": True, **options,
         }  # fmt: skip
-        self._log = Path(LOG).open("ab")  # noqa: SIM115 - open as long as the process
-        self.process = subprocess.Popen(
+        super().__init__(
             [engine_python("sglang"), "-m", "support.sglangengine", json.dumps(given)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=engine_environment(SGLANG_USE_CPU_ENGINE="1"),
-        )  # fmt: skip
-        assert self._answer() == "ready"
+            SGLANG_USE_CPU_ENGINE="1",
+        )

@@ -19,6 +19,7 @@ import numpy as np
 from support.stressrecord import Record
 from support.workload import LAYOUTS, MODEL_ODDS, Bytes, payload_of, random_session
 from twfs.client import Client
+from twfs.datapath.match import Match
 from twfs.errors import (
     BlockGone,
     LeaseEnded,
@@ -31,7 +32,6 @@ from twfs.errors import (
     WarehouseFull,
 )
 from twfs.layout import GroupKind
-from twfs.match import Match
 from twfs.prefix import Names
 from twfs.store import Model, Pieces, PutOutcome, ReadOutcome, Retention
 from twfs.units import ALIGN, ByteCount, PrefixHash, align_up

@@ -25,15 +25,15 @@ from support.warehouses import (
     payloads_of,
     stop_tending,
 )
-from twfs import repair
 from twfs.client import Client, connect
+from twfs.daemon.server import serve
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import CorruptMetadata, CorruptSuperblock, NoSuchWarehouse, WrongDevice
-from twfs.formatting import DeviceSpec
-from twfs.metadata import Metadata
-from twfs.rebuild import rebuild
+from twfs.metadata.environment import Metadata
+from twfs.metadata.tables import WriteView
 from twfs.records import BlockKey
-from twfs.server import serve
-from twfs.tables import WriteView
+from twfs.recovery import repair
+from twfs.recovery.rebuild import rebuild
 from twfs.units import ByteCount, PrefixHash
 from twfs.warehouse import Warehouse
 

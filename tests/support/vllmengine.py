@@ -6,10 +6,11 @@ output goes to stderr.
 """
 
 import json
-import os
 import sys
 import time
 from typing import Any
+
+from support.answering import Answers
 
 
 def prompt_of(seed: int, tokens: int) -> list[int]:
@@ -106,16 +107,12 @@ def answer(llm: Any, request: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Serve until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = Answers()
     from vllm import LLM
 
     llm = LLM(**json.loads(sys.argv[1]))
-    answers.write('"ready"\n')
-    answers.flush()
-    for line in sys.stdin:
-        answers.write(json.dumps(answer(llm, json.loads(line))) + "\n")
-        answers.flush()
+    for request in answers.requests():
+        answers.say(answer(llm, request))
 
 
 if __name__ == "__main__":

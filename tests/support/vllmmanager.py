@@ -243,7 +243,7 @@ def try_steps(socket: Path) -> None:
         ended = {name for name, last in stopped.items() if last == step}
         for name in ended:
             scheduler._req_status[name].req.is_finished = lambda: True
-        manager.offers.begin_step()
+        manager.on_schedule_end(None)
         going = {name: 1 for name, last in stopped.items() if step < last}
         output = SimpleNamespace(num_scheduled_tokens=going, finished_req_ids=ended)
         jobs = scheduler._build_store_jobs(output)

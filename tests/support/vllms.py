@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Sequence
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from support.asking import LOG, Generating
 from support.daemon import Daemon
 from support.engines import engine_environment, engine_python
 from twfs.store import SessionInfo
@@ -20,7 +23,6 @@ ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
-LOG: Final = os.environ.get("TWFS_ENGINE_LOG", os.devnull)  # where the engines' own output goes
 
 
 def random_model(engine: str, directory: Path, seed: int = 0, *more: int) -> Path:
@@ -55,7 +57,7 @@ def sessions_of(daemon: Daemon) -> list[SessionInfo]:
         return [each for info in client.models() for each in client.sessions(info.id)]
 
 
-class Vllm:
+class Vllm(Generating):
     """One engine process; also a context manager."""
 
     def __init__(
@@ -68,31 +70,10 @@ class Vllm:
             "disable_hybrid_kv_cache_manager": True, "disable_log_stats": False,
             "kv_transfer_config": transfer, **options,
         }  # fmt: skip
-        self._log = Path(LOG).open("ab")  # noqa: SIM115 - open as long as the process
-        self.process = subprocess.Popen(
+        super().__init__(
             [*wrapper, engine_python(engine), "-m", "support.vllmengine", json.dumps(given)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=engine_environment(**ENVIRONMENT | (environment or {})), start_new_session=True,
-        )  # fmt: skip
-        assert self._answer() == "ready"
-
-    def ask(self, **request: Any) -> Any:
-        """Send a request and return its answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the engine has ended: TWFS_ENGINE_LOG=file {' '.join(sys.argv[:1])} says why"
-        return json.loads(line)
-
-    def generate(self, *prompts: dict[str, Any], out: int = 4, **more: Any) -> dict[str, Any]:
-        """Answer *prompts* (see support.vllmengine) in one batch."""
-        answer: dict[str, Any] = self.ask(do="generate", prompts=prompts, out=out, **more)
-        return answer
+            **ENVIRONMENT | (environment or {}),
+        )
 
     def pause(self) -> None:
         """Stop all processes of the engine: an idle one looks for work for seconds."""
@@ -102,17 +83,31 @@ class Vllm:
         """Let them go on."""
         os.killpg(self.process.pid, signal.SIGCONT)
 
-    def close(self) -> None:
-        """End the process and wait for its end."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        self._log.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+@contextmanager
+def vllm_server(
+    engine: str, model: Path, name: str, port: int, options: Sequence[str]
+) -> Iterator[None]:
+    """VLLM's OpenAI server with *model* as *name*, once it answers."""
+    with Path(LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [engine_python(engine), "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+             "--served-model-name", name, "--port", str(port), "--host", "127.0.0.1",
+             "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager",
+             "--block-size", str(GPU_BLOCK_TOKENS), *options],
+            env=engine_environment(VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1",
+                                   VLLM_CPU_OMP_THREADS_BIND="nobind"),
+            stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                        break
+                except OSError:
+                    time.sleep(0.5)
+            assert process.poll() is None, "the server has ended"
+            yield
+        finally:
+            process.terminate()
+            process.wait()

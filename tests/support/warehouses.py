@@ -15,15 +15,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from twfs import ledger
-from twfs import slots as states
 from twfs.checksums import checksums_of
-from twfs.core import Core
-from twfs.formatting import DeviceSpec
+from twfs.core.state import Core
+from twfs.datapath.putting import Put
+from twfs.devices.formatting import DeviceSpec
+from twfs.devices.payload import aligned_buffer
+from twfs.index import slots as states
 from twfs.layout import Arrangement, Group, GroupKind, Layout
-from twfs.payload import aligned_buffer
+from twfs.metadata import ledger
 from twfs.prefix import Chain, Names, OwnKey, names_of_keys
-from twfs.putting import Put
 from twfs.records import Block, BlockKey
 from twfs.store import ArenaBlock, Model, PutResult, ReadOutcome, Retention
 from twfs.units import ALIGN, ByteCount, align_up

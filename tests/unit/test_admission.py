@@ -7,10 +7,10 @@ import xxhash
 
 from support.daemon import running_daemon
 from support.warehouses import MHA, SHARDED, chain_of, open_warehouse, payload_of, put, put_whole
-from twfs.admission import DAY_MS, Budget, Remembered
 from twfs.config import CONFIG_FILE, AdmissionSettings, Config, parse
 from twfs.errors import InvalidInput
 from twfs.hints import Retention
+from twfs.policy.admission import DAY_MS, Budget, Remembered
 from twfs.store import PutOutcome
 from twfs.units import Millis
 

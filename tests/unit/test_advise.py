@@ -27,16 +27,16 @@ from support.warehouses import (
     tokens_of,
 )
 from twfs import connect
-from twfs.accesses import Group, Kind, read_record, segments_in
-from twfs.advising import Live, Wishes, advise
-from twfs.asking import Asked, asked_of, live_sessions, within_bounds
+from twfs.admin.advising import Live, Wishes, advise
+from twfs.admin.divergence import partings
 from twfs.config import RecordSettings
 from twfs.errors import InvalidInput
 from twfs.hints import Stop
-from twfs.miniature import simulate
-from twfs.parting import partings
-from twfs.recording import Recorder, units_of
-from twfs.scoring import Policy, Reuse, policy_of
+from twfs.policy.accesses import Group, Kind, read_record, segments_in
+from twfs.policy.asking import Asked, asked_of, live_sessions, within_bounds
+from twfs.policy.miniature import simulate
+from twfs.policy.recording import Recorder, units_of
+from twfs.policy.scoring import Policy, Reuse, policy_of
 from twfs.units import ModelId
 from twfs_tools.replay import bounds
 from twfs_tools.replay.streams import Stream, make_stream

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twfs.arena import Arena, Piece
+from twfs.devices.arena import Arena, Piece
 from twfs.errors import InvalidInput, TooLarge
 
 

@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.warehouses import HYBRID, MHA, SHARDED, chain_of, open_warehouse, put_whole
-from twfs.chainfile import (
+from twfs.errors import InvalidInput
+from twfs.layout import Layout
+from twfs.units import PrefixHash
+from twfs.vfs.chainfile import (
     ChainFile,
     block_name,
     detached_name,
@@ -16,9 +19,6 @@ from twfs.chainfile import (
     parse_detached_name,
     write_chain,
 )
-from twfs.errors import InvalidInput
-from twfs.layout import Layout
-from twfs.units import PrefixHash
 
 
 @given(index=st.integers(0, 10**8))

@@ -36,12 +36,17 @@ from support.warehouses import (
     records_of,
     tokens_of,
 )
-from twfs import check, repair
+from twfs.checking import invariants
+from twfs.checking.snapshot import take_snapshot
+from twfs.checking.subject import Live, offline
 from twfs.checksums import checksums_of
+from twfs.devices.payload import read_payload
+from twfs.devices.roster import write_roster
 from twfs.errors import CorruptMetadata
-from twfs.filerows import FileRow
-from twfs.filetables import INO_KEY, put_row
-from twfs.payload import read_payload
+from twfs.metadata.filerows import FileRow
+from twfs.metadata.filetables import INO_KEY, put_row
+from twfs.metadata.sessions import Covered, Session, SessionKey, enter, every
+from twfs.metadata.tables import MODEL_KEY, PLACE_KEY, WriteView
 from twfs.prefix import Names
 from twfs.records import (
     DATA_START,
@@ -54,12 +59,8 @@ from twfs.records import (
     Header,
     Superblock,
 )
-from twfs.roster import write_roster
-from twfs.sessions import Covered, Session, SessionKey, enter, every
-from twfs.snapshot import take_snapshot
+from twfs.recovery import repair
 from twfs.store import Model, Retention
-from twfs.subject import Live, offline
-from twfs.tables import MODEL_KEY, PLACE_KEY, WriteView
 from twfs.units import (
     ALIGN,
     ByteCount,
@@ -135,7 +136,7 @@ def found(broken: Broken, *, lost: Sequence[int] = ()) -> set[int]:
         assert sorted(report.findings, key=str) == sorted(again.findings, key=str)
         assert all(finding.text for finding in report.findings)
     with offline(warehouse.directory) as subject:
-        away = check.run(subject, data=True)
+        away = invariants.run(subject, data=True)
     assert sorted(away.findings, key=str) == sorted(report.findings, key=str)
     assert_mended(warehouse.directory, broken.names, set(lost))
     return {finding.invariant for finding in report.findings}
@@ -368,12 +369,12 @@ def test_i13_a_hole_with_extents(broken: Broken, monkeypatch: pytest.MonkeyPatch
     subject = Live.of(broken.warehouse._core)
     with subject.metadata.read() as view:
         taken = take_snapshot(view)
-    assert list(check.holes_are_empty(subject, taken)) == []
+    assert list(invariants.holes_are_empty(subject, taken)) == []
     rows = taken.rows.copy()
     rows["flags"][1] |= FLAG_HOLE
     rows["extent_count"][2] = 0
     taken = replace(taken, rows=rows)
-    assert len(list(check.holes_are_empty(subject, taken))) == 2
+    assert len(list(invariants.holes_are_empty(subject, taken))) == 2
     assert found(broken) == set()
 
 
@@ -566,7 +567,7 @@ def as_empty(view: WriteView) -> None:
 
 def test_every_invariant_has_a_test_here() -> None:
     text = Path(__file__).read_text()
-    for number in check.INVARIANTS:
+    for number in invariants.INVARIANTS:
         assert f"def test_i{number}_" in text
 
 
@@ -586,12 +587,12 @@ def test_blocks_that_change_during_the_check_are_no_findings(
             return taken
 
         with monkeypatch.context() as patch:
-            patch.setattr(check, "take_snapshot", then_change)
+            patch.setattr(invariants, "take_snapshot", then_change)
             assert warehouse.check(data=True).findings == ()
 
 
 def test_findings_are_bounded(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "FINDINGS_MAX", 3)
+    monkeypatch.setattr(invariants, "FINDINGS_MAX", 3)
 
     def job(view: WriteView) -> None:
         for number in range(10):
@@ -684,7 +685,7 @@ def test_i25_a_payer_that_is_no_member(broken: Broken, what: str) -> None:
         warehouse._core.slots.charge_to(block.slot, payer)  # or memory would be another than tables
         assert {each.invariant for each in warehouse.check().findings} == {25}
     with offline(warehouse.directory) as subject:
-        assert {each.invariant for each in check.run(subject).findings} == {25}
+        assert {each.invariant for each in invariants.run(subject).findings} == {25}
     assert_mended(warehouse.directory, broken.names, set())
 
 

@@ -19,7 +19,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from support.loops import loop_device, needs_loops
-from twfs.device import Device, DeviceSpec, format_device, inspect
+from twfs.devices.device import Device, DeviceSpec, format_device, inspect
+from twfs.devices.formatting import BLKID_SECONDS_MAX, PROBE_BYTES, SIGNATURES
 from twfs.errors import (
     CorruptSuperblock,
     DeviceError,
@@ -33,7 +34,6 @@ from twfs.errors import (
     WarehouseBusy,
     WrongDevice,
 )
-from twfs.formatting import BLKID_SECONDS_MAX, PROBE_BYTES, SIGNATURES
 from twfs.records import DATA_START, FORMAT_VERSION, Superblock
 from twfs.units import ALIGN, IO_BYTES_MAX, ByteCount, ByteOffset, DeviceIndex
 

@@ -31,7 +31,9 @@ from support.warehouses import (
     settle,
     upload_all,
 )
-from twfs import devicestates, moving
+from twfs.admin import moving
+from twfs.devices import standing
+from twfs.devices.formatting import DeviceSpec, inspect
 from twfs.errors import (
     DeviceError,
     DeviceInUse,
@@ -43,7 +45,6 @@ from twfs.errors import (
     WarehouseFull,
     WrongDevice,
 )
-from twfs.formatting import DeviceSpec, inspect
 from twfs.prefix import Names
 from twfs.store import Model, PutOutcome, ReadOutcome
 from twfs.units import ALIGN, ByteCount, DeviceIndex
@@ -358,7 +359,7 @@ def test_a_put_that_no_device_takes_is_refused_and_evicts_nothing(scratch: Path)
 def test_a_device_that_hangs_holds_up_nobody_and_nothing_is_stuck_after_it(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devicestates, "HANG_SECONDS", 0.3)
+    monkeypatch.setattr(standing, "HANG_SECONDS", 0.3)
     gate, real = threading.Event(), os.pwritev
     with open_warehouse(scratch, TWO) as warehouse:
         model, names = filled(warehouse)
@@ -376,7 +377,7 @@ def test_a_device_that_hangs_holds_up_nobody_and_nothing_is_stuck_after_it(
         assert all(result.held == 4 for result in results[1:])  # on the other device
         assert read_all(warehouse, model, names) == 1
         assert warehouse._core.reserved_bytes == 0
-        monkeypatch.setattr("twfs.members.IDLE_SECONDS_MAX", 0.1)
+        monkeypatch.setattr("twfs.admin.members.IDLE_SECONDS_MAX", 0.1)
         with pytest.raises(DeviceError, match="under way"):
             warehouse.operate("device-online", device=1)
         core = warehouse._core

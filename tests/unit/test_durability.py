@@ -16,9 +16,9 @@ import pytest
 
 from support.cli import ENVIRONMENT, document, made_warehouse, twfs
 from support.warehouses import MHA, chain_of, make_warehouse, open_warehouse, put, read_all, settle
-from twfs.device import Device
+from twfs.devices.device import Device
 from twfs.errors import InvalidInput
-from twfs.metadata import Metadata
+from twfs.metadata.environment import Metadata
 from twfs.records import HEADER_MAGIC, Header
 from twfs.store import Durability
 from twfs.units import ALIGN, ByteCount

@@ -316,8 +316,47 @@ def test_a_step_waits_only_for_an_answer_that_may_come_in_it(
     waits.clear()
     while finder._desk.under_way():
         time.sleep(0.001)
+    finder.next_step()
     assert finder.ask("c", few, 0) == 0
     assert waits == [PATIENT_S]
+    finder.close()
+
+
+def test_a_step_waits_for_what_was_asked_in_it_only_where_answers_come_in_time(
+    daemon: Daemon, engine: Engine
+) -> None:
+    waits = list[str]()
+
+    class Event(threading.Event):
+        def __init__(self, request: str) -> None:
+            super().__init__()
+            self.request = request
+
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(self.request)
+            return super().wait(timeout)
+
+    finder = Finder(engine.scheduler, BLOCK_TOKENS, answer_s=1e-9)  # none comes so soon
+    keys = keys_of("few", 4)
+    for name in ("a", "b", "c"):
+        finder.admit(name)
+        finder._requests[name].answered = Event(name)
+    while finder.epoch("a") is None:
+        time.sleep(0.001)
+    while finder.ask("a", keys, 0) is None:
+        time.sleep(0.001)
+    assert waits == ["a"]  # once in a step
+    finder.next_step()
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        assert finder.ask("b", keys, 0) is None
+        assert waits == ["a"]
+        finder.next_step()
+        assert finder.ask("b", keys, 0) is None
+        assert finder.ask("c", keys, 0) is None
+        assert waits == ["a", "b"]
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
     finder.close()
 
 

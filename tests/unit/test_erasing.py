@@ -22,11 +22,11 @@ from support.warehouses import (
     read_all,
     settle,
 )
-from twfs.core import Core
-from twfs.device import Device
+from twfs.core.state import Core
+from twfs.devices.device import Device
+from twfs.devices.limbo import Freed
 from twfs.errors import DeviceError, InvalidInput, NoSuchBlock, NoSuchModel
-from twfs.limbo import Freed
-from twfs.rebuild import rebuild
+from twfs.recovery.rebuild import rebuild
 from twfs.units import ALIGN, ByteOffset
 from twfs.warehouse import Warehouse
 

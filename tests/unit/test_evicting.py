@@ -25,15 +25,16 @@ from support.warehouses import (
     settle,
     waiting_for_commit,
 )
-from twfs import choosing, evicting, ledger
-from twfs import slots as states
-from twfs.core import Core
+from twfs.core.state import Core
 from twfs.errors import DeviceError, NoSuchBlock, NotEmpty
+from twfs.eviction import choosing, evicting
+from twfs.eviction.ranking import NEVER, ranks
 from twfs.hints import Stop
-from twfs.metadata import BACKLOG_MAX
-from twfs.ranking import NEVER, ranks
-from twfs.scoring import Scores
-from twfs.slots import IntArray, Slots
+from twfs.index import slots as states
+from twfs.index.slots import IntArray, Slots
+from twfs.metadata import ledger
+from twfs.metadata.environment import BACKLOG_MAX
+from twfs.policy.scoring import Scores
 from twfs.store import PutOutcome
 from twfs.units import ByteCount, Millis, PrefixHash
 

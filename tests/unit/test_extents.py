@@ -6,8 +6,8 @@ that contradicts itself is refused at load. The model test compares it with a bi
 
 import pytest
 
+from twfs.devices.extents import Allocator
 from twfs.errors import CorruptMetadata
-from twfs.extents import Allocator
 from twfs.records import Extent
 from twfs.units import ALIGN, EXTENTS_MAX, ByteCount, ByteOffset, DeviceIndex
 

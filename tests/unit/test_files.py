@@ -13,8 +13,7 @@ import pytest
 
 from support.filing import WRITER, content, make_file, tree_of
 from support.warehouses import flip_payload, make_warehouse, open_warehouse, settle
-from twfs import filetables
-from twfs.drafts import SPARSE_BYTES_MAX, Draft, Memory
+from twfs.daemon.permitting import Permitted
 from twfs.errors import (
     BadPayload,
     BlockGone,
@@ -33,15 +32,16 @@ from twfs.errors import (
     TwfsError,
     WarehouseFull,
 )
-from twfs.filerows import FILE_BYTES_MAX, PIECE_BYTES, FileRow, names_of, row_of, tail_of
-from twfs.files import Files
 from twfs.layout import FILES_NAME
-from twfs.messages import InfoOfBlock, ListHeads
-from twfs.permitting import Permitted
-from twfs.rebuild import rebuild
+from twfs.metadata import filetables
+from twfs.metadata.filerows import FILE_BYTES_MAX, PIECE_BYTES, FileRow, names_of, row_of, tail_of
+from twfs.protocol.messages import InfoOfBlock, ListHeads
 from twfs.records import BlockKey
+from twfs.recovery.rebuild import rebuild
 from twfs.store import Retention
 from twfs.units import ByteCount, Ino
+from twfs.vfs.drafts import SPARSE_BYTES_MAX, Draft, Memory
+from twfs.vfs.files import Files
 from twfs.warehouse import Warehouse
 
 OTHER = WRITER + 1

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from twfs.device import Device
+from twfs.devices.device import Device
+from twfs.devices.flushing import Flusher
 from twfs.errors import DeviceError
-from twfs.flushing import Flusher
 
 
 class SlowDevice:

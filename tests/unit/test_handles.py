@@ -8,7 +8,6 @@ import trio
 from pyfuse3 import FUSEError  # noqa: TID251
 
 from twfs.errors import BlockGone, DeviceError, NotEmpty
-from twfs.nodes import ROOT, SESSION_INOS, BlockFile, SessionDirectory
 from twfs.records import Block, BlockKey, Checksums
 from twfs.store import BlockInfo
 from twfs.units import (
@@ -22,6 +21,7 @@ from twfs.units import (
     Slot,
     TokenCount,
 )
+from twfs.vfs.nodes import ROOT, SESSION_INOS, BlockFile, SessionDirectory
 from twfs_mount import looking
 from twfs_mount.handles import Handles, Known, OpenText, Payloads
 

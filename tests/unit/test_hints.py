@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from twfs import Group, Hint, Layout, Model, Retention, Stop
 from twfs.errors import InvalidInput, ProtocolError
 from twfs.hints import NO_HINT, RETURN_MS_MAX, SESSION_BYTES_MAX, check_session
-from twfs.messages import ForgetSession, TouchNames
-from twfs.protocol import decode_request, encode, hint_of, hint_to_wire, names_to_wire
+from twfs.protocol.codec import decode_request, encode, hint_of, hint_to_wire, names_to_wire
+from twfs.protocol.messages import ForgetSession, TouchNames
+from twfs.protocol.wire import LENGTH_BYTES, WireHint
 from twfs.units import ModelId
-from twfs.wire import LENGTH_BYTES, WireHint
 
 MODEL = Model(ModelId(1), "m", 0, Layout("m", (Group(2, 2, 8),), 16))
 NAMES = names_to_wire(MODEL.chain().extend(list(range(32))).names())

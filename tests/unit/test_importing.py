@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from support.warehouses import MHA, chain_of, open_warehouse, payload_of, put_whole
-from twfs.chainfile import CHAIN_NAME, write_chain
 from twfs.errors import BlockGone, InvalidInput, NoSpaceForImage, TooLarge
-from twfs.importing import PENDINGS_MAX, Importer, Pending, PendingState
 from twfs.prefix import Names
-from twfs.spool import Spool
 from twfs.store import Model
 from twfs.units import PrefixHash
+from twfs.vfs.chainfile import CHAIN_NAME, write_chain
+from twfs.vfs.importing import PENDINGS_MAX, Importer, Pending, PendingState
+from twfs.vfs.spool import Spool
 from twfs.warehouse import Warehouse
 
 

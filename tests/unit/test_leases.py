@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from twfs import leases as module
 from twfs.errors import LeaseEnded, TooLarge
-from twfs.leases import AGE_TERMS_MAX, LEASES_PER_OWNER_MAX, Leases, Located
+from twfs.index import leases as module
+from twfs.index.leases import AGE_TERMS_MAX, LEASES_PER_OWNER_MAX, Leases, Located
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE
 from twfs.units import ByteCount, ModelId
 

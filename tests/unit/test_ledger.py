@@ -22,8 +22,9 @@ from support.warehouses import (
     settle,
     upload_all,
 )
-from twfs import evicting, ledger
 from twfs.errors import StaleEpoch
+from twfs.eviction import evicting
+from twfs.metadata import ledger
 from twfs.prefix import Names
 from twfs.records import Extent
 from twfs.store import Model, PutOutcome

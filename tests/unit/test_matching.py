@@ -25,11 +25,11 @@ from support.warehouses import (
     settle,
     waiting_for_commit,
 )
-from twfs import evicting
-from twfs.core import Core
+from twfs.core.state import Core
+from twfs.datapath.matching import BATCH, needed_from
 from twfs.errors import InvalidInput, LeaseEnded
-from twfs.ledger import Removed
-from twfs.matching import BATCH, needed_from
+from twfs.eviction import evicting
+from twfs.metadata.ledger import Removed
 from twfs.store import Model
 from twfs.units import ByteCount, ModelId
 from twfs.warehouse import Warehouse

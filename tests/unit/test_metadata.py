@@ -23,11 +23,11 @@ from twfs.errors import (
     WarehouseBusy,
     WarehouseClosed,
 )
-from twfs.metadata import BACKLOG_MAX, JOBS_PER_COMMIT_MAX, Metadata
-from twfs.metafile import refuse_unverified
+from twfs.metadata.environment import BACKLOG_MAX, JOBS_PER_COMMIT_MAX, Metadata
+from twfs.metadata.metafile import refuse_unverified
+from twfs.metadata.tables import LENGTH, RETIRED, DeviceRecord, WriteView
 from twfs.records import FORMAT_VERSION, BlockKey, Extent
 from twfs.store import Durability
-from twfs.tables import LENGTH, RETIRED, DeviceRecord, WriteView
 from twfs.units import ByteCount, ByteOffset, DeviceIndex, ModelId, PrefixHash
 
 ALL = Extent(DeviceIndex(0), ByteOffset(1 << 20), ByteCount(64 << 12))
@@ -144,7 +144,8 @@ def test_strict_settles_with_the_commit(metadata: Metadata) -> None:
 def test_relaxed_settles_with_a_later_commit_that_changes_something(
     relaxed: Metadata, monkeypatch: pytest.MonkeyPatch, *, changes: bool
 ) -> None:
-    monkeypatch.setattr("twfs.metadata.JOBS_PER_COMMIT_MAX", 1)  # each in a commit of its own
+    # Each in a commit of its own:
+    monkeypatch.setattr("twfs.metadata.environment.JOBS_PER_COMMIT_MAX", 1)
     seen: list[str] = []
     first, gate = threading.Event(), threading.Event()
 
@@ -383,7 +384,7 @@ def test_a_truncated_file_is_an_error_and_never_sigbus(directory: Path, keep: st
     os.truncate(path, sizes[keep] if keep in sizes else int(keep))
     code = f"""
 from pathlib import Path
-from twfs.metadata import Metadata
+from twfs.metadata.environment import Metadata
 from twfs.errors import CorruptMetadata
 try:
     metadata = Metadata.open(Path({str(directory)!r}))

@@ -22,12 +22,13 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
-from twfs import config, metering
-from twfs.describing import metrics
+from twfs import config
+from twfs.core import metering
 from twfs.errors import InvalidInput
-from twfs.meter import META, Meter
+from twfs.metadata.meter import META, Meter
 from twfs.store import Retention
 from twfs.units import ByteCount, Millis
+from twfs.vfs.describing import metrics
 from twfs.warehouse import Warehouse
 
 BLOCK = 8192  # on the device
@@ -172,7 +173,7 @@ def test_an_unreadable_meter_begins_anew(scratch: Path, copy: bytes) -> None:
 def test_what_a_model_had_stays_when_its_epoch_has_gone(scratch: Path) -> None:
     clock = Clock()
     with open_warehouse(scratch, clock=clock) as warehouse:
-        from twfs import evicting
+        from twfs.eviction import evicting
 
         stop_tending(warehouse)
         model = warehouse.open_model("m", MHA)

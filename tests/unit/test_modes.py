@@ -16,9 +16,9 @@ import pytest
 from support.daemon import REPOSITORY, running_daemon
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, payloads_of
 from twfs.client import connect
+from twfs.core.modes import gid_of, group_of
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import InvalidInput, NotAllowed
-from twfs.formatting import DeviceSpec
-from twfs.modes import gid_of, group_of
 from twfs.units import ByteCount
 from twfs.warehouse import Warehouse
 
@@ -28,7 +28,7 @@ import os, sys
 from pathlib import Path
 import trio, twfs_mount.daemon, twfs.client, twfs.warehouse
 from twfs_mount.main import main
-from twfs.formatting import DeviceSpec
+from twfs.devices.formatting import DeviceSpec
 from twfs.units import ByteCount
 os.setgroups([]); os.setgid({gid}); os.setuid({uid})
 directory = Path(sys.argv[1])

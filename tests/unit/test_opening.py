@@ -20,7 +20,8 @@ from support.warehouses import (
     put,
     read_all,
 )
-from twfs import opening
+from twfs.core import opening
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import (
     CorruptMetadata,
     CorruptSuperblock,
@@ -33,10 +34,9 @@ from twfs.errors import (
     WarehouseExists,
     WrongDevice,
 )
-from twfs.formatting import DeviceSpec
-from twfs.metadata import Metadata
+from twfs.metadata.environment import Metadata
+from twfs.metadata.tables import LENGTH, WriteView
 from twfs.records import FORMAT_VERSION, Superblock
-from twfs.tables import LENGTH, WriteView
 from twfs.units import ALIGN, ByteCount
 from twfs.warehouse import Warehouse
 
@@ -199,7 +199,7 @@ def test_an_open_that_fails_lets_go_of_everything(
         def failing(_: object) -> int:
             raise WrongDevice("replaced while it was open")
 
-        patch.setattr("twfs.device.Device.open_for_reader", failing)
+        patch.setattr("twfs.devices.device.Device.open_for_reader", failing)
         with pytest.raises(WrongDevice):
             open_and_close(scratch)
     open_and_close(scratch)

@@ -9,8 +9,8 @@ import pytest
 from support.daemon import running_daemon
 from support.warehouses import make_warehouse
 from twfs.client import connect
+from twfs.core.operating import ARGUMENTS_BYTES_MAX, NoArguments, Verb, operate
 from twfs.errors import InvalidInput, NotAllowed
-from twfs.operating import ARGUMENTS_BYTES_MAX, NoArguments, Verb, operate
 from twfs.units import ByteCount
 
 

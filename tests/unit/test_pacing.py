@@ -12,9 +12,8 @@ from typing import Any, cast
 import pytest
 
 from support.warehouses import MHA, chain_of, open_warehouse, put, read_all
-from twfs import pacing
-from twfs.core import Core
-from twfs.pacing import (
+from twfs.checking import pacing
+from twfs.checking.pacing import (
     BURST_BYTES,
     BUSY_BYTES_S,
     CALM_S,
@@ -28,6 +27,7 @@ from twfs.pacing import (
     moved_bytes,
     statistics_files,
 )
+from twfs.core.state import Core
 
 MIB = 1 << 20
 

@@ -21,9 +21,9 @@ from support.warehouses import (
     put_whole,
     read_all,
 )
+from twfs.devices.payload import aligned_buffer, header_complaint, read_payload
 from twfs.errors import BadPayload, DeviceError
 from twfs.layout import Layout
-from twfs.payload import aligned_buffer, header_complaint, read_payload
 from twfs.units import ALIGN, EXTENTS_MAX, ByteCount
 from twfs.warehouse import Warehouse
 

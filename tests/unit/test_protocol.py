@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twfs import errors, messages, protocol, wire
+from twfs import errors
 from twfs.errors import InvalidInput, NoDaemon, ProtocolError, TooLarge, TwfsError, WarehouseFull
 from twfs.layout import Group, Layout
-from twfs.messages import (
+from twfs.prefix import Names, OwnKey, names_of_keys, root_of
+from twfs.protocol import codec, messages, wire
+from twfs.protocol.codec import FrameBuffer, decode_reply, decode_request, encode
+from twfs.protocol.messages import (
     AnyReply,
     AnyRequest,
     Failed,
@@ -26,8 +29,13 @@ from twfs.messages import (
     Request,
     WriteBlocks,
 )
-from twfs.prefix import Names, OwnKey, names_of_keys, root_of
-from twfs.protocol import FrameBuffer, decode_reply, decode_request, encode
+from twfs.protocol.wire import (
+    BLOCKS_MAX,
+    FRAME_BYTES_MAX,
+    REQUEST_BYTES_MAX,
+    WireArenaBlock,
+    WireNames,
+)
 from twfs.records import EXTENT_DTYPE, LOCATED_DTYPE, Block, BlockKey, Checksums, Extent
 from twfs.store import ArenaBlock, BlockInfo, Model, PutOutcome, PutResult, Space
 from twfs.units import (
@@ -44,7 +52,6 @@ from twfs.units import (
     Slot,
     TokenCount,
 )
-from twfs.wire import BLOCKS_MAX, FRAME_BYTES_MAX, REQUEST_BYTES_MAX, WireArenaBlock, WireNames
 
 LAYOUT = Layout("m", (Group(2, 2, 8),), 16)
 MODEL = Model(ModelId(3), "m", 1, LAYOUT)
@@ -71,19 +78,19 @@ def info_of(payload_bytes: int = 5) -> BlockInfo:
 @given(st.integers(0, 40))
 def test_names_of_tokens_arrive_as_they_were(blocks: int) -> None:
     names = names_of_tokens(blocks)
-    request = MatchNames(9, 3, protocol.names_to_wire(names), 0)
+    request = MatchNames(9, 3, codec.names_to_wire(names), 0)
     arrived = decode_request(body_of(encode(request)))
     assert isinstance(arrived, MatchNames)
-    assert protocol.names_of(arrived.names) == names
+    assert codec.names_of(arrived.names) == names
 
 
 @given(st.lists(st.binary(min_size=1, max_size=64), max_size=20))
 def test_names_of_own_keys_arrive_as_they_were(keys: list[bytes]) -> None:
     names = names_of_keys(root_of(b"f", 0), [OwnKey(key, b"parent", 48) for key in keys])
-    wire = protocol.names_to_wire(names)
+    wire = codec.names_to_wire(names)
     arrived = decode_request(body_of(encode(MatchNames(9, 3, wire))))
     assert isinstance(arrived, MatchNames)
-    assert protocol.names_of(arrived.names) == names
+    assert codec.names_of(arrived.names) == names
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,7 @@ def test_more_names_than_one_request_may_have_are_refused() -> None:
     count = BLOCKS_MAX + 1
     names = Names(bytes(16 * count), bytes(32 * count), bytes(16 * count), (0,) * count)
     with pytest.raises(InvalidInput, match=str(BLOCKS_MAX)):
-        protocol.names_to_wire(names)
+        codec.names_to_wire(names)
 
 
 def test_as_many_names_with_keys_as_allowed_fit_a_request() -> None:
@@ -117,12 +124,12 @@ def test_as_many_names_with_keys_as_allowed_fit_a_request() -> None:
         bytes(16 * count), bytes(32 * count), bytes(16 * count), (2**32 - 1,) * count,
         (b"k" * 64,) * count,
     )  # fmt: skip
-    assert len(encode(MatchNames(1, 1, protocol.names_to_wire(names)))) < REQUEST_BYTES_MAX
+    assert len(encode(MatchNames(1, 1, codec.names_to_wire(names)))) < REQUEST_BYTES_MAX
 
 
 def test_a_position_outside_u32_is_the_callers_mistake() -> None:
     with pytest.raises(InvalidInput):
-        protocol.names_to_wire(Names(bytes(16), bytes(32), bytes(16), (1 << 32,)))
+        codec.names_to_wire(Names(bytes(16), bytes(32), bytes(16), (1 << 32,)))
 
 
 @given(st.binary(max_size=300))
@@ -198,45 +205,45 @@ def test_a_message_over_the_limit_of_its_direction_is_not_sent() -> None:
     ],
 )
 def test_every_error_arrives_as_its_own_class(kind: type[TwfsError]) -> None:
-    failed = decode_reply(body_of(encode(protocol.failure_of(4, kind("1 of 2")))))
+    failed = decode_reply(body_of(encode(codec.failure_of(4, kind("1 of 2")))))
     assert isinstance(failed, Failed)
-    arrived = protocol.error_of(failed)
+    arrived = codec.error_of(failed)
     assert type(arrived) is kind
     assert str(arrived) == "1 of 2"
 
 
 @pytest.mark.parametrize("kind", ["TwfsError", "SystemExit", "_errno", "ClassVar", "nothing"])
 def test_a_failure_of_no_class_of_ours_is_a_protocol_error(kind: str) -> None:
-    assert type(protocol.error_of(Failed(1, kind, "text"))) is ProtocolError
+    assert type(codec.error_of(Failed(1, kind, "text"))) is ProtocolError
 
 
 def test_a_model_and_its_layout_arrive_as_they_were() -> None:
-    opened = decode_reply(body_of(encode(messages.Opened(1, protocol.model_to_wire(MODEL)))))
+    opened = decode_reply(body_of(encode(messages.Opened(1, codec.model_to_wire(MODEL)))))
     assert isinstance(opened, messages.Opened)
-    assert protocol.model_of(opened.model) == MODEL
+    assert codec.model_of(opened.model) == MODEL
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"7", b"\xff", b"{}", b"[" * 200_000])
 def test_json_that_is_no_layout_is_the_senders_mistake(data: bytes) -> None:
     with pytest.raises(InvalidInput):
-        protocol.layout_of(data)
+        codec.layout_of(data)
 
 
 def test_a_block_arrives_as_it_was() -> None:
     rows = decode_reply(
-        body_of(encode(messages.BlockRows(1, (protocol.block_info_to_wire(info_of()),))))
+        body_of(encode(messages.BlockRows(1, (codec.block_info_to_wire(info_of()),))))
     )
     assert isinstance(rows, messages.BlockRows)
-    assert protocol.block_info_of(rows.blocks[0]) == info_of()
+    assert codec.block_info_of(rows.blocks[0]) == info_of()
 
 
 def test_a_broken_record_is_a_protocol_error() -> None:
-    wire = protocol.block_info_to_wire(info_of())
+    wire = codec.block_info_to_wire(info_of())
     for record in (b"", wire.record[:-1], wire.record + b"x"):
         with pytest.raises(ProtocolError):
-            protocol.block_info_of(msgspec.structs.replace(wire, record=record))
+            codec.block_info_of(msgspec.structs.replace(wire, record=record))
     with pytest.raises(ProtocolError):
-        protocol.key_of(b"short")
+        codec.key_of(b"short")
 
 
 def test_space_and_outcomes_arrive_as_they_were() -> None:
@@ -245,11 +252,11 @@ def test_space_and_outcomes_arrive_as_they_were() -> None:
     assert isinstance(arrived, messages.SpaceFigures)
     assert arrived.space == space
     result = PutResult(tuple(PutOutcome), ByteCount(9))
-    done = decode_reply(body_of(encode(protocol.result_to_wire(1, result))))
+    done = decode_reply(body_of(encode(codec.result_to_wire(1, result))))
     assert isinstance(done, PutDone)
-    assert protocol.result_of(done) == result
+    assert codec.result_of(done) == result
     with pytest.raises(ProtocolError):
-        protocol.result_of(PutDone(1, bytes([len(PutOutcome)]), 0))
+        codec.result_of(PutDone(1, bytes([len(PutOutcome)]), 0))
 
 
 @pytest.mark.parametrize(
@@ -259,15 +266,15 @@ def test_space_and_outcomes_arrive_as_they_were() -> None:
 def test_a_block_outside_the_arena_is_refused(offset: int, payload_bytes: int) -> None:
     wire = WireArenaBlock(0, offset, payload_bytes, bytes(16), 0, 0)
     with pytest.raises(ProtocolError):
-        protocol.arena_block_of(wire, 8192)
+        codec.arena_block_of(wire, 8192)
 
 
 def test_a_block_at_the_end_of_the_arena_arrives_as_it_was() -> None:
     block = ArenaBlock(5, 4096, ByteCount(4000), b"x" * 16, 2**64 - 1, 3)
-    request = WriteBlocks(1, 2, (protocol.arena_block_to_wire(block),))
+    request = WriteBlocks(1, 2, (codec.arena_block_to_wire(block),))
     arrived = decode_request(body_of(encode(request)))
     assert isinstance(arrived, WriteBlocks)
-    assert protocol.arena_block_of(arrived.blocks[0], 8192) == block
+    assert codec.arena_block_of(arrived.blocks[0], 8192) == block
 
 
 def located_reply(**changes: int) -> LocatedBlocks:
@@ -285,7 +292,7 @@ def located_reply(**changes: int) -> LocatedBlocks:
 def test_located_rows_arrive_as_they_were() -> None:
     reply = decode_reply(body_of(encode(located_reply())))
     assert isinstance(reply, LocatedBlocks)
-    located, extents = protocol.rows_of(reply, {0: 64 << 20}, 2)
+    located, extents = codec.rows_of(reply, {0: 64 << 20}, 2)
     assert located["index"].tolist() == [0, 1]
     assert extents["offset"].tolist() == [1 << 20, 2 << 20]
 
@@ -300,7 +307,7 @@ def test_located_rows_arrive_as_they_were() -> None:
 )  # fmt: skip
 def test_located_rows_that_point_astray_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ProtocolError):
-        protocol.rows_of(located_reply(**changes), {0: 64 << 20}, 2)
+        codec.rows_of(located_reply(**changes), {0: 64 << 20}, 2)
 
 
 def test_hello_and_failure_keep_their_shape_in_every_version() -> None:
@@ -308,17 +315,17 @@ def test_hello_and_failure_keep_their_shape_in_every_version() -> None:
     assert hello == {"t": "hello", "id": 1, "version": 77, "arena_bytes": 4096, "hugetlb": False}
     later = msgspec.msgpack.encode({**hello, "a_field_of_version_78": [1]})
     assert decode_request(later) == Hello(1, 77, 4096)
-    failed = msgspec.msgpack.decode(body_of(encode(protocol.failure_of(0, NoDaemon("x")))))
+    failed = msgspec.msgpack.decode(body_of(encode(codec.failure_of(0, NoDaemon("x")))))
     assert failed == {"t": "failed", "id": 0, "kind": "NoDaemon", "text": "x"}
-    assert isinstance(protocol.error_of(Failed(0, "WarehouseFull", "")), WarehouseFull)
+    assert isinstance(codec.error_of(Failed(0, "WarehouseFull", "")), WarehouseFull)
 
 
 def test_packed_numbers_are_whole() -> None:
-    assert protocol.unpack_numbers(protocol.pack_numbers([0, 2**32 - 1])) == [0, 2**32 - 1]
+    assert codec.unpack_numbers(codec.pack_numbers([0, 2**32 - 1])) == [0, 2**32 - 1]
     with pytest.raises(ProtocolError):
-        protocol.unpack_numbers(b"123")
+        codec.unpack_numbers(b"123")
 
 
 def test_names_are_decoded_once_their_lengths_are_known() -> None:
     wire = WireNames(b"h" * 16, b"d" * 32, b"p" * 16, b"\1\0\0\0")
-    assert protocol.names_of(wire).positions == (1,)
+    assert codec.names_of(wire).positions == (1,)

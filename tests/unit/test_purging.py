@@ -30,9 +30,10 @@ from support.warehouses import (
     settle,
     stop_tending,
 )
-from twfs import recording
-from twfs.accesses import Kind, read_record, read_segment
-from twfs.device import Device
+from twfs.admin.purging import Purge, rows_of
+from twfs.admin.usage import By, usage
+from twfs.devices.device import Device
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import (
     DeviceError,
     InvalidInput,
@@ -41,14 +42,13 @@ from twfs.errors import (
     NoSuchTenant,
     NotAllowed,
 )
-from twfs.formatting import DeviceSpec
 from twfs.hints import Hint
+from twfs.policy import recording
+from twfs.policy.accesses import Kind, read_record, read_segment
 from twfs.prefix import Names
-from twfs.purging import Purge, rows_of
-from twfs.rebuild import rebuild
+from twfs.recovery.rebuild import rebuild
 from twfs.store import Model
 from twfs.units import ALIGN
-from twfs.usage import By, usage
 from twfs.warehouse import Warehouse
 from twfs_tools.purge import EXIT_LEFT
 
@@ -437,12 +437,12 @@ def test_a_daemon_purges_for_operators_and_owners_and_for_nobody_else(scratch: P
 DYING = """
 import os, sys
 from pathlib import Path
-from twfs import doomed, purging
-from twfs.device import Device
-from twfs.metadata import Metadata
+from twfs.admin import purging, shredding
+from twfs.devices.device import Device
+from twfs.metadata.environment import Metadata
 from twfs.warehouse import Warehouse
 
-purging.BATCH_BLOCKS = doomed.BATCH_EXTENTS = 2
+purging.BATCH_BLOCKS = shredding.BATCH_EXTENTS = 2
 left = [10**9]
 
 def dying(right):

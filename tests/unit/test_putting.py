@@ -31,8 +31,10 @@ from support.warehouses import (
     waiting_for_commit,
     write_all,
 )
-from twfs import device as device_module
 from twfs.checksums import checksums_of
+from twfs.datapath.putting import PUT_BLOCKS_MAX, Put
+from twfs.devices import device as device_module
+from twfs.devices.payload import aligned_buffer
 from twfs.errors import (
     DeviceError,
     InvalidInput,
@@ -41,9 +43,7 @@ from twfs.errors import (
     TwfsError,
     WarehouseFull,
 )
-from twfs.payload import aligned_buffer
 from twfs.prefix import Names
-from twfs.putting import PUT_BLOCKS_MAX, Put
 from twfs.store import ArenaBlock, Model, PutOutcome, Retention
 from twfs.units import ByteCount, ModelId
 from twfs.warehouse import Warehouse
@@ -277,7 +277,7 @@ def test_an_interrupted_publish_is_whole_or_nothing(
 def test_a_transaction_that_fails_forfeits_the_put(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from twfs import ledger
+    from twfs.metadata import ledger
 
     with open_warehouse(scratch) as warehouse:
         model = warehouse.open_model("m", MHA)
@@ -299,7 +299,7 @@ def test_a_transaction_that_fails_forfeits_the_put(
 def test_a_failure_while_reserving_leaks_nothing(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    from twfs import reserving
+    from twfs.datapath import reserving
 
     with open_warehouse(scratch) as warehouse:
         model, core = warehouse.open_model("m", BIG), warehouse._core
@@ -398,7 +398,7 @@ def test_requests_that_cannot_be_are_refused_before_anything_is_reserved(scratch
 
 
 def test_retention_of_a_filled_hole_is_the_higher_of_both(scratch: Path) -> None:
-    from twfs import evicting
+    from twfs.eviction import evicting
 
     with open_warehouse(scratch) as warehouse:
         model = warehouse.open_model("m", MLA)

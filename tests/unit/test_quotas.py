@@ -26,11 +26,11 @@ from support.warehouses import (
     read_all,
     settle,
 )
-from twfs import evicting, quotas
-from twfs.charges import Charges
+from twfs.datapath.putting import Put
 from twfs.errors import InvalidInput, NoSuchTenant, QuotaExceeded, WarehouseFull
-from twfs.putting import Put
-from twfs.rebuild import rebuild
+from twfs.eviction import evicting, quotas
+from twfs.index.charges import Charges
+from twfs.recovery.rebuild import rebuild
 from twfs.store import Model, PutOutcome, Retention
 from twfs.tenants import QUOTA_BYTES_MAX, WEIGHT_MAX
 from twfs.units import ByteCount

@@ -15,9 +15,9 @@ import pytest
 
 from support.blockfile import BlockFile, Holder, random_payload
 from support.mounting import until
+from twfs.datapath.match import Match
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
-from twfs.match import Match
 from twfs.readers.select import Readers
 from twfs.store import ReadOutcome
 

@@ -20,8 +20,8 @@ import torch
 from support import fakecuda
 from support.blockfile import BlockFile, Holder, random_payload
 from support.loops import loop_device, needs_loops
-from twfs.arena import Arena
 from twfs.checksums import flat_bytes
+from twfs.devices.arena import Arena
 from twfs.errors import InvalidInput, ReaderUnavailable
 from twfs.layout import Arrangement, Group, Layout
 from twfs.readers import host
@@ -453,7 +453,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from support.blockfile import BlockFile, Holder, random_payload
-from twfs.arena import Arena
+from twfs.devices.arena import Arena
 from twfs.checksums import flat_bytes, flat_tensor
 from twfs.layout import Arrangement, Group, Layout
 from twfs.readers.base import BlockRead, Target

@@ -34,8 +34,8 @@ from support.warehouses import (
     settle,
     upload_all,
 )
-from twfs import scanning
-from twfs.device import Device
+from twfs.devices.device import Device
+from twfs.devices.roster import newest_roster, write_roster
 from twfs.errors import (
     CorruptMetadata,
     CorruptSuperblock,
@@ -47,10 +47,10 @@ from twfs.errors import (
     WrongDevice,
 )
 from twfs.prefix import Names
-from twfs.rebuild import Report, rebuild
 from twfs.records import DATA_START, BlockKey, Extent, Header
-from twfs.roster import newest_roster, write_roster
-from twfs.scanning import Cause, Progress
+from twfs.recovery import scanning
+from twfs.recovery.rebuild import Report, rebuild
+from twfs.recovery.scanning import Cause, Progress
 from twfs.store import Model, PutOutcome
 from twfs.units import ALIGN, ByteCount, ByteOffset, DeviceIndex, Generation
 from twfs.warehouse import Warehouse

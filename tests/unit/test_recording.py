@@ -9,7 +9,10 @@ import xxhash
 
 from support.recording import MODEL, Clock, match, names_of, recorder
 from support.warehouses import MHA, chain_of, make_warehouse, open_warehouse, put
-from twfs.accesses import (
+from twfs.config import Config, RecordSettings, parse
+from twfs.errors import InvalidInput
+from twfs.hints import Hint, Stop
+from twfs.policy.accesses import (
     AGAIN_MS,
     HEAD,
     PUT_NOW,
@@ -25,11 +28,8 @@ from twfs.accesses import (
     read_segment,
     segments_in,
 )
-from twfs.asking import asked_of
-from twfs.config import Config, RecordSettings, parse
-from twfs.errors import InvalidInput
-from twfs.hints import Hint, Stop
-from twfs.recording import ENDS_MAX, PENDING_ROWS_MAX, Recorder, units_of
+from twfs.policy.asking import asked_of
+from twfs.policy.recording import ENDS_MAX, PENDING_ROWS_MAX, Recorder, units_of
 from twfs.units import Millis
 from twfs.warehouse import Warehouse
 

@@ -24,15 +24,16 @@ from support.warehouses import (
     put,
     read_all,
 )
-from twfs import check, repair
+from twfs.checking import invariants
+from twfs.checking.subject import offline
+from twfs.core.opening import META_DIRECTORY
+from twfs.devices.payload import read_payload
 from twfs.errors import CorruptMetadata, TwfsError
-from twfs.metadata import Metadata
-from twfs.opening import META_DIRECTORY
-from twfs.payload import read_payload
+from twfs.metadata.environment import Metadata
+from twfs.metadata.tables import LEASED, MODEL_KEY, PLACE_KEY, RETIRED, WriteView
 from twfs.prefix import Names
 from twfs.records import BlockKey, Extent, Header
-from twfs.subject import offline
-from twfs.tables import LEASED, MODEL_KEY, PLACE_KEY, RETIRED, WriteView
+from twfs.recovery import repair
 from twfs.units import ALIGN, ByteCount, ByteOffset, DeviceIndex, Slot
 from twfs.warehouse import Warehouse
 
@@ -101,7 +102,7 @@ def test_what_no_daemon_opens_is_checked_and_mended(
         Warehouse.open(scratch).close()
     before = tree_of(scratch)
     with offline(scratch) as subject:
-        assert invariant in {each.invariant for each in check.run(subject, data=True).findings}
+        assert invariant in {each.invariant for each in invariants.run(subject, data=True).findings}
     assert tree_of(scratch) == before
     assert repair.run(scratch).left == ()
     assert repair.run(scratch).done == ()
@@ -248,7 +249,7 @@ def test_a_lost_secret_comes_back_from_its_file(scratch: Path) -> None:
     names, _ = filled(scratch)
     change(scratch, lambda view: view.set_meta("secret", b"x"))
     with offline(scratch) as subject:
-        assert {each.invariant for each in check.run(subject).findings} == {2}
+        assert {each.invariant for each in invariants.run(subject).findings} == {2}
     assert repair.run(scratch).left == ()
     assert_whole(scratch, names, 6)
 
@@ -286,7 +287,7 @@ def refusal(directory: Path) -> str | None:
     """What a check says that refuses; a repair must say the same."""
     try:
         with offline(directory) as subject:
-            assert check.run(subject).findings == ()
+            assert invariants.run(subject).findings == ()
     except CorruptMetadata as error:
         with pytest.raises(CorruptMetadata):
             repair.run(directory)

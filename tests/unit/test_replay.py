@@ -10,9 +10,10 @@ import pytest
 from bench.merge_replays import merged
 from support.cli import assert_refused, document, twfs
 from support.traces import request, write_agents, write_session
-from twfs import check, evicting
+from twfs.checking import invariants
 from twfs.config import Config, EvictionSettings
 from twfs.errors import DeviceError, NoSpaceForImage
+from twfs.eviction import evicting
 from twfs.hints import Retention
 from twfs.store import CheckReport, Finding
 from twfs_tools.replay import bounds, drive
@@ -171,7 +172,7 @@ def test_what_the_checker_finds_afterwards_is_found(
     stream: Stream, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = CheckReport((Finding(7, "made up"),), 3, 3, 0.0)
-    monkeypatch.setattr(check, "run", lambda *_, **__: report)
+    monkeypatch.setattr(invariants, "run", lambda *_, **__: report)
     done = drive.replay(stream, drive.Setup(500), scratch, nothing(stream))
     assert "I7: made up" in done.findings
     assert any("blocks left" in each for each in done.findings), "3 are not what was published"

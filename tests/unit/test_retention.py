@@ -23,13 +23,13 @@ from support.warehouses import (
     stop_tending,
 )
 from twfs import Hint, Retention
-from twfs.clocks import STAMP_MS_MAX, Steady
 from twfs.config import Config, parse
 from twfs.errors import DeviceError, PromiseRefused, WarehouseFull
-from twfs.evicting import freed_bytes, sweep_expired
+from twfs.eviction.evicting import freed_bytes, sweep_expired
+from twfs.eviction.retaining import flush, keep_classes
+from twfs.index.clocks import STAMP_MS_MAX, Steady
 from twfs.prefix import Names
-from twfs.rebuild import rebuild
-from twfs.retaining import flush, keep_classes
+from twfs.recovery.rebuild import rebuild
 from twfs.store import Model, PutOutcome
 from twfs.units import ALIGN, ByteCount, Millis
 from twfs.warehouse import Warehouse

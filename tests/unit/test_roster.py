@@ -8,10 +8,10 @@ from uuid import UUID
 import pytest
 
 from support.warehouses import DEVICE_BYTES, MHA, chain_of, make_warehouse, put, read_all
-from twfs.device import Device
+from twfs.devices.device import Device
+from twfs.devices.roster import Roster, RosterModel, read_roster
 from twfs.errors import CorruptMetadata, DeviceError, TooLarge
-from twfs.metadata import Metadata
-from twfs.roster import Roster, RosterModel, read_roster
+from twfs.metadata.environment import Metadata
 from twfs.secret import SECRET_FILE
 from twfs.tenants import Tenant
 from twfs.units import Millis

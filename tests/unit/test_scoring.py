@@ -10,11 +10,11 @@ import pytest
 from support.warehouses import BIG, MHA, block_at, chain_of, open_warehouse, put, read_all
 from twfs.config import Config, EvictionSettings
 from twfs.hints import Hint, Stop
-from twfs.scoring import LRU, PASSED_PART, Reuse, index_of, policy_of
-from twfs.slots import LIVE, Slots
+from twfs.index.slots import LIVE, Slots
+from twfs.index.uses import SessionUses
+from twfs.policy.scoring import LRU, PASSED_PART, Reuse, index_of, policy_of
 from twfs.store import Model, PutOutcome
 from twfs.units import ByteCount, Millis
-from twfs.uses import SessionUses
 from twfs.warehouse import Warehouse
 
 NOW = 2_000_000_000_000

@@ -32,14 +32,14 @@ from support.warehouses import (
     records_of,
     settle,
 )
-from twfs import scrubbing
+from twfs.checking import scrubbing
+from twfs.checking.scrubbing import State, load_state
 from twfs.client import Client
-from twfs.device import Device
+from twfs.devices.device import Device
+from twfs.devices.payload import read_whole
 from twfs.errors import DeviceError, InvalidInput
-from twfs.payload import read_whole
 from twfs.prefix import Names
 from twfs.records import Block, BlockKey, Header
-from twfs.scrubbing import State, load_state
 from twfs.store import Model, PutOutcome, ReadOutcome
 from twfs.units import ALIGN, ByteCount
 from twfs.warehouse import Warehouse

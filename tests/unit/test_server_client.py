@@ -21,8 +21,11 @@ import pytest
 import trio
 
 from support.daemon import PATIENT_S, Daemon, running_daemon
-from twfs.arena import HUGETLB, SMALL, TRANSPARENT
 from twfs.client import Client, connect
+from twfs.daemon.server import PATH_BYTES_MAX, serve
+from twfs.datapath.match import Match
+from twfs.devices.arena import HUGETLB, SMALL, TRANSPARENT
+from twfs.devices.formatting import DeviceSpec
 from twfs.errors import (
     InvalidInput,
     LayoutMismatch,
@@ -37,13 +40,10 @@ from twfs.errors import (
     WarehouseBusy,
     WarehouseFull,
 )
-from twfs.formatting import DeviceSpec
 from twfs.layout import Arrangement, Group, Layout
-from twfs.link import RemotePut
-from twfs.match import Match
 from twfs.prefix import Names, OwnKey, names_of_keys
+from twfs.protocol.link import RemotePut
 from twfs.records import BlockKey
-from twfs.server import PATH_BYTES_MAX, serve
 from twfs.store import (
     Model,
     PutOutcome,

@@ -19,11 +19,12 @@ from support.warehouses import (
     read_all,
     waiting_for_commit,
 )
-from twfs import Hint, Retention, Stop, sessions
+from twfs import Hint, Retention, Stop
 from twfs.errors import InvalidInput, NoSuchBlock, StaleEpoch
+from twfs.eviction.retaining import flush
+from twfs.metadata import sessions
+from twfs.metadata.sessions import SessionKey
 from twfs.prefix import Names
-from twfs.retaining import flush
-from twfs.sessions import SessionKey
 from twfs.store import Model
 from twfs.units import ByteCount, ModelId, PrefixHash
 from twfs.warehouse import Warehouse
@@ -360,7 +361,7 @@ def test_sessions_of_tenants_are_apart(scratch: Path) -> None:
 def test_too_many_sessions_end_those_that_were_not_used_longest(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("twfs.sessions", "twfs.retaining"):
+    for module in ("twfs.metadata.sessions", "twfs.eviction.retaining"):
         monkeypatch.setattr(f"{module}.SESSIONS_MAX", 16)
     with open_warehouse(scratch) as warehouse:
         model, core = warehouse.open_model("m", MHA), warehouse._core

@@ -30,12 +30,13 @@ from support.warehouses import (
     settle,
     tokens_of,
 )
-from twfs import evicting, quotas, sharing, usage
+from twfs.admin import usage
+from twfs.admin.usage import By
 from twfs.errors import InvalidInput, NoSuchBlock, NoSuchTenant, NotAllowed, NotEmpty, QuotaExceeded
+from twfs.eviction import evicting, quotas, sharing
 from twfs.prefix import Names, OwnKey, names_of_keys
-from twfs.rebuild import rebuild
+from twfs.recovery.rebuild import rebuild
 from twfs.store import Model, PutOutcome, Retention
-from twfs.usage import By
 from twfs.warehouse import Warehouse
 
 BLOCK = 8192  # on the device

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from twfs import slots as states
 from twfs.errors import NoSpaceForImage
+from twfs.index import slots as states
+from twfs.index.slots import GROWTH_MIN, NONE, Slots
 from twfs.records import BLOCK_DTYPE, BlockKey
-from twfs.slots import GROWTH_MIN, NONE, Slots
 from twfs.units import ModelId, PrefixHash
 
 

@@ -40,10 +40,10 @@ from twfs.errors import (
     TooLarge,
     WarehouseFull,
 )
-from twfs.metadata import Metadata
+from twfs.metadata.environment import Metadata
 from twfs.prefix import Names
-from twfs.rebuild import rebuild
 from twfs.records import Header
+from twfs.recovery.rebuild import rebuild
 from twfs.secret import SALT_BYTES
 from twfs.store import Model, PutOutcome, ReadOutcome, Retention, iterate_heads, iterate_sessions
 from twfs.tenants import TENANT_MAX, UIDS_MAX, Tenant, Tenants, pack_tenants, unpack_tenants
@@ -149,7 +149,7 @@ def test_a_number_is_never_given_twice_and_they_end(
             added = warehouse.operate("tenant-add", name="acme", owner=OWNER, uids=[])
             assert added["id"] == turn
             warehouse.operate("tenant-remove", name="acme")
-    monkeypatch.setattr("twfs.tenancy.TENANT_MAX", 3)
+    monkeypatch.setattr("twfs.admin.tenancy.TENANT_MAX", 3)
     with open_warehouse(scratch) as warehouse, pytest.raises(TooLarge, match="second warehouse"):
         warehouse.operate("tenant-add", name="acme", owner=OWNER, uids=[])
     assert TENANT_MAX == 65_535  # what a record has room for
@@ -524,7 +524,7 @@ def test_one_user_cannot_reserve_what_others_need(daemon: Daemon) -> None:
     space = 64 << 20
     with client_of(daemon, ACME) as greedy, client_of(daemon, OTHER) as other:
         model = greedy.open_model("m", MHA, tenant="acme")
-        from twfs.link import RemotePut
+        from twfs.protocol.link import RemotePut
 
         ports: list[RemotePut] = []
 
@@ -586,7 +586,7 @@ def test_threads_of_one_user_wait_behind_their_own(scratch: Path) -> None:
     """One user's requests take half of the threads, however many there are."""
     import trio
 
-    from twfs.shared import part_of
+    from twfs.daemon.shared import part_of
 
     async def main() -> None:
         limiter = trio.CapacityLimiter(4)

@@ -6,15 +6,15 @@ import pytest
 import trio.testing
 
 from support.warehouses import MHA, SHARDED, chain_of, open_warehouse, put, put_whole
-from twfs import tree as trees
-from twfs.describing import metrics
 from twfs.errors import BlockGone, NoSuchBlock, NotEmpty
-from twfs.importing import Importer
-from twfs.nodes import ROOT, BlockFile, Node, SessionDirectory
 from twfs.prefix import Names
 from twfs.store import Model
-from twfs.tree import Tree
 from twfs.units import ByteCount
+from twfs.vfs import tree as trees
+from twfs.vfs.describing import metrics
+from twfs.vfs.importing import Importer
+from twfs.vfs.nodes import ROOT, BlockFile, Node, SessionDirectory
+from twfs.vfs.tree import Tree
 from twfs.warehouse import Warehouse
 
 

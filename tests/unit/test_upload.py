@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from twfs.arena import Arena
 from twfs.checksums import checksums_of
 from twfs.copying import Copying
+from twfs.datapath.upload import WINDOWS_PER_ARENA, check_payloads, pieces_of, upload
+from twfs.devices.arena import Arena
 from twfs.errors import GivenUp, InvalidInput, NoDaemon, TooLarge
 from twfs.layout import Arrangement, Group, Layout
+from twfs.protocol.wire import WINDOW_BLOCKS_MAX
 from twfs.store import ArenaBlock, PutOutcome, PutResult
 from twfs.units import ALIGN, ByteCount, align_up
-from twfs.upload import WINDOWS_PER_ARENA, check_payloads, pieces_of, upload
-from twfs.wire import WINDOW_BLOCKS_MAX
 
 
 def layout_of(block_bytes: int) -> Layout:

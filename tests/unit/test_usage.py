@@ -24,11 +24,12 @@ from support.warehouses import (
     settle,
     upload_all,
 )
-from twfs import evicting, usage
-from twfs.core import Core
+from twfs.admin import usage
+from twfs.admin.usage import By, Row, Usage
+from twfs.core.state import Core
+from twfs.eviction import evicting
 from twfs.records import BlockKey
 from twfs.units import ALIGN
-from twfs.usage import By, Row, Usage
 from twfs.warehouse import Warehouse
 
 

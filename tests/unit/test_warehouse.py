@@ -248,7 +248,7 @@ def test_a_new_epoch_hides_all_blocks_and_frees_their_space(scratch: Path) -> No
         assert held.read_into(into).blocks == 4  # the lease keeps them
         held.release()
         put(warehouse, fresh, chain_of(fresh, 2))
-        from twfs import evicting
+        from twfs.eviction import evicting
 
         evicting.sweep_epochs(warehouse._core)
         assert [info.blocks for info in warehouse.models()] == [2]

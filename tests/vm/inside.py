@@ -21,8 +21,8 @@ import numpy as np  # noqa: E402
 
 from support.warehouses import MHA, chain_of, payload_of, payloads_of, put, read_all  # noqa: E402
 from twfs.client import connect  # noqa: E402
+from twfs.devices.formatting import DeviceSpec  # noqa: E402
 from twfs.errors import DeviceError, TwfsError, WarehouseBusy, WarehouseFull  # noqa: E402
-from twfs.formatting import DeviceSpec  # noqa: E402
 from twfs.prefix import Names  # noqa: E402
 from twfs.store import Model, PutOutcome, Store  # noqa: E402
 from twfs.warehouse import Warehouse  # noqa: E402

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from twfs.accesses import read_record
-from twfs.advising import PARTINGS_MAX, Live, Wishes
-from twfs.advising import advise as advice
+from twfs.admin.advising import PARTINGS_MAX, Live, Wishes
+from twfs.admin.advising import advise as advice
 from twfs.config import duration_ms
 from twfs.errors import InvalidInput
+from twfs.policy.accesses import read_record
 from twfs_tools.advise_plot import draw
 from twfs_tools.output import JsonFlag, parse_size, print_json, print_table, say, size
 from twfs_tools.target import SocketOption, WarehouseArgument, opened

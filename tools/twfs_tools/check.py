@@ -58,8 +58,8 @@ def check(
 
 def _offline(place: Place, *, named: bool, data: bool) -> CheckReport:
     """Check a warehouse that nobody has open, without changing anything, be it damaged or not."""
-    from twfs import check as checker  # noqa: PLC0415 - the tools that need neither start faster
-    from twfs.subject import offline  # noqa: PLC0415
+    from twfs.checking import invariants as checker  # noqa: PLC0415 - the tools that need neither start faster
+    from twfs.checking.subject import offline  # noqa: PLC0415
 
     if place.directory is None or named:
         raise NoDaemon(f"nobody answers on {place.socket}: start the daemon with `twfs serve`")
@@ -69,7 +69,7 @@ def _offline(place: Place, *, named: bool, data: bool) -> CheckReport:
 
 def _repair(place: Place, daemon: int | None, *, data: bool, as_json: bool) -> None:
     """Repair, and say what was done and what is left."""
-    from twfs import repair  # noqa: PLC0415
+    from twfs.recovery import repair  # noqa: PLC0415
 
     if daemon is not None:
         raise WarehouseBusy(

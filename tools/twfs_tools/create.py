@@ -9,7 +9,7 @@ from twfs.errors import InvalidInput
 from twfs_tools.output import JsonFlag, parse_size, print_json, say, size, working
 
 if TYPE_CHECKING:
-    from twfs.device import DeviceSpec
+    from twfs.devices.device import DeviceSpec
 
 
 def create(
@@ -63,7 +63,7 @@ def create(
 
 def device_specs(directory: Path, image: str | None, devices: list[str]) -> "list[DeviceSpec]":
     """Return what --size and --device mean; InvalidInput if neither or both were given."""
-    from twfs.device import DeviceSpec  # noqa: PLC0415
+    from twfs.devices.device import DeviceSpec  # noqa: PLC0415
 
     if (image is None) == (not devices):
         raise InvalidInput("give either --size for an image, or --device for each device")

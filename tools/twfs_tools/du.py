@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from twfs.usage import ROWS_MAX, By
+from twfs.admin.usage import ROWS_MAX, By
 from twfs_tools.output import JsonFlag, print_json, print_table, say, size
 from twfs_tools.target import SocketOption, WarehouseArgument, opened
 

@@ -10,8 +10,8 @@ from twfs.errors import CheckFailed
 from twfs_tools.output import Gauge, JsonFlag, print_json, say, size, working
 
 if TYPE_CHECKING:
-    from twfs.rebuild import Report
-    from twfs.scanning import Progress
+    from twfs.recovery.rebuild import Report
+    from twfs.recovery.scanning import Progress
     from twfs.store import CheckReport
 
 
@@ -38,7 +38,7 @@ def rebuild(
     Every block that was published and has not been overwritten comes back; evicted, removed and
     unpublished ones may too. Reads all of the devices; changes only DIRECTORY; ends with a check.
     """
-    from twfs.rebuild import rebuild as rebuild_now  # noqa: PLC0415
+    from twfs.recovery.rebuild import rebuild as rebuild_now  # noqa: PLC0415
     from twfs.warehouse import Warehouse  # noqa: PLC0415
 
     with Gauge() as gauge:

@@ -22,7 +22,6 @@ from twfs.store import LeasedMatch, Model
 from twfs.units import HASH_BYTES
 
 ANSWER_SECONDS: Final = 0.0005  # that a step may wait for an answer, in all
-WAITS_APART_S: Final = 0.005  # steps are longer than this; within it only one ask may wait
 LATER_SECONDS: Final = 0.005  # then an answer that ends has left the engine
 NAMED_AT_ONCE: Final = 128  # keys: about 0.2 ms of one processor, then others may have Python
 NAMED_SOON: Final = 128  # keys: of more no answer comes while a step may wait
@@ -50,6 +49,7 @@ class _Asked:
     last: bytes = b""  # of these: it proves all before it
     start: int = 0
     asked_s: float = 0.0
+    step: int = 0  # of the engine's, in which it was asked
     number: int = 0  # of the ask: an answer to an older one is of no use
     pending: bool = False  # the store is being asked
     blocks: int | None = None  # that a match holds from the first on; None: no answer
@@ -160,7 +160,9 @@ class Finder:
         self._answer_s = answer_s
         self._ahead = ahead
         self._requests: dict[str, _Asked] = {}
-        self._waited_s = 0.0
+        self._step = 0
+        self._waited_step = -1
+        self._took_s = 0.0  # the latest answer
         self._resetting = False  # a new epoch is wanted and not there yet
         self._lock = threading.Lock()  # between an answer and who does not want it any more
         self._desk = Desk("twfs-finder")
@@ -208,19 +210,27 @@ class Finder:
         return max(start, min(asked.blocks, len(keys)))
 
     def _wait(self, asked: _Asked) -> None:
-        """Give the answer a moment, once per step, if it may come in it."""
+        """Give the answer a moment, once per step, if it may come in it.
+
+        In that of the ask it does where the answer before did: a daemon that has slept is later.
+        """
         unnamed = asked.count - (0 if asked.names is None else len(asked.names))
         if unnamed > NAMED_SOON or self._desk.under_way() > 1:
             return
-        if time.monotonic() - self._waited_s > WAITS_APART_S:
+        fresh = asked.step == self._step
+        if self._waited_step < self._step and not (fresh and self._took_s > self._answer_s):
+            self._waited_step = self._step
             asked.answered.wait(self._answer_s)
-            self._waited_s = time.monotonic()
+
+    def next_step(self) -> None:
+        """A step of the engine's scheduler is over: an ask of the next may wait."""
+        self._step += 1
 
     def _begin(self, asked: _Asked, keys: Sequence[bytes], start: int) -> None:
         """Have the store asked; what was leased before is let go."""
         self._release(asked)
         asked.keys, asked.count, asked.last = keys, len(keys), keys[-1]
-        asked.start, asked.asked_s = start, time.monotonic()
+        asked.start, asked.asked_s, asked.step = start, time.monotonic(), self._step
         asked.answered.clear()
         asked.pending = True
         number = asked.number
@@ -234,6 +244,7 @@ class Finder:
         match = self._attachment.quietly("a match failed", lambda: self._match(asked), None)
         with self._lock:
             wanted = asked.number == number
+            self._took_s = time.monotonic() - asked.asked_s
             if wanted:
                 asked.pending = False
                 asked.match, asked.renewed_s = match, time.monotonic()

@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     UnifiedCacheLinker,
 )
 
-from twfs.arena import Arena
+from twfs.devices.arena import Arena
 from twfs.engines.keyed import STORED, KeyedStore, Revisions, Space
 from twfs.engines.sglang import ENGINE, checked, key_of
 from twfs.errors import DeviceError, InvalidInput

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
-from twfs.arena import Arena
 from twfs.checksums import lanes_of
+from twfs.datapath.upload import PIECES_MAX
+from twfs.devices.arena import Arena
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
 from twfs.prefix import Names, tokens_to_bytes
 from twfs.store import LeasedMatch, PutOutcome, PutResult, Retention, Store
 from twfs.units import ByteCount, align_up
-from twfs.upload import PIECES_MAX
 
 if TYPE_CHECKING:
     import torch

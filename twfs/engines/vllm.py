@@ -28,6 +28,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from twfs.client import ARENA_BYTES
+from twfs.datapath.upload import PIECES_MAX
 from twfs.engines.attaching import PATIENCE_S, Attachment
 from twfs.engines.breakeven import BreakEven
 from twfs.engines.finding import Finder, Held
@@ -39,7 +40,6 @@ from twfs.engines.vllm_orders import LoadSpec, RankReport, StoreSpec
 from twfs.engines.vllm_prefill import GpuMark, Mark, PrefillTimes, Prompts, prompt_tokens
 from twfs.engines.vllm_requests import Request, places_of
 from twfs.units import align_up
-from twfs.upload import PIECES_MAX
 
 EVENT_SECONDS: Final = 2.0  # that an idle engine goes on for events of what it has stored
 
@@ -188,6 +188,11 @@ class TwfsManager(OffloadingManager):
             self.attachment.complain("a parameter of a request is none", text)
         self.finder.admit(req_context.req_id, params)
         return RequestOffloadingContext()
+
+    def on_schedule_end(self, context: Any) -> None:
+        """All requests of a step are scheduled; what is stored of them is offered next."""
+        self.offers.begin_step()
+        self.finder.next_step()
 
     def on_request_finished(self, req_context: Any) -> None:
         """Touch the whole chain, also what came from the engine's own memory."""
@@ -416,7 +421,6 @@ class TwfsConnector(OffloadingConnector):
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """Let the worker know of a step that computes prompts alone: it times that."""
-        self.manager.offers.begin_step()
         meta: Any = super().build_connector_meta(scheduler_output)
         tokens = 0 if meta.load_jobs else prompt_tokens(scheduler_output)
         if tokens:

@@ -167,6 +167,10 @@ class TwfsTier(SecondaryTierManager):
         self.finder.admit(req_context.req_id, params)
         return RequestOffloadingContext()
 
+    def on_schedule_end(self, context: Any) -> None:
+        """A step of the scheduler is over."""
+        self.finder.next_step()
+
     def on_request_finished(self, req_context: Any) -> None:
         """Touch the whole chain, also what came from the engine's own memory."""
         known = self._requests.pop(req_context.req_id, None)

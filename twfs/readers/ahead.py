@@ -10,7 +10,7 @@ from functools import partial
 from threading import Lock
 from typing import Any, Final
 
-from twfs.arena import Piece
+from twfs.devices.arena import Piece
 from twfs.readers.arenas import Arenas
 from twfs.readers.base import BlockRead, DeviceSource, Tally
 from twfs.readers.hanging import Hands, TimedWave

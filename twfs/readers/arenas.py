@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, Final
 
-from twfs.arena import Arena, Piece
+from twfs.devices.arena import Arena, Piece
 from twfs.errors import InvalidInput
 from twfs.readers.base import ARENA_TIMEOUT_S
 from twfs.units import align_up

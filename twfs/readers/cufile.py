@@ -19,12 +19,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from twfs.arena import Arena
 from twfs.checksums import (
     address_of,
     flat_bytes,
     loaded_torch,
 )
+from twfs.devices.arena import Arena
 from twfs.errors import ReaderUnavailable
 from twfs.readers.base import (
     HEADER_BYTES,

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import xxhash
 
-from twfs.arena import Arena
 from twfs.checksums import Bytes, copy_bytes, flat_bytes
+from twfs.devices.arena import Arena
 from twfs.readers.ahead import Ahead, Reading, Room
 from twfs.readers.arenas import Arenas
 from twfs.readers.base import (

@@ -8,8 +8,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from twfs.arena import Piece
 from twfs.checksums import Bytes
+from twfs.devices.arena import Piece
 from twfs.readers.base import HEADER_BYTES, BlockRead, DeviceSource, Span, may_read, spans_of
 from twfs.store import ReadOutcome
 from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from twfs.arena import Arena
 from twfs.checksums import Bytes, loaded_torch
+from twfs.devices.arena import Arena
 from twfs.readers.base import BlockRead, scatter
 from twfs.readers.host import HostReader
 from twfs.units import IO_BYTES_MAX

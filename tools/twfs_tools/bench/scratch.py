@@ -15,9 +15,9 @@ from typing import Final
 
 import numpy as np
 
-from twfs.arena import Arena
 from twfs.client import Client, connect
-from twfs.device import DeviceSpec
+from twfs.devices.arena import Arena
+from twfs.devices.device import DeviceSpec
 from twfs.errors import DeviceError, InvalidInput, NoSpaceForImage
 from twfs.layout import Arrangement, Group, Layout
 from twfs.prefix import Names

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from twfs.arena import Arena
 from twfs.client import Client
+from twfs.devices.arena import Arena
 from twfs.errors import DeviceError
 from twfs.prefix import Names
 from twfs.store import Model

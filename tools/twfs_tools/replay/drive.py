@@ -19,17 +19,17 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from twfs.accesses import read_record
-from twfs.advising import Live, Wishes, advise
+from twfs.admin.advising import Live, Wishes, advise
+from twfs.admin.usage import By, Usage
 from twfs.config import Config
+from twfs.devices.formatting import DEVICE_BYTES_MIN, DeviceSpec
 from twfs.errors import DeviceError, NoSpaceForImage, WarehouseFull
-from twfs.formatting import DEVICE_BYTES_MIN, DeviceSpec
 from twfs.hints import Hint, Retention, Stop
+from twfs.policy.accesses import read_record
 from twfs.prefix import Names
 from twfs.records import DATA_START
 from twfs.store import Durability, Model, PutOutcome, ReadOutcome
 from twfs.units import ALIGN, ByteCount, Millis, align_up
-from twfs.usage import By, Usage
 from twfs.warehouse import Warehouse
 from twfs_tools.output import size
 from twfs_tools.replay.naming import Naming, Payloads, layout_for

@@ -1,0 +1,1 @@
+"""What operators ask of an open warehouse: devices, tenants, purges, usage, advice."""

@@ -1,0 +1,1 @@
+"""The daemon's end of its socket: who may ask what, and the answers."""

@@ -1,0 +1,1 @@
+"""What engines do with blocks, one verb each: match, put, and the bytes between."""

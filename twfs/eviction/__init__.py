@@ -1,0 +1,1 @@
+"""Making room: classes and pins, quotas, which blocks go before which, and their removal."""

@@ -1,0 +1,1 @@
+"""What the mount shows, without FUSE: sessions' directories, imports, and files under any path."""
