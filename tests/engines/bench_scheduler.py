@@ -8,7 +8,8 @@ new one; a load takes a step, a prompt's rest 8,192 tokens a step, an answer 32 
 stores, what was computed is offered step by step and a step later said to be stored, with events;
 so is all of each fourth request, which the engine holds itself and nobody has stored. Prints JSON:
 per block size, without and with stores, the wall and CPU time of twfs's calls in the scheduler's
-thread per step, in milliseconds.
+thread per step, in milliseconds, with and without what Python's garbage collector took in them: it
+looks at all young lists, of which an engine's own of each waiting request are the longest.
 """
 
 import argparse
@@ -18,10 +19,10 @@ import itertools
 import json
 import statistics
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
@@ -90,11 +91,11 @@ def fill(spec: TwfsSpec, manager: TwfsManager, chains: list[list[bytes]]) -> Non
     attached.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class Simulated:
     """A request, as far as vLLM's scheduler knows it."""
 
-    id: str
+    request_id: str
     keys: list[Any]
     hashes: list[bytes]
     context: ReqContext
@@ -107,15 +108,26 @@ class Simulated:
 class Clock:
     """Milliseconds of this thread within its blocks, on the wall and of a processor."""
 
+    collected_ms = 0.0  # since the start
+
     def __init__(self) -> None:
-        self.wall_ms = self.cpu_ms = 0.0
+        self.wall_ms = self.cpu_ms = self.collector_ms = 0.0
 
     def __enter__(self) -> None:
+        self._collector_ms = Clock.collected_ms
         self._wall_s, self._cpu_s = time.perf_counter(), time.thread_time()
 
     def __exit__(self, *_: object) -> None:
         self.cpu_ms += 1000 * (time.thread_time() - self._cpu_s)
         self.wall_ms += 1000 * (time.perf_counter() - self._wall_s)
+        self.collector_ms += Clock.collected_ms - self._collector_ms
+
+    @classmethod
+    def collecting(cls, phase: str, _: object) -> None:
+        """Take the time of Python's garbage collector, if it runs on this thread."""
+        if threading.current_thread() is threading.main_thread():
+            sign = -1 if phase == "start" else 1
+            cls.collected_ms += sign * 1000 * time.thread_time()
 
 
 class Simulation:
@@ -129,7 +141,7 @@ class Simulation:
         self.loading: Simulated | None = None
         self.running: list[Simulated] = []
         self.storing: list[tuple[Any, ReqContext]] = []
-        self.loads = self.offers = self.stored = 0
+        self.loads = self.offers = self.stored = self.asks = 0
 
     def arrive(self) -> Simulated:
         """A request that goes on from one of the chains; with stores some from another.
@@ -147,19 +159,20 @@ class Simulation:
             context.set_offload_key_position(key, (index + 1) * self.block_tokens)
         return Simulated(f"r{number}", keys, hashes, context, held)
 
-    def step(self, fresh: Simulated | None, clock: Clock) -> Any:
+    def step(self, fresh: Simulated | None, clock: Clock, *, full: bool) -> Any:
         """All that twfs does in one step, on the *clock*; what the engine lets go of is returned.
 
-        As vLLM: it schedules, offers what is or will be computed, and takes what workers report.
+        As vLLM: it schedules, offers what was computed, and takes what workers report. Unless
+        *full*, none of those that wait begins.
         """
         manager, loaded = self.manager, self.loading
         told = [(output, set(output.keys_to_store), context) for output, context in self.storing]
         with clock:
             if fresh is not None:
-                manager.requests[fresh.id] = Request(fresh.hashes)
+                manager.requests[fresh.request_id] = Request(fresh.hashes)
                 manager.on_new_request(fresh.context)
                 self.waiting.append(fresh)
-            chosen = self._schedule()
+            chosen = self._schedule(full=full)
             manager.on_schedule_end(None)
         ended = [one for one in self.running if one.answered == ANSWER_TOKENS]
         self.storing = []
@@ -179,16 +192,17 @@ class Simulation:
         self._compute(chosen)
         return ended, told
 
-    def _schedule(self) -> Simulated | None:
+    def _schedule(self, *, full: bool) -> Simulated | None:
         """Ask for all that wait; the first that is ready begins."""
         manager, chosen = self.manager, None
+        self.asks += len(self.waiting)
         for one in self.waiting:
-            asking = SimpleNamespace(request_id=one.id)
-            if manager.ready(asking, one.held * self.block_tokens) and chosen is None:
+            ready = manager.ready(one, one.held * self.block_tokens)
+            if ready and full and chosen is None:
                 chosen = one
         if chosen is not None:
             self.waiting.remove(chosen)
-            chosen.computed = found = manager.requests[chosen.id].blocks or 0
+            chosen.computed = found = manager.requests[chosen.request_id].blocks or 0
             if found > chosen.held:
                 chosen.offered = found
                 manager.prepare_load(chosen.keys[:found], chosen.context)
@@ -236,18 +250,22 @@ def measure(
     fill(spec, manager, chains)
     gc.freeze()  # as vLLM does before it begins
     simulation = Simulation(manager, chains, stores=stores)
-    clocks = []
+    gc.callbacks.append(Clock.collecting)
+    wall_ms, cpu_ms, own_ms = [], [], []  # of numbers, which are not for the collector
     for _ in range(waiting + steps):
-        full = len(simulation.waiting) >= waiting
-        fresh, clock = None if full else simulation.arrive(), Clock()
-        over = simulation.step(fresh, clock)
-        clocks.append(clock)
+        fresh = simulation.arrive() if len(simulation.waiting) < waiting else None
+        clock, full = Clock(), len(simulation.waiting) + (fresh is not None) >= waiting
+        over = simulation.step(fresh, clock, full=full)
+        wall_ms.append(clock.wall_ms)
+        cpu_ms.append(clock.cpu_ms)
+        own_ms.append(clock.cpu_ms - clock.collector_ms)
         del over, fresh
         time.sleep(STEP_S)
+    gc.callbacks.remove(Clock.collecting)
     manager.shutdown()
     return {
         "block_tokens": block_tokens, "keys": tokens // block_tokens, "waiting": waiting,
-        "steps": len(clocks), "loads": simulation.loads,
+        "steps": len(wall_ms), "asks": simulation.asks, "loads": simulation.loads,
         "offers": simulation.offers if stores else None,
         "stored": simulation.stored if stores else None,
         **{
@@ -257,8 +275,7 @@ def measure(
                 "most": round(max(times), 3),
             }
             for name, times in (
-                ("wall_ms", [clock.wall_ms for clock in clocks]),
-                ("cpu_ms", [clock.cpu_ms for clock in clocks]),
+                ("wall_ms", wall_ms), ("cpu_ms", cpu_ms), ("cpu_without_collector_ms", own_ms),
             )
         },
     }  # fmt: skip

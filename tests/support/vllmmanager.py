@@ -96,11 +96,11 @@ def try_owners(manager: TwfsManager, first: ReqContext) -> None:
         {"tenant": "other", "public_tokens": 2 * TOKENS},
     ]
     for number, params in enumerate(others):
-        request, context, keys = request_of(manager, f"owner {number}", 4, **params)
+        request, context, keys = request_of(manager, f"owner {number}", 16, **params)
         until_ready(manager, request)
         assert manager.prepare_store(keys[:0], context).keys_to_store == []
-        offered = manager.prepare_store(keys[:4], context).keys_to_store
-        assert offered == keys[:4], (params, offered)
+        offered = manager.prepare_store(keys, context).keys_to_store
+        assert offered == keys[:10], (params, offered)
         manager.on_request_finished(context)
         manager.complete_store(offered, context)  # which may be later than the end
         assert manager.prepare_store(keys, first).keys_to_store == []
@@ -251,7 +251,7 @@ def try_steps(socket: Path) -> None:
             offered[job.req_id] += job.src_spec.block_ids.tolist()
             assert job.dst_spec.offer.blocks == len(job.src_spec.block_ids)
         counts.append({job.req_id: job.dst_spec.offer.blocks for job in jobs.values()})
-    assert counts == [{"x": 1024}, {"y": 1024, "x": 1976}, {"y": 1576}], counts
+    assert counts == [{"x": 512}, {"y": 512, "x": 2488}, {"y": 2088}], counts
     assert all(offered[name] == list(range(1, blocks + 1)) for name, blocks in sizes.items())
     manager.shutdown()
 

@@ -8,24 +8,26 @@ is known by the last of its keys. Used by the scheduler's thread alone.
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Final
 
 KNOWN_SECONDS: Final = 60.0  # that a block which was offered is not offered again
-KNOWN_MAX: Final = 200_000  # ends of runs; about 300 bytes each
-FORK_TOKENS: Final = 256  # so often a run is known by a key in its midst: others may fork there
+KNOWN_MAX: Final = 200_000  # ends of runs and forks; some 300 bytes each
+FORK_TOKENS: Final = 1024  # so often a run is known by a key in its midst: others may fork there
 FORGOTTEN_AT_ONCE: Final = 256  # offers: in a step, of those that are over
-OFFERED_AT_ONCE: Final = 1024  # keys: in a step, of requests that go on
+OFFERED_AT_ONCE: Final = 512  # keys: in a step, of requests that go on
 
 Owner = tuple[str | None, int]  # tenant, and public blocks: what else than its key names a block
 Run = tuple[int, Sequence[Any]]  # the place of the first in its request's chain, and the keys
 
 
 @dataclass(slots=True)
-class _End:
-    """A run that ends in some key."""
+class _Noted:
+    """A run that was offered; the keys at its end and at the forks in it stand for it."""
 
+    owner: Owner
+    ends: list[Any]
     begin: int  # place of its first block
     since_s: float
 
@@ -33,14 +35,14 @@ class _End:
 class Known:
     """Blocks that were offered lately, and whose they are.
 
-    Of a chain that leaves a known one between two forks (of 256 tokens) the blocks since the first
+    Of a chain that leaves a known one between two forks (1,024 tokens) the blocks since the first
     of them are not known.
     """
 
     def __init__(self, block_tokens: int) -> None:
         self._fork_blocks = max(1, FORK_TOKENS // block_tokens)
-        self._ends: dict[Owner, dict[Any, _End]] = {}
-        self._noted: deque[tuple[Owner, list[Any], float]] = deque()  # the same, oldest first
+        self._ends: dict[Owner, dict[Any, _Noted]] = {}
+        self._noted: deque[_Noted] = deque()  # the same, oldest first
         self._count = 0
 
     def lacking(self, owner: Owner, first: int, keys: Sequence[Any], now_s: float) -> list[Run]:
@@ -48,19 +50,24 @@ class Known:
         ends = self._ends.get(owner)
         if not ends or not keys:
             return [(first, keys)] if keys else []
-        found: list[Run] = []
-        stop = first + len(keys)  # what is from here on is settled
-        while first < stop and (end := ends.get(keys[stop - 1 - first])) is not None:
-            if now_s - end.since_s >= KNOWN_SECONDS or end.begin >= stop:
-                break
-            stop = end.begin
-        left = keys[: max(0, stop - first)]
-        met = [(place, ends[key]) for place, key in enumerate(left, first) if key in ends]
-        for place, end in reversed(met):
-            if now_s - end.since_s < KNOWN_SECONDS and end.begin <= place:
+        since_s, found = now_s - KNOWN_SECONDS, list[Run]()
+        stop = place = first + len(keys)  # what is from *stop* on is settled, from *place* on seen
+        # A known chain is soon at an end or a fork, from where a whole run is skipped.
+        while first < place and stop - place <= self._fork_blocks:
+            place -= 1
+            noted = ends.get(keys[place - first])
+            if noted is not None and noted.since_s > since_s and noted.begin <= place:
                 if place + 1 < stop:
                     found.append((place + 1, keys[place + 1 - first : stop - first]))
-                stop = min(stop, end.begin)
+                stop = place = noted.begin
+        # What was not may be thousands of keys that are all new.
+        left = keys[: max(0, place - first)]
+        met = [(at, ends[key]) for at, key in enumerate(left, first) if key in ends]
+        for at, noted in reversed(met):
+            if noted.since_s > since_s and noted.begin <= at < stop:
+                if at + 1 < stop:
+                    found.append((at + 1, keys[at + 1 - first : stop - first]))
+                stop = noted.begin
         if first < stop:
             found.append((first, keys[: stop - first]))
         return found[::-1]
@@ -68,33 +75,33 @@ class Known:
     def note(self, owner: Owner, first: int, keys: Sequence[Any], now_s: float) -> None:
         """These are offered."""
         forks = keys[(-first - 1) % self._fork_blocks : -1 : self._fork_blocks]
-        self._enter(owner, [*forks, keys[-1]], _End(first, now_s))
+        self._enter(_Noted(owner, [*forks, keys[-1]], first, now_s))
 
-    def _enter(self, owner: Owner, keys: list[Any], end: _End) -> None:
-        self._ends.setdefault(owner, {}).update(zip(keys, repeat(end)))
-        self._noted.append((owner, keys, end.since_s))
-        self._count += len(keys)
+    def _enter(self, noted: _Noted) -> None:
+        self._ends.setdefault(noted.owner, {}).update(zip(noted.ends, repeat(noted)))
+        self._noted.append(noted)
+        self._count += len(noted.ends)
 
     def lost(self, owner: Owner, keys: Sequence[Any], held: int) -> None:
         """Of *keys*, which were offered at once, only the first *held* have come to be stored."""
         ends = self._ends.get(owner, {})
-        over = [end for key in keys[held:] if (end := ends.pop(key, None)) is not None]
+        over = [noted for key in keys[held:] if (noted := ends.pop(key, None)) is not None]
         if held and over and keys[held - 1] not in ends:  # the cut is within a run
-            self._enter(owner, [keys[held - 1]], over[0])
+            self._enter(replace(over[0], ends=[keys[held - 1]]))
 
     def forget(self, now_s: float) -> None:
         """Let go of what is over, some of it in each step."""
         for _ in range(FORGOTTEN_AT_ONCE):
             if not self._noted:
                 return
-            owner, keys, since_s = self._noted[0]
-            if now_s - since_s < KNOWN_SECONDS and self._count <= KNOWN_MAX:
+            noted = self._noted[0]
+            if now_s - noted.since_s < KNOWN_SECONDS and self._count <= KNOWN_MAX:
                 return
             self._noted.popleft()
-            self._count -= len(keys)
-            ends = self._ends[owner]
-            for key in keys:
-                if key in ends and ends[key].since_s == since_s:
+            self._count -= len(noted.ends)
+            ends = self._ends[noted.owner]
+            for key in noted.ends:
+                if ends.get(key) is noted:
                     del ends[key]
 
     def clear(self) -> None:
