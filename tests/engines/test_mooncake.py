@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 
 from support.asking import Asked
-from support.engines import ENGINES, engine_python, free_port
+from support.engines import engine_python, free_port
 from support.faultydisks import needs_faults
 from support.filefaults import faulty_files
 from support.mounting import mounted
@@ -32,7 +32,8 @@ def master() -> Iterator[int]:
     """Mooncake's master; its port."""
     port = free_port()
     command = [
-        str(ENGINES / "mooncake/bin/mooncake_master"), "--enable_offload=true", "--rpc_port",
+        str(engine_python("mooncake").with_name("mooncake_master")),
+        "--enable_offload=true", "--rpc_port",
         str(port), "--metrics_port", str(free_port()),
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
