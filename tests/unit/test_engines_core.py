@@ -23,7 +23,7 @@ from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.client import Client
 from twfs.engines import attaching
 from twfs.engines.attaching import Attachment
-from twfs.engines.finding import NAMED_SOON, Desk, Finder, names_in
+from twfs.engines.finding import NAMED_AT_ONCE, NAMED_SOON, Desk, Finder, names_in
 from twfs.engines.requests import NO_PARAMS, Params
 from twfs.engines.transfers import Done, Offer, Run, Transfers
 from twfs.hints import Hint
@@ -287,6 +287,23 @@ def test_keys_that_an_engine_took_back_are_not_found(daemon: Daemon, engine: Eng
     assert touched == [True]
 
 
+def test_keys_that_an_engine_takes_back_while_they_are_named_are_not_found(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, then = keys_of("a", 2 * NAMED_AT_ONCE), keys_of("b", 2 * NAMED_AT_ONCE)
+    engine.store(first[:NAMED_AT_ONCE], payloads_of(NAMED_AT_ONCE))
+    keys = list(first)
+
+    def named(*arguments: Any, **more: Any) -> Names:
+        keys[:] = then  # the user goes on otherwise, just now
+        return names_in(*arguments, **more)
+
+    monkeypatch.setattr("twfs.engines.finding.names_in", named)
+    assert engine.ask("r", keys) == 0
+    assert engine.ask("r", keys) == 0
+    engine.finder.finish("r", keys)
+
+
 def test_a_step_waits_only_for_an_answer_that_may_come_in_it(
     daemon: Daemon, engine: Engine
 ) -> None:
@@ -346,6 +363,8 @@ def test_a_step_waits_for_what_was_asked_in_it_only_where_answers_come_in_time(
     while finder.ask("a", keys, 0) is None:
         time.sleep(0.001)
     assert waits == ["a"]  # once in a step
+    while finder._desk.under_way():
+        time.sleep(0.001)
     finder.next_step()
     os.kill(daemon.pid, signal.SIGSTOP)
     try:

@@ -258,18 +258,24 @@ class Finder:
             self._attachment.quietly("a read ahead failed", match.read_ahead, None)
 
     def _match(self, asked: _Asked) -> LeasedMatch | None:
-        names = self._named(asked, asked.keys, asked.count)
+        keys = asked.keys[: asked.count]  # at once: the engine may take keys back meanwhile
+        if len(keys) < asked.count or keys[-1] != asked.last:
+            return None  # it has: what was asked for is not of interest any more
+        names = self._named(asked, keys)
         if names is None or asked.model is None:
             return None
         return self._attachment.store.match(asked.model, names, start=asked.start)
 
-    def _named(self, asked: _Asked, keys: Sequence[bytes], count: int) -> Names | None:
-        """The names of *count* *keys*; those named before are not named again. None: no model."""
+    def _named(self, asked: _Asked, keys: Sequence[bytes]) -> Names | None:
+        """The names of *keys*, which nobody changes now; None: no model.
+
+        Those named before are not named again.
+        """
         model = self._attachment.model(asked.params.tenant)
         if model is None:
             return None
         known = asked.names if asked.model == model else None
-        first = 0 if known is None else len(known)
+        first, count = 0 if known is None else len(known), len(keys)
         last = min(first, count) - 1
         if known is not None and last >= 0 and known.keys[last] != keys[last]:
             known, first = None, 0  # an engine whose user goes on otherwise takes keys back
@@ -345,7 +351,7 @@ class Finder:
             )
 
     def _touch(self, asked: _Asked, keys: Sequence[bytes]) -> None:
-        names = self._named(asked, keys, len(keys))
+        names = self._named(asked, keys[:])
         if names is not None and asked.model is not None:
             self._attachment.store.touch(asked.model, names, asked.params.hint)
 

@@ -181,7 +181,11 @@ class HostReader:
         outcomes = [ReadOutcome.TIMED_OUT] * len(jobs)
         reading = Reading(jobs, outcomes, self._timed_wave(jobs, outcomes))
         ahead = Ahead(reading, self._room, self._tally, self._deliver)
-        ahead.begin(self._hands_of)
+        try:
+            ahead.begin(self._hands_of)
+        except BaseException:  # no more threads, say: nobody else could give the memory back
+            ahead.drop()
+            raise
         return ahead
 
     def _wait_for(self, after: Sequence[Any]) -> None:
