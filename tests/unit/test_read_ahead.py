@@ -238,6 +238,24 @@ def test_a_copy_that_is_interrupted_leaves_no_memory_behind(
         assert right(into)
 
 
+def test_a_read_ahead_that_cannot_begin_leaves_no_memory_behind(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with reading(scratch / "device.img") as (file, readers):
+        match = file.match(readers)
+        with monkeypatch.context() as patched:
+            patched.setattr("twfs.readers.hanging.Hands.submit", full)
+            with pytest.raises(RuntimeError, match="new thread"):
+                match.read_ahead()
+        assert idle(readers)
+        into = memory()
+        assert match.read_into(into, timeout_s=PATIENT_S).blocks == BLOCKS
+        assert right(into)
+
+
 def test_a_lease_that_ends_makes_it_a_miss(scratch: Path) -> None:
     with reading(scratch / "device.img") as (file, readers):
         holder = Holder()
