@@ -281,17 +281,22 @@ class Space:
         self._attachment.count("loaded blocks", len(right))
         return right
 
-    def remove(self, keys: Sequence[bytes]) -> None:
-        """Remove *keys*, and what goes on from them with them, for nothing would find it."""
-        self._attachment.quietly("a removal failed", partial(self._remove, keys), None)
+    def remove(self, keys: Sequence[bytes]) -> bool:
+        """Remove *keys*, and what goes on from them with them, for nothing would find it.
 
-    def _remove(self, keys: Sequence[bytes]) -> None:
+        False if that could not be done, or not of all.
+        """
+        return self._attachment.quietly("a removal failed", partial(self._remove, keys), False)
+
+    def _remove(self, keys: Sequence[bytes]) -> bool:
         named = self._named(keys)
-        if named is not None:
-            model, names = named
-            for index in range(len(names)):
-                with suppress(NoSuchBlock):
-                    self._store.client.remove(model.id, names.hash_at(index), below=True)
+        if named is None:
+            return False
+        model, names = named
+        for index in range(len(names)):
+            with suppress(NoSuchBlock):
+                self._store.client.remove(model.id, names.hash_at(index), below=True)
+        return True
 
 
 class KeyedStore(Quiet):
