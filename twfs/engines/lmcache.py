@@ -97,6 +97,9 @@ class TwfsL2Adapter(L2AdapterInterface):
         self._listings: dict[str, Iterator[KeyEntry]] = {}
         self._asking = ThreadPoolExecutor(THREADS, "twfs-lmcache")
         self._putting = ThreadPoolExecutor(2, "twfs-lmcache-put")
+        for model in params.get("revisions", {}):  # before any engine has computed with it
+            told = partial(self._revisions.of, model)
+            self._asking.submit(self._store.quietly, "weights are not told", told, "")
         log.info("twfs: L2 of LMCache is the warehouse behind %s", params["socket"])
 
     def get_store_event_fd(self) -> int:
@@ -256,18 +259,19 @@ class TwfsL2Adapter(L2AdapterInterface):
         """
         for row, part in groupby(keys, row_of):
             some = list(part)
-            if self._store.quietly("a removal failed", partial(self._delete, row, some), False):
+            work = partial(self._delete, row, some)
+            if self._store.quietly("a removal failed", work, default=False):
                 self._notify_gone(some)
 
     def _delete(self, row: Row, keys: list[ObjectKey]) -> bool:
         """Remove *keys* of *row* from all of its models; False if one of them was not reached."""
         hashes = [key.chunk_hash for key in keys]
-        spaces = [
-            self._store.space(info.layout, self._tenants.get(row[3]), row[3])
-            for info, rank, group in self._models(row[0])
-            if (rank, group) == row[1:3]
-        ]
-        return all([space.remove(hashes) for space in spaces])
+        reached = True
+        for info, rank, group in self._models(row[0]):
+            if (rank, group) == row[1:3]:
+                space = self._store.space(info.layout, self._tenants.get(row[3]), row[3])
+                reached = space.remove(hashes) and reached
+        return reached
 
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None

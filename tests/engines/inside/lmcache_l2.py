@@ -216,6 +216,34 @@ def test_a_model_whose_weights_nobody_tells_hits_and_stores_nothing(adapter: Any
     assert not store(adapter, keys, memory).is_successful()
 
 
+def test_kv_of_an_engine_whose_weights_were_replaced_under_it_is_not_kept(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    weights = tmp_path / "model.bin"
+    weights.write_bytes(b"what the engine runs")
+    where = {MODEL: str(tmp_path)}
+    first = adapter_of(daemon, revisions=where)
+    keys, memory = put_session(first, 2)
+    locked = lookup(first, keys)
+    weights.write_bytes(b"what is to be run next")
+    more, its = keys_of(2, 1), memory_of(2, 1)
+    assert not store(first, more, its).is_successful()
+    assert lookup(first, keys) == lookup(first, more) == []
+    into = memory_of(2, None)
+    assert load(first, keys, into) == locked == [0, 1]  # for the request that found it
+    assert same(into, memory)
+    first.submit_unlock(keys)
+    assert first.report_status()["counters"]["a task failed: WeightsChanged"] == 3
+    first.close()
+    second = adapter_of(daemon, revisions=where)
+    assert lookup(second, keys) == lookup(second, more) == []
+    assert store(second, keys, its).is_successful()  # the engine was restarted too
+    assert lookup(second, keys) == [0, 1]
+    assert load(second, keys, into) == [0, 1]
+    assert same(into, its)
+    second.close()
+
+
 def test_a_block_whose_bytes_have_changed_is_not_loaded(daemon: Daemon, adapter: Any) -> None:
     keys, memory = put_session(adapter, 5)
     assert lookup(adapter, keys) == [0, 1, 2, 3, 4]
