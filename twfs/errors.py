@@ -330,6 +330,12 @@ class EqualityFailed(TwfsError):
     exit_code = 31
 
 
+class WeightsChanged(InvalidInput):
+    """A model's weights were replaced while an engine may still run the old ones."""
+
+    exit_code = 61
+
+
 class GivenUp(TwfsError):
     """The caller gave a put up before its bytes were copied: it wants its memory back."""
 

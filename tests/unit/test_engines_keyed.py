@@ -1,5 +1,6 @@
 """Blocks under an engine's own keys: found by key, in chains as far as their order was seen."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -9,7 +10,7 @@ import pytest
 
 from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.engines.keyed import STORED, KeyedStore, Places, Revisions, Space
-from twfs.errors import InvalidInput
+from twfs.errors import InvalidInput, WeightsChanged
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import iterate_sessions
 from twfs.units import ByteCount
@@ -174,17 +175,58 @@ def test_nonsense_is_not_stored_and_does_not_raise(space: Space) -> None:
     assert space.lock([b"x" * 99]) == []
 
 
-def test_weights_are_told_by_their_files_and_anew_when_these_change(tmp_path: Path) -> None:
+def test_weights_are_told_by_their_files_or_by_what_is_given(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"weights")
     name = str(tmp_path)
-    revisions = Revisions({"hub/m": "commit", "elsewhere": name})
-    first = revisions.of(name)
-    assert revisions.of("elsewhere") == revisions.of(name) == first
-    (tmp_path / "model.bin").write_bytes(b"other weights")
-    assert revisions.last(name) == first  # looks at no file
-    assert revisions.of(name) != first
-    assert revisions.last(name) == revisions.of(name)
-    assert Revisions({}).last(name) == revisions.of(name)
+    gone = str(tmp_path / "gone")
+    revisions = Revisions({"hub/m": "commit", "elsewhere": name, "not/there": gone})
+    assert revisions.of("elsewhere") == revisions.of(name) == Revisions({}).last(name)
     assert revisions.of("hub/m") == "commit"
-    with pytest.raises(InvalidInput, match="which weights"):
-        revisions.of("hub/other")
+    for nothing_tells in ("hub/other", "not/there"):  # a path is no revision
+        with pytest.raises(InvalidInput, match="which weights"):
+            revisions.of(nothing_tells)
+
+
+def test_weights_that_change_are_told_no_more_until_a_restart(tmp_path: Path) -> None:
+    weights = tmp_path / "model.bin"
+    weights.write_bytes(b"weights")
+    name = str(tmp_path)
+    revisions = Revisions({"elsewhere": name})
+    first = revisions.of(name)
+    (tmp_path / "README").write_bytes(b"no weights")
+    assert revisions.of(name) == first
+    weights.unlink()
+    with pytest.raises(InvalidInput, match="no weights"):
+        revisions.of(name)
+    weights.write_bytes(b"other weights")
+    for model in (name, "elsewhere"):
+        with pytest.raises(WeightsChanged, match="restarted"):
+            revisions.of(model)
+    assert revisions.last(name) == first  # for what was found before
+    weights.write_bytes(b"weights")  # an engine may have been started in between
+    with pytest.raises(WeightsChanged):
+        revisions.of(name)
+    assert Revisions({}).of(name) == first
+
+
+def test_weights_of_the_same_size_and_time_are_told_apart(tmp_path: Path) -> None:
+    weights = tmp_path / "model.bin"
+    weights.write_bytes(b"weights")
+    os.utime(weights, (0, 0))
+    revisions = Revisions({})
+    revisions.of(str(tmp_path))
+    weights.write_bytes(b"WEIGHTS")
+    os.utime(weights, (0, 0))
+    with pytest.raises(WeightsChanged):
+        revisions.of(str(tmp_path))
+
+
+def test_weights_whose_directory_goes_are_not_told_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.mkdir()
+    (path / "model.bin").write_bytes(b"weights")
+    revisions = Revisions({"hub/m": str(path)})
+    revisions.of("hub/m")
+    path.rename(tmp_path / "old")
+    with pytest.raises(FileNotFoundError):
+        revisions.of("hub/m")

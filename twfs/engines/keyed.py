@@ -20,7 +20,7 @@ from typing import Any, Final
 from twfs.client import ARENA_BYTES
 from twfs.engines.attaching import Attachment, Quiet, quiet_client
 from twfs.engines.identity import name_of_model, revision_of_files
-from twfs.errors import InvalidInput, NoSuchBlock, StaleEpoch
+from twfs.errors import InvalidInput, NoSuchBlock, StaleEpoch, WeightsChanged
 from twfs.hints import NO_HINT, Hint
 from twfs.layout import Layout
 from twfs.prefix import Names, OwnKey, names_of_keys
@@ -281,17 +281,24 @@ class Space:
         self._attachment.count("loaded blocks", len(right))
         return right
 
-    def remove(self, keys: Sequence[bytes]) -> None:
-        """Remove *keys*, and what goes on from them with them, for nothing would find it."""
-        self._attachment.quietly("a removal failed", partial(self._remove, keys), None)
+    def remove(self, keys: Sequence[bytes]) -> bool:
+        """Remove *keys*, and what goes on from them with them, for nothing would find it.
 
-    def _remove(self, keys: Sequence[bytes]) -> None:
+        False if that could not be done, or not of all.
+        """
+        return self._attachment.quietly(
+            "a removal failed", partial(self._remove, keys), default=False
+        )
+
+    def _remove(self, keys: Sequence[bytes]) -> bool:
         named = self._named(keys)
-        if named is not None:
-            model, names = named
-            for index in range(len(names)):
-                with suppress(NoSuchBlock):
-                    self._store.client.remove(model.id, names.hash_at(index), below=True)
+        if named is None:
+            return False
+        model, names = named
+        for index in range(len(names)):
+            with suppress(NoSuchBlock):
+                self._store.client.remove(model.id, names.hash_at(index), below=True)
+        return True
 
 
 class KeyedStore(Quiet):
@@ -380,20 +387,25 @@ def runs_of(locks: "Sequence[tuple[_Lock, int] | None]") -> Iterator[list[int]]:
 
 
 class Revisions:
-    """What tells the weights behind a model's name, as they are now: *given*, by that name.
+    """What tells the weights behind a model's name: *given*, by that name.
 
     That is the directory where they lie, or text such as a commit. A name that is a directory
-    itself needs none.
+    itself needs none. Weights that change after the first look are told no more: an engine that
+    has loaded the old ones gives no sign of it, and its KV would be taken for that of the new.
     """
 
     def __init__(self, given: Mapping[str, str]) -> None:
         self._given = given
         self._known: dict[str, tuple[object, str]] = {}  # by path, with what its files were then
+        self._changed: set[str] = set()  # paths
         self._last: dict[str, str] = {}  # by model
         self._lock = threading.Lock()  # so that the last look is the latest
 
     def of(self, model: str) -> str:
-        """The revision of *model*. InvalidInput if nothing tells it: others' KV would hit then."""
+        """The revision of *model*. InvalidInput if nothing tells it: others' KV would hit then.
+
+        WeightsChanged, which is one, from the first change on.
+        """
         with self._lock:
             revision = self._last[model] = self._look(model)
         return revision
@@ -403,25 +415,36 @@ class Revisions:
         return self._last.get(model) or self.of(model)
 
     def _look(self, model: str) -> str:
-        """The revision of *model* now. InvalidInput."""
+        """The revision of *model* now. InvalidInput, and OSError where its files are not there."""
         given = self._given.get(model, "")
         for path in (given, model):
-            if path and Path(path).is_dir():
+            if path and (path in self._known or Path(path).is_dir()):
                 return self._of_files(path)
-        if not given:
+        if not given or given.startswith("/"):
             raise InvalidInput(
                 f"nothing tells which weights {model!r} are: say in `revisions` where they lie, or "
-                "their commit"
+                f"their commit{given and f' ({given} is no directory)'}"
             )
         return given
 
     def _of_files(self, path: str) -> str:
-        """The revision of the files in *path*, read again when one of them has changed."""
+        """The revision of the files in *path*, read again when one of them is another."""
         with os.scandir(path) as found:
             files = [(each.name, each.stat()) for each in found]
-        now = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+        # A copy may keep its source's time of writing, but not that of its own last change.
+        now = sorted(
+            (name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files
+        )
         before, revision = self._known.get(path, (None, ""))
         if before != now:
-            revision = revision_of_files(path)
-            self._known[path] = (now, revision)
+            fresh = revision_of_files(path)
+            if fresh != (revision or fresh):
+                self._changed.add(path)
+            self._known[path] = (now, fresh)
+            revision = fresh
+        if path in self._changed:
+            raise WeightsChanged(
+                f"the weights in {path} have changed since they were first seen: their KV is "
+                "neither stored nor found until this server and all engines on it were restarted"
+            )
         return revision

@@ -21,7 +21,7 @@ from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInter
 from lmcache.v1.platform import create_event_notifier
 
 from twfs.engines.keyed import PATIENCE_S, READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
-from twfs.errors import InvalidInput
+from twfs.errors import InvalidInput, TwfsError
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import ModelInfo, PutOutcome
 
@@ -97,6 +97,9 @@ class TwfsL2Adapter(L2AdapterInterface):
         self._listings: dict[str, Iterator[KeyEntry]] = {}
         self._asking = ThreadPoolExecutor(THREADS, "twfs-lmcache")
         self._putting = ThreadPoolExecutor(2, "twfs-lmcache-put")
+        for model in params.get("revisions", {}):  # before any engine has computed with it
+            told = partial(self._revisions.of, model)
+            self._asking.submit(self._store.quietly, "weights are not told", told, "")
         log.info("twfs: L2 of LMCache is the warehouse behind %s", params["socket"])
 
     def get_store_event_fd(self) -> int:
@@ -250,26 +253,41 @@ class TwfsL2Adapter(L2AdapterInterface):
                 yield info, int(overrides["rank"], 16), int(overrides["group"])
 
     def delete(self, keys: list[ObjectKey]) -> None:
-        """See L2AdapterInterface; what goes on from a block goes with it, for nothing finds it."""
+        """See L2AdapterInterface; what goes on from a block goes with it, for nothing finds it.
+
+        Never raises, for LMCache's thread of eviction would end: it is told of what is gone.
+        """
         for row, part in groupby(keys, row_of):
             some = list(part)
-            for info, rank, group in self._models(row[0]):
-                if (rank, group) == row[1:3]:
-                    space = self._store.space(info.layout, self._tenants.get(row[3]), row[3])
-                    space.remove([key.chunk_hash for key in some])
-            self._notify_gone(some)
+            work = partial(self._delete, row, some)
+            if self._store.quietly("a removal failed", work, default=False):
+                self._notify_gone(some)
+
+    def _delete(self, row: Row, keys: list[ObjectKey]) -> bool:
+        """Remove *keys* of *row* from all of its models; False if one of them was not reached."""
+        hashes = [key.chunk_hash for key in keys]
+        reached = True
+        for info, rank, group in self._models(row[0]):
+            if (rank, group) == row[1:3]:
+                space = self._store.space(info.layout, self._tenants.get(row[3]), row[3])
+                reached = space.remove(hashes) and reached
+        return reached
 
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
     ) -> KeyListPage:
         """See L2AdapterInterface; blocks of a salt that was not seen since the start are left out.
 
-        A cursor is good once, and until this process ends: ValueError.
+        A cursor is good once, and until this process ends: ValueError. NotImplementedError without
+        a daemon, which LMCache answers with 503: an empty page would say that nothing is there.
         """
         listing = self._list(model_name) if cursor is None else self._listings.pop(cursor, None)
         if listing is None or page_size <= 0:
             raise ValueError("no such cursor, or no positive size: list from the beginning")
-        found, token = tuple(islice(listing, page_size)), None
+        try:
+            found, token = tuple(islice(listing, page_size)), None
+        except (TwfsError, OSError) as error:
+            raise NotImplementedError(f"not now: {error}") from error
         if len(found) == page_size:
             token = uuid4().hex
             self._listings[token] = listing

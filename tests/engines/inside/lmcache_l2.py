@@ -15,9 +15,15 @@ import pytest
 import torch
 from lmcache.v1.check.check_mode_test_l2_adapter import run_test_mode
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.config import EvictionConfig
 from lmcache.v1.distributed.internal_api import L2AdapterListener
 from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
+from lmcache.v1.distributed.quota_manager import QuotaManager
+from lmcache.v1.distributed.storage_controllers.eviction_controller import (
+    L2AdapterEvictionState,
+    L2EvictionController,
+)
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.platform import consume_fd
 
@@ -210,6 +216,34 @@ def test_a_model_whose_weights_nobody_tells_hits_and_stores_nothing(adapter: Any
     assert not store(adapter, keys, memory).is_successful()
 
 
+def test_kv_of_an_engine_whose_weights_were_replaced_under_it_is_not_kept(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    weights = tmp_path / "model.bin"
+    weights.write_bytes(b"what the engine runs")
+    where = {MODEL: str(tmp_path)}
+    first = adapter_of(daemon, revisions=where)
+    keys, memory = put_session(first, 2)
+    locked = lookup(first, keys)
+    weights.write_bytes(b"what is to be run next")
+    more, its = keys_of(2, 1), memory_of(2, 1)
+    assert not store(first, more, its).is_successful()
+    assert lookup(first, keys) == lookup(first, more) == []
+    into = memory_of(2, None)
+    assert load(first, keys, into) == locked == [0, 1]  # for the request that found it
+    assert same(into, memory)
+    first.submit_unlock(keys)
+    assert first.report_status()["counters"]["a task failed: WeightsChanged"] == 3
+    first.close()
+    second = adapter_of(daemon, revisions=where)
+    assert lookup(second, keys) == lookup(second, more) == []
+    assert store(second, keys, its).is_successful()  # the engine was restarted too
+    assert lookup(second, keys) == [0, 1]
+    assert load(second, keys, into) == [0, 1]
+    assert same(into, its)
+    second.close()
+
+
 def test_a_block_whose_bytes_have_changed_is_not_loaded(daemon: Daemon, adapter: Any) -> None:
     keys, memory = put_session(adapter, 5)
     assert lookup(adapter, keys) == [0, 1, 2, 3, 4]
@@ -355,6 +389,40 @@ def listed(adapter: Any, model: str | None = None) -> list[Any]:
         found += page.entries
     assert all(each.size_bytes == memory_of(1)[0].get_size() for each in found)
     return [each.key for each in found]
+
+
+def test_without_a_daemon_nothing_is_deleted_nor_said_to_be_and_eviction_goes_on(
+    daemon: Daemon, adapter: Any
+) -> None:
+    heard = Heard()
+    adapter.register_listener(heard)
+    config = EvictionConfig("IsolatedLRU", trigger_watermark=0.5, eviction_ratio=0.5)
+    evicting = L2EvictionController(
+        [L2AdapterEvictionState(0, adapter, config)], quota_manager=QuotaManager()
+    )
+    keys, _ = put_session(adapter, 3, salt="alice")  # which has no quota: all is to go
+    daemon.kill()
+    adapter.delete(keys)
+    assert heard.keys == set(keys)
+    with pytest.raises(NotImplementedError, match="not now"):  # 503, and no empty page
+        adapter.list_l2_keys()
+    evicting.start()
+    failures = removals_failed(adapter)
+    while removals_failed(adapter) < failures + 2:
+        assert evicting.report_status()["thread_alive"]
+    daemon.start()
+    while heard.keys:
+        assert evicting.report_status()["thread_alive"]
+    evicting.stop()
+    assert lookup(adapter, keys) == []
+
+
+def removals_failed(adapter: Any) -> int:
+    """How many deletions failed so far."""
+    counters = adapter.report_status()["counters"]
+    return sum(
+        count for kind, count in counters.items() if str(kind).startswith("a removal failed")
+    )
 
 
 def test_a_salt_is_not_stored_and_so_listed_only_once_it_is_seen(daemon: Daemon) -> None:
