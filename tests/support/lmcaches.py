@@ -53,7 +53,7 @@ class LMCacheServer:
         self.process = subprocess.Popen(
             [
                 engine_python("lmcache"), "-m", "lmcache.cli.main", *words,
-                "--supported-transfer-mode", "auto", "--disable-observability",
+                "--supported-transfer-mode", "auto",
             ],
             stdout=self._log, stderr=self._log,
             env=engine_environment(LMCACHE_TRACK_USAGE="false", DO_NOT_TRACK="1"),
