@@ -5,7 +5,6 @@ for in a row is taken for a chain, which is what `ls` shows and eviction respect
 it: docs/lmcache.md.
 """
 
-import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Final
 from uuid import uuid4
 
 from lmcache.lmcache_native import Bitmap
+from lmcache.logging import init_logger
 from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
@@ -28,7 +28,7 @@ from twfs.errors import InvalidInput, TwfsError
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import ModelInfo, PutOutcome
 
-log = logging.getLogger(__name__)
+log = init_logger(__name__)  # LMCache's, or its server would show warnings alone
 
 ENGINE: Final = "lmcache"
 PARAMS: Final = frozenset({"socket", "revisions", "tenants", "timeout_s", "patience_s"})
