@@ -6,9 +6,10 @@ The real manager, its real answers over the real socket; what is simulated is vL
 step asks for every waiting request as vLLM's scheduler does, lets one of them begin, and takes in a
 new one; a load takes a step, a prompt's rest 8,192 tokens a step, an answer 32 steps. With
 stores, what was computed is offered step by step and a step later said to be stored, with events;
-so is all of each fourth request, which the engine holds itself and nobody has stored. Prints JSON:
-per block size, without and with stores, the wall and CPU time of twfs's calls in the scheduler's
-thread per step, in milliseconds, with and without what Python's garbage collector took in them: it
+so is all of each sixteenth request, which the engine holds itself and nobody has stored. That is
+9,728 new tokens a step, more than such an engine computes. Prints JSON: per block size, without and
+with stores, the wall and CPU time of twfs's calls in the scheduler's thread per step, in
+milliseconds, with and without what Python's garbage collector took in them: it
 looks at all young lists, of which an engine's own of each waiting request are the longest.
 """
 
@@ -43,7 +44,7 @@ from twfs.engines.vllm_requests import Request
 NEW_TOKENS = 2048  # of each request, behind those that the store holds
 PREFILL_TOKENS = 8192  # that a step computes of a request
 ANSWER_TOKENS = 32
-HELD_ONE_IN = 4  # requests
+HELD_ONE_IN = 16  # requests
 CHAINS = 8  # that the requests go on from: agents' sessions
 STEP_S = 0.010  # of the engine's own, during which it leaves Python to others
 BLOCK_BYTES = 4096
@@ -210,9 +211,9 @@ class Simulation:
 
     def _offer(self, one: Simulated, clock: Clock) -> None:
         """As _Scheduler bounds it."""
-        ends = one.answered == ANSWER_TOKENS
-        bound = len(one.keys) if ends else self.manager.offers.bound(one.offered)
-        stop = min(one.computed, bound)
+        ends, stop = one.answered == ANSWER_TOKENS, one.computed
+        if not ends:
+            stop = self.manager.offers.bound(one.offered, stop)
         keys, one.offered = one.keys[one.offered : stop], stop
         if keys:
             with clock:

@@ -1,4 +1,4 @@
-"""As test_vllm, test_vllm_docs and test_vllm_requests, on vLLM 0.33.
+"""As test_vllm, test_vllm_docs, test_vllm_requests and test_vllm_tier, on vLLM 0.33.
 
 That is its Python over compiled parts of 0.32 (tests/engines/venvs.sh).
 """
@@ -10,6 +10,7 @@ from engines.test_vllm import *  # noqa: F403
 from engines.test_vllm import HELD, PROMPT
 from engines.test_vllm_docs import *  # noqa: F403
 from engines.test_vllm_requests import *  # noqa: F403
+from engines.test_vllm_tier import *  # noqa: F403
 from support.daemon import Daemon
 from support.engines import until_stored
 from support.vllms import STORED_TOKENS, Vllm, transfer_config

@@ -1,14 +1,15 @@
 """vLLM as a process that a test drives: one JSON request a line in, one JSON answer a line out.
 
 `python -m support.vllmengine OPTIONS` runs in the engine's environment; OPTIONS are JSON: arguments
-of vllm.LLM. Requests: generate, reset, metrics, sleep. Answers go to what was stdout; vLLM's own
-output goes to stderr.
+of vllm.LLM. Requests: see REQUESTS. Answers go to what was stdout; vLLM's own output goes to
+stderr.
 """
 
 import json
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from support.answering import Answers
 
@@ -55,6 +56,27 @@ def idle(llm: Any) -> None:
         time.sleep(0.001)
 
 
+def empty(llm: Any) -> None:
+    """Empty the engine's own memory and vLLM's CPU tier, and nothing below that.
+
+    It is what a reset does where the connector is vLLM's own.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
+        OffloadingConnector,
+    )
+
+    idle(llm)
+    assert llm.reset_prefix_cache()
+    OffloadingConnector.reset_cache(scheduler_of(llm).connector)
+
+
+def pause(llm: Any) -> None:
+    """Pause and go on, as an engine does before it sleeps and before its weights change."""
+    core = llm.llm_engine.engine_core.engine_core
+    core.pause_scheduler(mode="abort", clear_cache=True)
+    core.resume_scheduler()
+
+
 def events(scheduler: Any) -> dict[str, Any]:
     """What was told of as stored outside the engine from the first call on: hashes, tokens.
 
@@ -77,32 +99,46 @@ def events(scheduler: Any) -> dict[str, Any]:
     }
 
 
-def answer(llm: Any, request: dict[str, Any]) -> Any:
-    """Do what *request* asks."""
-    match request["do"]:
-        case "generate":
-            return generate(llm, request)
-        case "reset":
-            return llm.reset_prefix_cache(reset_connector=request.get("connector", False))
-        case "metrics":
-            return {
-                metric.name: metric.value
-                for metric in llm.get_metrics()
-                if hasattr(metric, "value")
-            }
-        case "connector":  # what our side counts, where the engine is in this process
-            from vllm.distributed.kv_transfer import get_kv_transfer_group
+def told_of(llm: Any) -> dict[str, Any]:
+    """As `events`, once the engine has nothing left to do."""
+    idle(llm)
+    return events(scheduler_of(llm))
 
-            worker: Any = get_kv_transfer_group()
-            return worker.connector_worker.worker.attachment.statistics()
-        case "estimate":  # seconds per token of computing, as the scheduler has been told
-            return scheduler_of(llm).connector.manager.breakeven.compute_s
-        case "events":
-            idle(llm)
-            return events(scheduler_of(llm))
-        case _:
-            pass
-    raise ValueError(request)
+
+def metrics(llm: Any) -> dict[str, Any]:
+    """What vLLM counts."""
+    return {each.name: each.value for each in llm.get_metrics() if hasattr(each, "value")}
+
+
+def counts_of_worker(_: Any) -> dict[str, int]:
+    """What our worker's side counts, where the worker is in this process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    group: Any = get_kv_transfer_group()
+    counts: dict[str, int] = group.connector_worker.worker.attachment.statistics()
+    return counts
+
+
+def counts_of_tier(llm: Any) -> dict[str, int]:
+    """What the tier below the CPU tier counts."""
+    (tier,) = scheduler_of(llm).connector.scheduler.manager.secondary_tiers
+    counts: dict[str, int] = tier.attachment.statistics()
+    return counts
+
+
+REQUESTS: Final[dict[str, Callable[[Any, dict[str, Any]], Any]]] = {
+    "generate": generate,
+    "reset": lambda llm, more: llm.reset_prefix_cache(reset_connector=more.get("connector", False)),
+    "idle": lambda llm, _: idle(llm),
+    "empty": lambda llm, _: empty(llm),
+    "pause": lambda llm, _: pause(llm),
+    "metrics": lambda llm, _: metrics(llm),
+    "connector": lambda llm, _: counts_of_worker(llm),
+    "tier": lambda llm, _: counts_of_tier(llm),
+    # Seconds per token of computing, as the scheduler has been told.
+    "estimate": lambda llm, _: scheduler_of(llm).connector.manager.breakeven.compute_s,
+    "events": lambda llm, _: told_of(llm),
+}
 
 
 def main() -> None:
@@ -112,7 +148,7 @@ def main() -> None:
 
     llm = LLM(**json.loads(sys.argv[1]))
     for request in answers.requests():
-        answers.say(answer(llm, request))
+        answers.say(REQUESTS[request["do"]](llm, request))
 
 
 if __name__ == "__main__":

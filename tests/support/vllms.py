@@ -51,6 +51,22 @@ def transfer_config(socket: Path, **extra: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tier_config(socket: Path) -> dict[str, Any]:
+    """As that, with vLLM's CPU tier; the worker of the CPU platform is support.vllmtier's."""
+    tier = {
+        "type": "TwfsTier", "module_path": "twfs.engines.vllm_tier", "socket": str(socket),
+        "patience_s": 20.0,
+    }  # fmt: skip
+    return transfer_config(socket) | {
+        "kv_connector": "TwfsTierConnector",
+        "kv_connector_module_path": "twfs.engines.vllm_tier",
+        "kv_connector_extra_config": {
+            "spec_name": "CpuTieringSpec", "spec_module_path": "support.vllmtier",
+            "cpu_bytes_to_use": 64 << 20, "block_size": STORED_TOKENS, "secondary_tiers": [tier],
+        },
+    }  # fmt: skip
+
+
 def sessions_of(daemon: Daemon) -> list[SessionInfo]:
     """All sessions of all models, as `twfs ls` lists them."""
     with daemon.client(arena_bytes=0) as client:

@@ -103,7 +103,7 @@ class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
 
 
 class EitherTier(SecondaryTierManager):  # type: ignore[misc]
-    """Some tiers, by name."""
+    """Some tiers, by name. No reset reaches them, for TwfsTierConnector knows this one alone."""
 
     medium = Medium.STORAGE
 

@@ -1,7 +1,7 @@
 """Guaranteed: vLLM's scheduler offers all blocks, each once in a minute, and few in one step."""
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from itertools import pairwise
 from typing import Any
 
@@ -90,16 +90,31 @@ def test_a_chain_that_leaves_a_known_one_is_offered_from_the_last_fork_on() -> N
     assert places(known.lacking(("acme", 0), 0, chain, 1.0)) == list(range(100))
 
 
+def test_a_chain_that_goes_on_from_the_end_of_a_known_one_is_offered_from_there() -> None:
+    known, chain = Known(64), chain_of("a", 100)
+    known.note(ME, 0, chain[:37], 0.0)
+    known.note(ME, 50, chain[50:60], 0.0)  # behind a fork, at 47, that nobody has offered
+    assert places(known.lacking(ME, 0, chain, 1.0)) == list(range(37, 100))
+    assert places(known.lacking(ME, 40, chain[40:], 1.0)) == list(range(40, 100))
+    assert places(known.lacking(ME, 49, chain[49:], 1.0)) == [49, *range(60, 100)]
+    known.note(ME, 37, chain[37:50], 0.0)
+    assert places(known.lacking(ME, 0, chain, 1.0)) == list(range(60, 100))
+
+
 def test_what_is_over_is_let_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Known(64)
-    for number in range(2 * FORGOTTEN_AT_ONCE):
-        known.note(ME, 0, chain_of(f"{number} ", 32), float(number % 2))
+    known, acme = Known(64), ("acme", 0)
+    for number in range(FORGOTTEN_AT_ONCE):
+        known.note(ME, 0, chain_of(f"{number} ", 32), float(number % 2))  # two ends each
+    known.note(acme, 0, chain_of("a", 32), 0.0)
     known.forget(KNOWN_SECONDS - 1)
-    assert len(known._noted) == 2 * FORGOTTEN_AT_ONCE
+    assert len(known._ends[ME]) == 2 * FORGOTTEN_AT_ONCE
     known.forget(2 * KNOWN_SECONDS)
-    assert len(known._noted) == FORGOTTEN_AT_ONCE
+    assert acme not in known._ends
     known.forget(2 * KNOWN_SECONDS)
-    assert (len(known._noted), known._ends[ME], known._count) == (0, {}, 0)
+    assert len(known._ends[ME]) == known._count == FORGOTTEN_AT_ONCE
+    known.forget(2 * KNOWN_SECONDS)
+    known.forget(2 * KNOWN_SECONDS)
+    assert (known._ends, known._owners, known._count) == ({}, deque(), 0)
     # What was offered anew meanwhile stays, and of too many the oldest go before their time.
     known.note(ME, 0, chain_of("a", 32), 0.0)
     known.note(ME, 0, chain_of("a", 32), 50.0)
@@ -107,9 +122,11 @@ def test_what_is_over_is_let_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert known.lacking(ME, 0, chain_of("a", 32), 70.0) == []
     monkeypatch.setattr(vllm_offers, "KNOWN_MAX", 5)
     for number in range(4):
-        known.note(ME, 0, chain_of(f"b{number} ", 32), 70.0)  # two ends each
+        known.note(ME, 0, chain_of(f"b{number} ", 32), 70.0)
     known.forget(70.0)
-    assert list(known._ends[ME]) == ["b2 15", "b2 31", "b3 15", "b3 31"]
+    assert list(known._ends[ME]) == ["b1 31", "b2 15", "b2 31", "b3 15", "b3 31"]
+    known.clear()
+    assert known.lacking(ME, 0, chain_of("a", 32), 70.0) == [(0, chain_of("a", 32))]
 
 
 def test_room_is_taken_until_it_was_copied() -> None:
@@ -139,21 +156,46 @@ def test_all_is_offered_in_the_end_and_few_keys_in_one_step() -> None:
     chains = {name: chain_of(name, 5000) for name in "abc"}
     started, offered = dict.fromkeys(chains, 0), Counter[Any]()
     steps = 0
-    while any(started[name] < 5000 for name in chains):
+    while any(started[name] < 4992 for name in chains):  # the last 8 are less than 256 tokens
         offers.begin_step()
         steps += 1
         took = 0
         for name, chain in chains.items():
-            ends = name == "b" and steps == 3
-            stop = 5000 if ends else min(offers.bound(started[name]), 5000)
-            keys, at = chain[started[name] : stop], started[name]
-            for _, run in offers.choose(name, ME, at, keys, (4000, 0)) if keys else []:
+            ends, at = name == "b" and steps == 3, started[name]
+            stop = 5000 if ends else offers.bound(at, 5000)
+            started[name] = stop
+            if stop == at:
+                continue
+            for _, run in offers.choose(name, ME, at, chain[at:stop], (4000, 0)):
                 offered.update(run)
                 took += 0 if ends else len(run)
-            started[name] = stop
         assert took <= OFFERED_AT_ONCE
-    assert offered == Counter(key for chain in chains.values() for key in chain)
-    assert steps == -(-10_000 // OFFERED_AT_ONCE)
+    assert started == {"a": 4992, "b": 5000, "c": 4992}
+    assert offered == Counter(
+        key for name, chain in chains.items() for key in chain[: started[name]]
+    )
+    assert steps == 2 * -(-4992 // OFFERED_AT_ONCE)
+
+
+def test_a_step_takes_few_offers_however_small_and_none_of_an_answers_first_tokens() -> None:
+    offers, chains = Offers(1 << 20, 16), [chain_of(f"{number} ", 16) for number in range(40)]
+    started, steps = [0] * 40, list[int]()
+    while sum(started) < 40 * 16:
+        offers.begin_step()
+        steps.append(0)
+        for number, chain in enumerate(chains):
+            if offers.bound(0, 15) == 0 and offers.bound(started[number], 16) > started[number]:
+                offers.choose(f"{number}", ME, 0, chain, (0, 0))
+                started[number] = 16
+                steps[-1] += 1
+    assert steps == [7, 7, 7, 7, 7, 5]
+    # What is known takes of that as well: it is looked at.
+    offers.begin_step()
+    asked = 0
+    while offers.bound(0, 16) == 16:
+        assert offers.choose(f"{asked}", ME, 0, chains[asked], (0, 0)) == []
+        asked += 1
+    assert asked == 8
 
 
 def test_keys_of_a_request_are_its_whole_blocks_as_they_are_now() -> None:

@@ -124,7 +124,8 @@ class TwfsManager(OffloadingManager):
         stored: list[Any] = []
         runs = []
         if epoch is not None and known is not None:
-            held, ordered = (known.start, known.blocks or 0), list(keys)
+            held = known.start, known.blocks or 0
+            ordered = keys if isinstance(keys, list) else list(keys)
             end_of, chain = req_context.get_offload_key_position, known.keys()
             places = places_of(ordered, end_of, self.layout.block_tokens)
             for at, stop in stretches(places):
@@ -133,9 +134,10 @@ class TwfsManager(OffloadingManager):
                 ):
                     runs.append(run_of(chain, first, len(run)))
                     stored += run
-        params = self.finder.params(request_id)
-        offer = Offer(tuple(runs), epoch or 0, params.tenant, params.hint, owner[1])
-        number = self._open.begin(owner, stored) if stored else 0
+        if epoch is None or not stored:
+            return PrepareStoreOutput([], StoreSpec(Offer((), -1), self.layout.fingerprint, 0), [])
+        params, number = self.finder.params(request_id), self._open.begin(owner, stored)
+        offer = Offer(tuple(runs), epoch, params.tenant, params.hint, owner[1])
         return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint, number), [])
 
     def _owner_of(self, req_context: Any) -> Owner:
@@ -362,8 +364,8 @@ class _Scheduler(OffloadingConnectorScheduler):
         if req_status.req.is_finished():
             return tokens
         (group,), (state,) = self.config.kv_group_configs, req_status.group_states
-        most = self.manager.offers.bound(state.next_stored_chunk_idx) * group.tokens_per_chunk
-        return min(tokens, most)
+        step = group.tokens_per_chunk
+        return step * self.manager.offers.bound(state.next_stored_chunk_idx, tokens // step)
 
     def take_events(self) -> Iterable[Any]:
         """As vLLM's, which would keep what describes a block until it is evicted: none is."""

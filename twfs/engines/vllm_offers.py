@@ -6,43 +6,38 @@ is known by the last of its keys. Used by the scheduler's thread alone.
 """
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import repeat
+from dataclasses import dataclass
 from typing import Any, Final
 
 KNOWN_SECONDS: Final = 60.0  # that a block which was offered is not offered again
-KNOWN_MAX: Final = 200_000  # ends of runs and forks; some 300 bytes each
+KNOWN_MAX: Final = 200_000  # ends of runs and forks; some 200 bytes each
 FORK_TOKENS: Final = 1024  # so often a run is known by a key in its midst: others may fork there
-FORGOTTEN_AT_ONCE: Final = 256  # offers: in a step, of those that are over
+FORGOTTEN_AT_ONCE: Final = 256  # ends and forks: in a step, of those that are over
 OFFERED_AT_ONCE: Final = 512  # keys: in a step, of requests that go on
+OFFER_KEYS: Final = 64  # an offer takes the time of so many keys, however few are in it
+OFFER_TOKENS: Final = 256  # a request that goes on offers so many, or a multiple
+PLACES: Final = 1 << 32  # more than a chain has
 
 Owner = tuple[str | None, int]  # tenant, and public blocks: what else than its key names a block
 Run = tuple[int, Sequence[Any]]  # the place of the first in its request's chain, and the keys
 
 
-@dataclass(slots=True)
-class _Noted:
-    """A run that was offered; the keys at its end and at the forks in it stand for it."""
-
-    owner: Owner
-    ends: list[Any]
-    begin: int  # place of its first block
-    since_s: float
-
-
 class Known:
     """Blocks that were offered lately, and whose they are.
 
+    The keys at the end of a run and at the forks in it stand for it, each with one number: when it
+    was offered, in milliseconds, and the place of its first block. Numbers, because Python's
+    garbage collector need not look at these.
     Of a chain that leaves a known one between two forks (1,024 tokens) the blocks since the first
-    of them are not known.
+    of them are not known; nor is a run between two forks of which the first is not.
     """
 
     def __init__(self, block_tokens: int) -> None:
         self._fork_blocks = max(1, FORK_TOKENS // block_tokens)
-        self._ends: dict[Owner, dict[Any, _Noted]] = {}
-        self._noted: deque[_Noted] = deque()  # the same, oldest first
+        self._ends: dict[Owner, OrderedDict[Any, int]] = {}  # oldest first
+        self._owners: deque[Owner] = deque()  # the same; whose are let go of next
         self._count = 0
 
     def lacking(self, owner: Owner, first: int, keys: Sequence[Any], now_s: float) -> list[Run]:
@@ -50,24 +45,21 @@ class Known:
         ends = self._ends.get(owner)
         if not ends or not keys:
             return [(first, keys)] if keys else []
-        since_s, found = now_s - KNOWN_SECONDS, list[Run]()
+        since, found = _numbered(now_s - KNOWN_SECONDS, PLACES - 1), list[Run]()
         stop = place = first + len(keys)  # what is from *stop* on is settled, from *place* on seen
-        # A known chain is soon at an end or a fork, from where a whole run is skipped.
-        while first < place and stop - place <= self._fork_blocks:
-            place -= 1
-            noted = ends.get(keys[place - first])
-            if noted is not None and noted.since_s > since_s and noted.begin <= place:
-                if place + 1 < stop:
-                    found.append((place + 1, keys[place + 1 - first : stop - first]))
-                stop = place = noted.begin
-        # What was not may be thousands of keys that are all new.
-        left = keys[: max(0, place - first)]
-        met = [(at, ends[key]) for at, key in enumerate(left, first) if key in ends]
-        for at, noted in reversed(met):
-            if noted.since_s > since_s and noted.begin <= at < stop:
-                if at + 1 < stop:
-                    found.append((at + 1, keys[at + 1 - first : stop - first]))
-                stop = noted.begin
+        while first < place:
+            fork = max(first, (place - 1) // self._fork_blocks * self._fork_blocks)
+            # One by one only behind what is known: there may be thousands that are not.
+            near = fork == first or keys[fork - 1 - first] in ends
+            for at in range(place - 1, fork - 1 if near else place - 2, -1):
+                noted = ends.get(keys[at - first])
+                if noted is not None and noted > since and (begin := noted % PLACES) <= at:
+                    if at + 1 < stop:
+                        found.append((at + 1, keys[at + 1 - first : stop - first]))
+                    stop = place = begin
+                    break
+            else:
+                place = fork
         if first < stop:
             found.append((first, keys[: stop - first]))
         return found[::-1]
@@ -75,40 +67,52 @@ class Known:
     def note(self, owner: Owner, first: int, keys: Sequence[Any], now_s: float) -> None:
         """These are offered."""
         forks = keys[(-first - 1) % self._fork_blocks : -1 : self._fork_blocks]
-        self._enter(_Noted(owner, [*forks, keys[-1]], first, now_s))
+        self._enter(owner, [*forks, keys[-1]], _numbered(now_s, first))
 
-    def _enter(self, noted: _Noted) -> None:
-        self._ends.setdefault(noted.owner, {}).update(zip(noted.ends, repeat(noted)))
-        self._noted.append(noted)
-        self._count += len(noted.ends)
+    def _enter(self, owner: Owner, keys: Sequence[Any], noted: int) -> None:
+        ends = self._ends.get(owner)
+        if ends is None:
+            ends = self._ends[owner] = OrderedDict()
+            self._owners.append(owner)
+        self._count -= len(ends)
+        for key in keys:
+            ends[key] = noted
+            ends.move_to_end(key)
+        self._count += len(ends)
 
     def lost(self, owner: Owner, keys: Sequence[Any], held: int) -> None:
         """Of *keys*, which were offered at once, only the first *held* have come to be stored."""
-        ends = self._ends.get(owner, {})
+        ends = self._ends.get(owner, OrderedDict())
         over = [noted for key in keys[held:] if (noted := ends.pop(key, None)) is not None]
+        self._count -= len(over)
         if held and over and keys[held - 1] not in ends:  # the cut is within a run
-            self._enter(replace(over[0], ends=[keys[held - 1]]))
+            self._enter(owner, [keys[held - 1]], over[0])
 
     def forget(self, now_s: float) -> None:
-        """Let go of what is over, some of it in each step."""
+        """Let go of what is over, some of it in each step, of one owner after the other."""
+        if not self._owners:
+            return
+        owner = self._owners.popleft()
+        ends, since = self._ends[owner], _numbered(now_s - KNOWN_SECONDS, PLACES - 1)
         for _ in range(FORGOTTEN_AT_ONCE):
-            if not self._noted:
-                return
-            noted = self._noted[0]
-            if now_s - noted.since_s < KNOWN_SECONDS and self._count <= KNOWN_MAX:
-                return
-            self._noted.popleft()
-            self._count -= len(noted.ends)
-            ends = self._ends[noted.owner]
-            for key in noted.ends:
-                if ends.get(key) is noted:
-                    del ends[key]
+            if not ends or (next(iter(ends.values())) > since and self._count <= KNOWN_MAX):
+                break
+            ends.popitem(last=False)
+            self._count -= 1
+        if ends:
+            self._owners.append(owner)
+        else:
+            del self._ends[owner]
 
     def clear(self) -> None:
         """Forget all."""
         self._ends.clear()
-        self._noted.clear()
+        self._owners.clear()
         self._count = 0
+
+
+def _numbered(now_s: float, place: int) -> int:
+    return int(1000 * now_s) * PLACES + place
 
 
 class Offers:
@@ -116,6 +120,7 @@ class Offers:
 
     def __init__(self, blocks_max: int, block_tokens: int) -> None:
         self._blocks_max = blocks_max
+        self._offer_blocks = max(1, OFFER_TOKENS // block_tokens)
         self._known = Known(block_tokens)
         self._storing: dict[str, dict[Any, int]] = {}  # blocks in the room, by an offer's last key
         self._taken = 0  # of the room
@@ -126,9 +131,13 @@ class Offers:
         self.left = OFFERED_AT_ONCE
         self._known.forget(time.monotonic())
 
-    def bound(self, offered: int) -> int:
-        """Up to what place a request may offer in this step, that has offered so many."""
-        return offered + max(0, self.left)
+    def bound(self, offered: int, stop: int) -> int:
+        """Up to what place a request that goes on may offer in this step, *stop* at most.
+
+        It has offered so many. Few new ones, an answer's, wait until they are an offer's worth.
+        """
+        most = min(stop, offered + self.left)
+        return max(offered, most - most % self._offer_blocks)
 
     def choose(
         self, request: str, owner: Owner, first: int, keys: Sequence[Any], held: tuple[int, int]
@@ -149,6 +158,7 @@ class Offers:
             if taken:
                 self._take(request, taken)
                 chosen.append((place, taken))
+        self.left -= OFFER_KEYS
         for place, run in chosen:
             self._known.note(owner, place, run, now_s)
             self.left -= len(run)

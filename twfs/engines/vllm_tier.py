@@ -29,12 +29,23 @@ from twfs.errors import InvalidInput
 
 
 class TwfsTierConnector(OffloadingConnector):
-    """vLLM's own connector, which hands the model's identity on to the tier."""
+    """vLLM's own connector, which tells the tier which model it serves, and of resets."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         prepare(vllm_config, ("TieringOffloadingSpec", "vllm.v1.kv_offload.tiering.spec"))
         check_windows(kv_cache_config)
         super().__init__(vllm_config, role, kv_cache_config)
+
+    def reset_cache(self) -> bool | None:
+        """As vLLM's, which empties the CPU tier alone, and a new epoch below it.
+
+        Weights were updated, or the engine sleeps. Tiers within other tiers are not reached.
+        """
+        done: bool | None = super().reset_cache()
+        for tier in self.scheduler.manager.secondary_tiers:
+            if isinstance(tier, TwfsTier):
+                tier.finder.reset()
+        return done
 
 
 @dataclass(slots=True)
@@ -172,9 +183,10 @@ class TwfsTier(SecondaryTierManager):
         self.finder.next_step()
 
     def on_request_finished(self, req_context: Any) -> None:
-        """Touch the whole chain, also what came from the engine's own memory."""
-        known = self._requests.pop(req_context.req_id, None)
-        self.finder.finish(req_context.req_id, [] if known is None else known.chain)
+        """Touch the whole chain, also of a request that nobody has looked up here."""
+        chain = self._request(req_context).chain
+        del self._requests[req_context.req_id]
+        self.finder.finish(req_context.req_id, chain)
 
     def drain_jobs(self) -> None:
         """Return when no job uses the CPU tier's memory."""
