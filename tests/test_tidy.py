@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, str], ...] = (
         base
         arenas hanging landing planning probe
         ahead
-        host
+        cufilewaves host
         cufile staged
         select
     """),

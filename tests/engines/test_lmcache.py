@@ -3,12 +3,15 @@
 Real packages in an environment of their own (`./run test-engines lmcache`), real processes.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.error import HTTPError
 
 import pytest
 
@@ -20,6 +23,7 @@ from support.lmcaches import LMCacheServer
 from support.vllms import Vllm, random_model
 from twfs.client import Client
 from twfs.devices.formatting import DeviceSpec
+from twfs.records import BlockKey
 from twfs.store import BlockInfo, iterate_heads
 from twfs.units import ALIGN
 from twfs.warehouse import Warehouse
@@ -72,6 +76,9 @@ def test_tokens_are_the_same_cold_warm_and_after_a_restart_of_everything(
             assert again["tokens"] == cold["tokens"]
             assert again["cached"] == [256 * BLOCKS]
             assert_seen(daemon, server, model)
+            used = last_use(daemon, 256 * BLOCKS)
+            assert vllm.generate(prompt, out=8)["tokens"] == cold["tokens"]  # of its own memory
+            until(lambda: last_use(daemon, 256 * BLOCKS) > used, "its use is known")
             salted = vllm.generate({**prompt, "salt": "alice"}, out=8)
             assert (salted["tokens"], salted["cached"]) == (cold["tokens"], [0])
         with engine_of(daemon, model, dtype="float32") as (_, vllm):
@@ -82,6 +89,13 @@ def test_tokens_are_the_same_cold_warm_and_after_a_restart_of_everything(
         assert answer["cached"] == [0]
         assert answer["tokens"] != cold["tokens"]
         random_model(ENGINE, model, 0)
+
+
+def last_use(daemon: Daemon, tokens: int) -> int:
+    """When the session of so many tokens that was used last was used, in milliseconds."""
+    with daemon.client(arena_bytes=0) as client:
+        (info,) = client.models()
+        return max(each.last_use_ms for each in client.sessions(info.id) if each.tokens == tokens)
 
 
 def assert_seen(daemon: Daemon, server: LMCacheServer, model: Path) -> None:
@@ -96,9 +110,22 @@ def assert_seen(daemon: Daemon, server: LMCacheServer, model: Path) -> None:
     keys = found["entries"] + more["entries"]
     assert len({each["key"]["chunk_hash_hex"] for each in keys}) == 2 * BLOCKS
     assert {each["key"]["model_name"] for each in keys} == {str(model)}
-    assert len(server.curl(1)["entries"]) == 2 * BLOCKS
-    (status,) = server.curl(0)["storage_manager"]["l2_adapters"]
-    assert status["is_healthy"]
+    until(lambda: l2_of(server.ask("GET", "/status"))["counters"].get("touches", 0) > 0, "a touch")
+    status, objects, shown, listed = server.see(daemon)
+    l2 = l2_of(json.loads(status))
+    assert l2["is_healthy"]
+    assert l2["counters"][info.name]["loaded blocks"] == BLOCKS
+    assert len(json.loads(objects)["entries"]) == 2 * BLOCKS
+    assert re.search(r"^read by host: .* blocks", shown, re.MULTILINE), shown
+    assert info.name in listed, listed
+    assert f"2 sessions, {2 * BLOCKS} blocks" in listed, listed
+    assert f"twfs: L2 of LMCache is the warehouse behind {daemon.socket}" in server.said()
+
+
+def l2_of(status: Any) -> Any:
+    """What the server says of its only L2."""
+    (found,) = status["storage_manager"]["l2_adapters"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -112,10 +139,11 @@ class Served:
 
     def cold(self, seed: int) -> list[int]:
         """The tokens that the engine computes for a prompt, whose blocks are stored then."""
-        answer = self.vllm.generate({"seed": seed, "tokens": TOKENS}, out=8)
-        assert answer["cached"] == [0]
         with self.daemon.client(arena_bytes=0) as client:
-            until(lambda: len(blocks_of(client)) >= BLOCKS, "all is stored")
+            before = [each.key for each in blocks_of(client)[:1]]
+            answer = self.vllm.generate({"seed": seed, "tokens": TOKENS}, out=8)
+            assert answer["cached"] == [0]
+            until(lambda: is_stored(blocks_of(client), before), "all is stored")
         tokens: list[int] = answer["tokens"][0]
         return tokens
 
@@ -126,10 +154,18 @@ class Served:
         return answer
 
 
+def is_stored(chain: list[BlockInfo], before: list[BlockKey]) -> bool:
+    """Tell whether a whole prompt is there, and not the one that was there *before*."""
+    return len(chain) >= BLOCKS and chain[0].key not in before
+
+
 def blocks_of(client: Client) -> list[BlockInfo]:
     """The blocks of the session stored last."""
-    (info,) = client.models()
-    sessions = [client.chain_of(info.id, head) for head in iterate_heads(client, info.id)]
+    sessions = [
+        client.chain_of(info.id, head)
+        for info in client.models()
+        for head in iterate_heads(client, info.id)
+    ]
     return max(sessions, key=lambda chain: chain[0].block.published_ms, default=[])
 
 
@@ -193,9 +229,32 @@ def test_a_daemon_killed_during_a_load_costs_that_load(served: Served) -> None:
         assert answer.result()["tokens"] == [tokens]
     assert answer.result()["cached"] == [0]
     assert served.again(13)["tokens"] == [tokens]  # nobody there at all
+    with pytest.raises(HTTPError, match="503"):
+        served.server.ask("GET", "/cache/objects?tier=l2")
+    assert re.search(r"^twfs, .* failed: .*\(said once\)$", served.server.said(), re.MULTILINE)
     served.daemon.start()
     until(lambda: served.again(13)["cached"] == [256 * BLOCKS], "it is warm again")
     assert served.again(13)["tokens"] == [tokens]
+
+
+@needs_faults
+@pytest.mark.root
+@pytest.mark.fuse
+def test_what_is_deleted_over_http_is_computed_again(served: Served) -> None:
+    tokens = served.cold(14)
+    with served.daemon.client(arena_bytes=0) as client:
+        chain = blocks_of(client)
+        listed = served.server.ask("GET", "/cache/objects?tier=l2")["entries"]
+        third = chain[2].block.key
+        (key,) = [
+            each["key"] for each in listed
+            if third.startswith(bytes.fromhex(each["key"]["chunk_hash_hex"]))
+        ]  # fmt: skip
+        answer = served.server.ask("DELETE", "/cache/objects", {"tier": "all", "keys": [key]})
+        assert answer["ok"]
+        assert len(blocks_of(client)) == 2  # what goes on from it went too
+    answer = served.again(14)
+    assert (answer["tokens"], answer["cached"]) == ([tokens], [512])
 
 
 @needs_faults

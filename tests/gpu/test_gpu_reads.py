@@ -77,14 +77,15 @@ def length_of(file: BlockFile) -> int:
     return int(file.blocks[0][2].payload_bytes)
 
 
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
 @pytest.mark.parametrize("reader", [None, "staged", "cufile"])
 def test_blocks_reach_gpu_memory_in_every_shape(
-    file: BlockFile, readers: Readers, reader: str | None
+    file: BlockFile, readers: Readers, reader: str | None, timeout_s: float | None
 ) -> None:
     match = file.match(readers)
     for way, into in ways(length_of(file)).items():
         try:
-            report = match.read_into(into, reader=reader)
+            report = match.read_into(into, reader=reader, timeout_s=timeout_s)
         except ReaderUnavailable as error:
             pytest.skip(str(error))
         assert report.outcomes == (HIT,) * COUNT, way
@@ -93,15 +94,16 @@ def test_blocks_reach_gpu_memory_in_every_shape(
     print(readers.statistics())  # noqa: T201 - which way cuFile went is part of the result
 
 
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
 @pytest.mark.parametrize("reader", ["staged", "cufile"])
 def test_a_flipped_bit_is_found_and_its_bytes_do_not_reach_the_gpu(
-    file: BlockFile, readers: Readers, reader: str
+    file: BlockFile, readers: Readers, reader: str, timeout_s: float | None
 ) -> None:
     file.flip(file.blocks[4][2], length_of(file) - 1)
     match = file.match(readers)
     for way, into in ways(length_of(file)).items():
         try:
-            outcomes = match.read_into(into, reader=reader).outcomes
+            outcomes = match.read_into(into, reader=reader, timeout_s=timeout_s).outcomes
         except ReaderUnavailable as error:
             pytest.skip(str(error))
         assert outcomes[4] is ReadOutcome.BAD_CHECKSUM, way

@@ -8,11 +8,13 @@ import shlex
 import subprocess
 import urllib.request
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final, Self
 
 from support.asking import LOG
+from support.daemon import Daemon
 from support.engines import engine_environment, engine_python, free_port, until
-from support.snippets import snippets_of
+from support.snippets import run_lines, snippets_of
 
 L1_GB: Final = 0.25
 
@@ -42,7 +44,7 @@ class LMCacheServer:
         self, socket: Path, l2: dict[str, Any] | None = None, *, l1_gb: float = L1_GB, **params: Any
     ) -> None:
         self.port, self._http = free_port(), free_port()
-        self._log = Path(LOG).open("ab")  # noqa: SIM115 - open as long as the process
+        self._log = TemporaryFile()  # noqa: SIM115 - open as long as the process
         words = shlex.split(snippets_of("lmcache.md", "sh")[1].replace("\\\n", " "))
         assert words.pop(0) == "lmcache"
         for option, value in {
@@ -53,7 +55,7 @@ class LMCacheServer:
         self.process = subprocess.Popen(
             [
                 engine_python("lmcache"), "-m", "lmcache.cli.main", *words,
-                "--supported-transfer-mode", "auto", "--disable-observability",
+                "--supported-transfer-mode", "auto",
             ],
             stdout=self._log, stderr=self._log,
             env=engine_environment(LMCACHE_TRACK_USAGE="false", DO_NOT_TRACK="1"),
@@ -61,7 +63,7 @@ class LMCacheServer:
         until(self._is_up, "the server is healthy")
 
     def _is_up(self) -> bool:
-        assert self.process.poll() is None, f"the server has ended: see TWFS_ENGINE_LOG ({LOG})"
+        assert self.process.poll() is None, f"the server has ended: {self.said()[-5000:]}"
         try:
             return bool(self.ask("GET", "/healthcheck"))
         except OSError:
@@ -72,14 +74,16 @@ class LMCacheServer:
         """What vLLM's --kv-transfer-config is given."""
         return page_json(1, **{"15555": str(self.port)})
 
-    def curl(self, number: int) -> Any:
-        """What the page's request of that number is answered."""
-        requests = [
-            line for line in snippets_of("lmcache.md", "sh")[2].splitlines() if "curl" in line
-        ]
-        command = requests[number].replace("18080", str(self._http))
-        done = subprocess.run(["sh", "-c", command], check=True, capture_output=True, timeout=60)
-        return json.loads(done.stdout)
+    def said(self) -> str:
+        """What it has logged so far."""
+        with Path(f"/proc/self/fd/{self._log.fileno()}").open(errors="replace") as log:
+            return log.read()
+
+    def see(self, daemon: Daemon) -> list[str]:
+        """What the page's lines of "What to see" say."""
+        return run_lines("lmcache.md", 2, **{
+            "18080": str(self._http), "/var/lib/twfs": str(daemon.directory),
+        })  # fmt: skip
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """One request to its HTTP side, and the JSON that answers it. OSError."""
@@ -99,6 +103,8 @@ class LMCacheServer:
         """End the process and wait for its end."""
         self.process.terminate()
         self.process.wait()
+        with Path(LOG).open("a") as log:
+            log.write(self.said())
         self._log.close()
 
     def __enter__(self) -> Self:

@@ -306,6 +306,4 @@ def test_a_timeout_that_is_no_time_is_refused(
     for read in (match.read_into, match.read_async):
         with pytest.raises(InvalidInput, match="cannot time out after"):
             read([bytearray(BLOCK_BYTES)], timeout_s=timeout_s)
-    with pytest.raises(InvalidInput, match="cufile"):
-        match.read_into([bytearray(BLOCK_BYTES)], reader="cufile", timeout_s=1.0)
     assert match.statistics()["in_flight"] == 0

@@ -130,8 +130,8 @@ class Match:
         destination where it can, and the call ends when all I/O has; blocks on a device that hangs
         already (HUNG_S) are TIMED_OUT at once. With it the bytes come through twfs's own memory and
         a copy, and what is missing after so many seconds is TIMED_OUT and never written.
-        InvalidInput on a destination that does not fit, a timeout that is no number of seconds, or
-        one with cufile; ReaderUnavailable when *reader* cannot work here.
+        InvalidInput on a destination that does not fit, or a timeout that is no number of seconds;
+        ReaderUnavailable when *reader* cannot work here.
         """
         deadline = _deadline(timeout_s)
         after = _events(destinations)

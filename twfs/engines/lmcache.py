@@ -5,19 +5,22 @@ for in a row is taken for a chain, which is what `ls` shows and eviction respect
 it: docs/lmcache.md.
 """
 
-import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import groupby, islice
 from typing import Any, Final
 from uuid import uuid4
 
 from lmcache.lmcache_native import Bitmap
+from lmcache.logging import init_logger
 from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
+from lmcache.v1.mp_observability.event import EventType
 from lmcache.v1.platform import create_event_notifier
 
 from twfs.engines.keyed import PATIENCE_S, READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
@@ -25,11 +28,12 @@ from twfs.errors import InvalidInput, TwfsError
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import ModelInfo, PutOutcome
 
-log = logging.getLogger(__name__)
+log = init_logger(__name__)  # LMCache's, or its server would show warnings alone
 
 ENGINE: Final = "lmcache"
 PARAMS: Final = frozenset({"socket", "revisions", "tenants", "timeout_s", "patience_s"})
 THREADS: Final = 4  # of lookups and loads; puts have two of their own
+TOUCHES_MAX: Final = 64  # requests whose use is still to be told; more are left out
 LISTINGS_MAX: Final = 16  # under way at once; older ones begin anew
 BLOCK_TOKENS: Final = 256  # LMCache's --chunk-size where its shapes do not tell
 
@@ -97,6 +101,10 @@ class TwfsL2Adapter(L2AdapterInterface):
         self._listings: dict[str, Iterator[KeyEntry]] = {}
         self._asking = ThreadPoolExecutor(THREADS, "twfs-lmcache")
         self._putting = ThreadPoolExecutor(2, "twfs-lmcache-put")
+        self._touching = ThreadPoolExecutor(1, "twfs-lmcache-touch")
+        self._touches_left = threading.BoundedSemaphore(TOUCHES_MAX)
+        if self._event_bus.enabled:
+            self._event_bus.subscribe(EventType.L1_KEYS_ACCESSED, self._on_accessed)
         for model in params.get("revisions", {}):  # before any engine has computed with it
             told = partial(self._revisions.of, model)
             self._asking.submit(self._store.quietly, "weights are not told", told, "")
@@ -237,6 +245,29 @@ class TwfsL2Adapter(L2AdapterInterface):
                 space = self._space(row, self._shapes[row], again=True)
                 space.unlock([key.chunk_hash for key in part])
 
+    def _on_accessed(self, event: Any) -> None:
+        """A request has ended, whose whole chain *event* names, or was served from L1's memory.
+
+        On LMCache's thread of events, which waits for nothing here.
+        """
+        if not self._touches_left.acquire(blocking=False):
+            self._store.count("touches left out")
+            return
+        work = partial(self._do_touch, list(event.metadata["keys"]))
+        with suppress(RuntimeError):  # closed, while events still come
+            self._touching.submit(self._store.quietly, "a touch failed", work, None)
+
+    def _do_touch(self, keys: list[ObjectKey]) -> None:
+        """Count a use of *keys*, in order within each row, wherever they were served from."""
+        self._touches_left.release()
+        rows = defaultdict[Row, list[bytes]](list)
+        for key in keys:
+            rows[row_of(key)].append(key.chunk_hash)
+        for row, hashes in rows.items():
+            if row in self._shapes:
+                self._space(row, self._shapes[row], again=True).touch(hashes)
+        self._store.count("touches")
+
     def _notify_gone(self, keys: Sequence[ObjectKey]) -> None:
         """Tell LMCache of blocks that are not there any more, of those that it was told of."""
         gone = {key: self._sizes.pop(key) for key in keys if key in self._sizes}
@@ -321,6 +352,7 @@ class TwfsL2Adapter(L2AdapterInterface):
         """See L2AdapterInterface; waits for what is under way."""
         self._asking.shutdown()
         self._putting.shutdown()
+        self._touching.shutdown()
         self._store.close()
         for event in self._events:
             event.close()

@@ -1,9 +1,10 @@
 """The worker's side of an engine: blocks between its memory and the store, many jobs at once.
 
-A job is a list of (memory, block). A load reads straight into the memory it was given, within a
-deadline; what did not come is told block by block, and after the deadline nothing is written any
-more. A store is done for the engine when its memory has been read; publishing follows. Thread-safe;
-submitting never blocks, and a failure is a result, never an exception.
+A job is a list of (memory, block). A load has a deadline, so it comes through the reader's own
+memory (GPU memory where cuFile serves); what did not come is told block by block, and after the
+deadline nothing is written any more. A store is done for the engine when its memory has been read;
+publishing follows. Thread-safe; submitting never blocks, and a failure is a result, never an
+exception.
 """
 
 import threading

@@ -1,29 +1,21 @@
-"""The cufile reader: kvikio, GPUDirect where the machine can do it; the only user of kvikio.
+"""The cufile reader: kvikio, GPUDirect where the machine can do it; with cufilewaves its only user.
 
 Blocks are read headers and all into a bounded staging buffer on the destination's side, verified
-there and scattered; large aligned destinations take them directly. Its own compat mode (POSIX and
-a bounce buffer) is called that, never direct. Thread-safe, one read at a time per destination
-memory.
+there and scattered; without a deadline large aligned destinations take them directly. Its own
+compat mode (POSIX and a bounce buffer) is called that, never direct. Thread-safe, one read at a
+time per destination memory.
 """
 
 import contextlib
-import importlib
-import os
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
 import numpy as np
 
-from twfs.checksums import (
-    address_of,
-    flat_bytes,
-    loaded_torch,
-)
+from twfs.checksums import flat_bytes, loaded_torch
 from twfs.devices.arena import Arena
 from twfs.errors import ReaderUnavailable
 from twfs.readers.base import (
@@ -34,94 +26,26 @@ from twfs.readers.base import (
     Span,
     Tally,
     may_read,
-    spans_of,
 )
+from twfs.readers.cufilewaves import (
+    KVIKIO_THREADS,
+    DeviceBytes,
+    Task,
+    Wave,
+    address_in,
+    open_files,
+    place_of,
+    spans_for,
+)
+from twfs.readers.hanging import Hands, TimedWave, Watch
 from twfs.readers.landing import Job, deliver_on_device, deliver_on_host
 from twfs.readers.probe import missing_library, unlike_path
 from twfs.store import ReadOutcome
 from twfs.units import ALIGN, IO_BYTES_MAX, DeviceIndex, align_up
 
-KVIKIO_THREADS: Final = 8  # the default of 1 leaves most of a drive idle
 DIRECT_BYTES_MIN: Final = 1 << 20  # smaller blocks are cheaper merged, and scattered as a batch
 DIRECT_BYTES_MAX: Final = 256 << 20  # of one wave: the lease is looked at between waves
 MERGED_BYTES_MIN: Final = 1 << 20
-
-
-def _open_files(
-    sources: Mapping[DeviceIndex, DeviceSource], *, direct: bool
-) -> tuple[dict[DeviceIndex, Any], Any]:
-    """Load kvikio, set it up, and return open files and a count of what they read.
-
-    A file keeps the mode that it was opened in. Without *direct* that never touches cuFile, which
-    may hang; the process's own setting is put back, for others may use kvikio here too.
-    """
-    if direct:  # then a fallback inside cuFile is an error, and not a slow read in disguise
-        log = Path(tempfile.gettempdir()) / f"cufile-{os.getpid()}.log"
-        os.environ.setdefault("CUFILE_LOGFILE_PATH", str(log))
-        os.environ.setdefault("CUFILE_ALLOW_COMPAT_MODE", "false")
-    kvikio = importlib.import_module("kvikio")
-    defaults = importlib.import_module("kvikio.defaults")
-    if "KVIKIO_NTHREADS" not in os.environ:
-        defaults.set({"num_threads": KVIKIO_THREADS})
-    before = defaults.get("compat_mode")
-    defaults.set(
-        {
-            "compat_mode": kvikio.CompatMode.OFF if direct else kvikio.CompatMode.ON,
-            "auto_direct_io_read": True,  # it would read through the kernel's memory
-        }
-    )
-    try:
-        files = {index: kvikio.CuFile(source.path, "r") for index, source in sources.items()}
-        return files, kvikio.SummaryMonitor()
-    finally:
-        defaults.set({"compat_mode": before})
-
-
-class DeviceBytes:
-    """GPU memory as kvikio takes it: bytes, whatever dtype the tensor has; keeps it alive."""
-
-    __slots__ = ("__cuda_array_interface__", "tensor")
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-        self.__cuda_array_interface__ = {
-            "shape": (tensor.numel(),),
-            "typestr": "|u1",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-            "strides": None,
-        }
-
-
-@dataclass(slots=True)
-class Task:
-    """One kvikio read, into one run of memory."""
-
-    span: Span
-    memory: Any
-    parts: list[tuple[Job, Span, Any]]
-
-
-@dataclass(slots=True)
-class Wave:
-    """What is read in one go; *live* holds future, buffer and task together until each ended."""
-
-    jobs: list[Job] = field(default_factory=list)
-    staging: Any = None  # the used part of its staging buffer
-    live: list[tuple[Any, Any, Task]] = field(default_factory=list)
-
-    def drain(self) -> None:
-        """Wait until no read is under way any more; KeyboardInterrupt is put off until then."""
-        interrupt: KeyboardInterrupt | None = None
-        while self.live:
-            try:
-                with contextlib.suppress(RuntimeError):  # a failed read has ended too
-                    self.live[-1][0].get()
-                self.live.pop()
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
 
 
 class CufileReader:
@@ -141,6 +65,7 @@ class CufileReader:
         staging_bytes: int = 64 << 20,
         direct: bool = False,
         allocate: Callable[[int, Any], Any] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         why_not = missing_library() or next(filter(None, map(unlike_path, sources.values())), None)
         if why_not is not None:
@@ -155,10 +80,19 @@ class CufileReader:
         self._staging: dict[Any, list[Any]] = {}  # two halves each
         self._streams: dict[Any, Any] = {}
         self._tally = Tally()
+        self._watch = watch or Watch()
+        self._hands: dict[DeviceSource, Hands] = {}
+        self._left = 0  # waves whose reads outlive their deadline
+        self._closed = False
         try:
-            self._files, self._monitor = _open_files(sources, direct=direct)
+            self._files, self._monitor = open_files(sources, direct=direct)
         except (ImportError, RuntimeError, OSError) as error:
             raise ReaderUnavailable(f"the cufile reader cannot work here: {error}") from error
+
+    @property
+    def stuck(self) -> bool:
+        """Tell whether reads are under way that a deadline left behind: kvikio's threads hang."""
+        return self._left > 0
 
     def read(
         self,
@@ -167,11 +101,10 @@ class CufileReader:
         after: Sequence[Any] = (),
         deadline: float | None = None,
     ) -> list[ReadOutcome]:
-        """Read and verify *blocks*; see Reader.read. ReaderUnavailable with a deadline."""
-        if deadline is not None:
-            raise ReaderUnavailable("cufile reads into the GPU itself: it cannot end at a deadline")
+        """Read and verify *blocks*; see Reader.read. While it is stuck, none with a deadline."""
         self._guard.check()
-        outcomes = [ReadOutcome.NOT_READ] * len(blocks)
+        missing = ReadOutcome.NOT_READ if deadline is None else ReadOutcome.TIMED_OUT
+        outcomes = [missing] * len(blocks)
         if not blocks:
             return outcomes
         for event in after:
@@ -179,8 +112,15 @@ class CufileReader:
         device = blocks[0].targets[0].device
         with self._lock:
             busy = self._busy.setdefault(device, Lock())
-        with busy:
-            direct = self._read(blocks, device, held, outcomes)
+        direct = 0
+        if deadline is None:
+            with busy:
+                direct = self._read(blocks, device, held, outcomes)
+        elif busy.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            try:
+                self._read_until(deadline, blocks, device, held, outcomes)
+            finally:
+                busy.release()
         self._tally.count_read(blocks, outcomes, direct)
         return outcomes
 
@@ -195,7 +135,7 @@ class CufileReader:
         waves: list[Wave] = []
         direct = 0
         try:
-            for turn, jobs in enumerate(self._waves(blocks)):
+            for turn, jobs in enumerate(self._waves(blocks, placing=True)):
                 if not held():
                     for at in range(jobs[0].at, len(blocks)):
                         outcomes[at] = ReadOutcome.LEASE_ENDED
@@ -213,13 +153,114 @@ class CufileReader:
                 wave.drain()
         return direct
 
-    def _waves(self, blocks: Sequence[BlockRead]) -> Iterator[list[Job]]:
-        """Cut *blocks* into waves that fit half of the staging buffer; a huge block goes alone."""
+    def _read_until(
+        self,
+        deadline: float,
+        blocks: Sequence[BlockRead],
+        device: Any,
+        held: Callable[[], bool],
+        outcomes: list[ReadOutcome],
+    ) -> None:
+        """As _read, into the staging buffer alone, which is left to what is late."""
+        under_way: list[tuple[Wave, TimedWave[Task]]] = []
+        whole = True
+        try:
+            for turn, jobs in enumerate(self._waves(blocks, placing=False)):
+                if self.stuck or time.monotonic() >= deadline:
+                    break
+                if not held():
+                    for at in range(jobs[0].at, len(blocks)):
+                        outcomes[at] = ReadOutcome.LEASE_ENDED
+                    break
+                wave = Wave(jobs)
+                under_way.append((wave, self._timed_wave(wave, device, turn % 2, outcomes)))
+                under_way[-1][1].begin(self._hands_of)
+                if len(under_way) > 1:
+                    whole = self._finish_until(deadline, *under_way[0], device, outcomes)
+                    if not whole:
+                        break
+                    del under_way[0]
+            while under_way and whole:
+                whole = self._finish_until(deadline, *under_way[0], device, outcomes)
+                del under_way[: int(whole)]
+        finally:
+            for _, timed in under_way:
+                self._leave(timed, device)
+
+    def _timed_wave(
+        self, wave: Wave, device: Any, half: int, outcomes: list[ReadOutcome]
+    ) -> TimedWave[Task]:
+        """Return the reads of a wave, not yet begun."""
+        self._place(wave, device, half)
+        wave.tasks = self._tasks(wave, outcomes)
+        of: dict[DeviceSource, list[Task]] = {}
+        for task in wave.tasks:
+            source = self._sources.get(DeviceIndex(task.span.device))
+            if source is not None:
+                of.setdefault(source, []).append(task)
+        return TimedWave(of, KVIKIO_THREADS, self._read_parts, wave.end)
+
+    def _hands_of(self, source: DeviceSource) -> Hands:
+        """Return the threads that wait for what kvikio reads of *source*."""
+        with self._lock:
+            return self._hands.setdefault(source, Hands(2 * KVIKIO_THREADS, f"twfs-{self.name}"))
+
+    def _read_parts(self, task: Task, _: int) -> list[bool]:
+        """Read one task, as kvikio does, by path; tell for each of its parts whether it came."""
+        if self._read_whole(task):
+            return [True] * len(task.parts)
+        parts = [Task(span, memory, [(job, span, memory)]) for job, span, memory in task.parts]
+        return [len(parts) > 1 and self._read_whole(part) for part in parts]
+
+    def _read_whole(self, task: Task) -> bool:
+        """Read one run of a device, and wait for it."""
+        source = self._sources.get(DeviceIndex(task.span.device))
+        if source is None:  # it has just been taken out
+            return False
+        flight = self._watch.begin(source)
+        try:
+            future, buffer = self._pread(task)
+            came = _came(future, task.span.length)
+            del buffer  # held until here
+            return came
+        finally:
+            self._watch.end(source, flight)
+
+    def _finish_until(
+        self, deadline: float, wave: Wave, timed: TimedWave[Task], device: Any,
+        outcomes: list[ReadOutcome],
+    ) -> bool:  # fmt: skip
+        """Deliver what of a wave is there at *deadline*; tell whether that is all."""
+        whole = timed.wait(deadline)
+        late = wave.late()
+        self._deliver([job for job in wave.jobs if id(job) not in late], wave, device, outcomes)
+        return whole
+
+    def _leave(self, timed: TimedWave[Task], device: Any) -> None:
+        """Go on with other memory than that of a wave, unless its reads have ended."""
+        with self._lock:
+            self._left += 1
+        if not timed.when_over(self._come_back):
+            self._staging.pop(device, None)
+
+    def _come_back(self) -> None:
+        """The reads of a wave that was left have ended."""
+        with self._lock:
+            self._left -= 1
+            last = self._closed and not self._left
+        if last:
+            self._close_files()
+
+    def _waves(self, blocks: Sequence[BlockRead], *, placing: bool) -> Iterator[list[Job]]:
+        """Cut *blocks* into waves that fit half of the staging buffer; a huge block goes alone.
+
+        With *placing* such as can be are read into their destinations.
+        """
         jobs: list[Job] = []
         used = placed = 0
         for at, block in enumerate(blocks):
             assert block.layers is None  # their sums cannot be computed on a GPU
-            direct = block.whole and block.payload_bytes >= DIRECT_BYTES_MIN
+            direct = placing and block.whole and block.payload_bytes >= DIRECT_BYTES_MIN
             wanted = 0 if direct else HEADER_BYTES + block.padded_bytes
             if jobs and (used + wanted > self._half_bytes or placed >= DIRECT_BYTES_MAX):
                 yield jobs
@@ -236,9 +277,15 @@ class CufileReader:
             yield jobs
 
     def _begin(self, wave: Wave, device: Any, half: int, outcomes: list[ReadOutcome]) -> None:
-        """Give the staged jobs their memory, in order of their place, and start all reads."""
+        """Start all reads of a wave."""
+        self._place(wave, device, half)
+        for task in self._tasks(wave, outcomes):
+            self._start(wave, task)
+
+    def _place(self, wave: Wave, device: Any, half: int) -> None:
+        """Give the staged jobs their memory, in order of their place."""
         staged = [job for job in wave.jobs if job.staged_at is not None]
-        staged.sort(key=_place)
+        staged.sort(key=place_of)
         used = 0
         for job in staged:
             job.staged_at = used
@@ -249,11 +296,13 @@ class CufileReader:
                 assert job.staged_at is not None
                 end = job.staged_at + HEADER_BYTES + job.block.padded_bytes
                 job.memory = wave.staging[job.staged_at : end]
-        for task in self._tasks(wave, outcomes):
-            self._start(wave, task)
 
     def _start(self, wave: Wave, task: Task) -> None:
         """Start one read; kvikio keeps neither buffer nor file alive, so `live` does."""
+        wave.live.append((*self._pread(task), task))
+
+    def _pread(self, task: Task) -> tuple[Any, Any]:
+        """Ask kvikio for one read; return its future and the buffer, to be held until that ends."""
         buffer = task.memory if isinstance(task.memory, np.ndarray) else DeviceBytes(task.memory)
         span = task.span
         self._tally.count_io(span.length)
@@ -263,7 +312,7 @@ class CufileReader:
             future = file.pread(buffer, span.length, span.offset, span.length)
         except RuntimeError:  # short reads to a GPU are done, and fail, right there
             future = _FailedRead()
-        wave.live.append((future, buffer, task))
+        return future, buffer
 
     def _half(self, device: Any, half: int, byte_count: int) -> Any:
         """Return half the staging buffer of *device* (None: the host), or more for a huge block."""
@@ -285,8 +334,8 @@ class CufileReader:
     def _tasks(self, wave: Wave, outcomes: list[ReadOutcome]) -> list[Task]:
         """Cut and merge what the jobs read, in order of memory, into reads of up to 16 MiB."""
         parts: list[tuple[Job, Span, Any]] = []
-        for job in sorted(wave.jobs, key=_place):
-            spans = _spans(job)
+        for job in sorted(wave.jobs, key=place_of):
+            spans = spans_for(job)
             if not spans or not all(may_read(self._sources, span) for _, span, _ in spans):
                 outcomes[job.at] = ReadOutcome.DEVICE_ERROR
                 job.failed = True
@@ -301,7 +350,7 @@ class CufileReader:
                 last is not None
                 and last.span.device == span.device
                 and last.span.offset + last.span.length == span.offset
-                and _address(last.memory) + last.span.length == _address(memory)
+                and address_in(last.memory) + last.span.length == address_in(memory)
                 and job.staged_at is not None
                 and last.parts[-1][0].staged_at is not None
                 and last.span.length + span.length <= limit
@@ -336,15 +385,21 @@ class CufileReader:
             if not _came(future, task.span.length):
                 task.parts[0][0].failed = True
             wave.live.pop()
+        self._deliver(wave.jobs, wave, device, outcomes)
+
+    def _deliver(
+        self, jobs: Sequence[Job], wave: Wave, device: Any, outcomes: list[ReadOutcome]
+    ) -> None:
+        """Verify *jobs* of a wave, which have been read, and bring them to their destinations."""
         if device is None:
-            good = deliver_on_host(wave.jobs)
+            good = deliver_on_host(jobs)
         else:
             stream = self._stream(device)
             with nullcontext() if stream is None else loaded_torch().cuda.stream(stream):
-                good = deliver_on_device(wave.jobs, wave.staging)
+                good = deliver_on_device(jobs, wave.staging)
             if stream is not None:
                 stream.synchronize()  # the staging buffer is read into again
-        for job, right in zip(wave.jobs, good, strict=True):
+        for job, right in zip(jobs, good, strict=True):
             outcomes[job.at] = (
                 ReadOutcome.HIT if right
                 else ReadOutcome.DEVICE_ERROR if job.failed
@@ -367,19 +422,26 @@ class CufileReader:
         backends = self._monitor.get().by_backend
         return self._tally.statistics() | {
             "mode": "direct" if self._direct else "compat",
+            "waves_left": self._left,
             "bytes_by_backend": {
                 name: backends[name]["bytes_transferred"] for name in ("POSIX", "GDS")
             },
         }
 
     def close(self) -> None:
-        """Wait for reads under way and let go of files and memory."""
+        """Wait for reads under way and let go of files and memory; not for what was left behind."""
         with contextlib.ExitStack() as stack:
             for busy in list(self._busy.values()):
                 stack.enter_context(busy)
-            for file in self._files.values():
-                file.close()
             self._staging.clear()
+        with self._lock:
+            self._closed, left = True, self._left
+        if not left:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
 
 
 class _FailedRead:
@@ -402,33 +464,3 @@ def _came(future: Any, byte_count: int) -> bool:
         return bool(future.get() == byte_count)
     except RuntimeError:  # kvikio has no other error, and no errno
         return False
-
-
-def _place(job: Job) -> tuple[int, int]:
-    """Sort key: where a block begins."""
-    extents = job.block.extents
-    return (extents[0].device, extents[0].offset) if extents else (0, 0)
-
-
-def _address(memory: Any) -> int:
-    """Where an array or a tensor is."""
-    if isinstance(memory, np.ndarray):
-        return address_of(memory)
-    address: int = memory.data_ptr()
-    return address
-
-
-def _spans(job: Job) -> list[tuple[Job, Span, Any]]:
-    """Return what to read for *job*, cut to the largest I/O, and where to; [] if extents lack."""
-    stop = HEADER_BYTES + job.block.padded_bytes
-    start = HEADER_BYTES if job.staged_at is None else 0
-    spans: list[tuple[Job, Span, Any]] = []
-    covered = 0
-    for span in spans_of(job.block, start, stop):
-        for cut in range(0, span.length, IO_BYTES_MAX):
-            length = min(IO_BYTES_MAX, span.length - cut)
-            at = span.at + cut - start
-            part = Span(span.device, span.offset + cut, length, span.at + cut)
-            spans.append((job, part, job.memory[at : at + length]))
-        covered += span.length
-    return spans if covered == stop - start else []

@@ -142,7 +142,8 @@ class Readers:
     ) -> ReaderName:
         """Return the name of the reader for *blocks*: *reader* if given.
 
-        InvalidInput if it cannot do that, or what is *timed*.
+        What is *timed* is staged as long as kvikio's own threads hang. InvalidInput if *reader*
+        cannot do that.
         """
         devices = {target.device for block in blocks for target in block.targets}
         if len(devices) > 1:
@@ -159,17 +160,16 @@ class Readers:
             raise InvalidInput("the host reader cannot write to a GPU: use staged or cufile")
         if wanted is ReaderName.CUFILE and partial:
             raise InvalidInput("layers are verified in host memory: read them with host or staged")
-        if wanted is ReaderName.CUFILE and timed:
-            raise InvalidInput(
-                "cufile reads straight into the GPU and cannot end at a deadline: use staged, or "
-                "give no timeout"
-            )
         if wanted is not None:
             return wanted
         if not on_gpu:
             return ReaderName.HOST
-        direct = not partial and not timed and self._is_direct()
+        direct = not partial and self._is_direct() and not (timed and self._is_stuck())
         return ReaderName.CUFILE if direct else ReaderName.STAGED
+
+    def _is_stuck(self) -> bool:
+        made = self._made.get(ReaderName.CUFILE)
+        return isinstance(made, CufileReader) and made.stuck
 
     def _is_direct(self) -> bool:
         """Tell whether cuFile is known to reach GPU memory directly; ask in the background first.
@@ -215,8 +215,9 @@ class Readers:
             kind = StagedReader
         else:
             return CufileReader(
-                self._sources, staging_bytes=self._arena_bytes, direct=bool(self._direct)
-            )
+                self._sources, staging_bytes=self._arena_bytes, direct=bool(self._direct),
+                watch=self._watch,
+            )  # fmt: skip
         return kind(
             self._sources, threads=self._threads, arena_bytes=self._arena_bytes, watch=self._watch
         )

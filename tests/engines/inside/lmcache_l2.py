@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import select
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,11 +26,13 @@ from lmcache.v1.distributed.storage_controllers.eviction_controller import (
     L2EvictionController,
 )
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
+from lmcache.v1.mp_observability.event import Event, EventType
+from lmcache.v1.mp_observability.event_bus import EventBusConfig, init_event_bus
 from lmcache.v1.platform import consume_fd
 
 from support.daemon import Daemon, running_daemon
 from twfs.engines.lmcache import TwfsL2Adapter
-from twfs.store import iterate_sessions
+from twfs.store import iterate_heads, iterate_sessions
 
 SHAPE: Final = (2, 4, 256, 64)  # K and V, layers, tokens, hidden: 256 KiB in bfloat16
 MODEL: Final = "vendor/model-8b"
@@ -316,6 +319,48 @@ def test_two_conversations_show_as_two_heads_that_share_their_beginning(
         assert info.name.startswith("vendor--model-8b-")
         sessions = list(iterate_sessions(client, info.id))
     assert [(each.blocks, each.tokens) for each in sessions] == [(5, 1280), (5, 1280)]
+
+
+@pytest.fixture
+def bus() -> Iterator[Any]:
+    """LMCache's bus of events, on as it is without --disable-observability."""
+    made = init_event_bus(EventBusConfig())
+    made.start()
+    yield made
+    made.stop()
+    init_event_bus(EventBusConfig(enabled=False))
+
+
+def test_what_lmcache_says_was_used_is_used_in_the_store(daemon: Daemon, bus: Any) -> None:
+    adapter = adapter_of(daemon)
+    ranks = [put_session(adapter, 3, rank=rank)[0] for rank in (0x02000200, 0x02010201)]
+    before = last_uses(daemon)
+    time.sleep(0.01)  # stamps are milliseconds
+    keys = [key for pair in zip(*ranks, strict=True) for key in pair]  # as LMCache orders them
+    stranger = keys_of(1, model="unknown/model")
+    bus.publish(Event(EventType.L1_KEYS_ACCESSED, metadata={"l1_tag": "", "keys": keys + stranger}))
+    while min(last_uses(daemon)) <= max(before):
+        pass
+    while adapter.report_status()["counters"].get("touches") != 1:
+        pass
+    daemon.kill()
+    for _ in range(3):
+        bus.publish(Event(EventType.L1_KEYS_ACCESSED, metadata={"l1_tag": "", "keys": keys}))
+    adapter.close()
+    bus.publish(Event(EventType.L1_KEYS_ACCESSED, metadata={"l1_tag": "", "keys": keys}))
+    bus.stop()
+    assert bus.subscriber_exception_counts() == {}
+
+
+def last_uses(daemon: Daemon) -> list[int]:
+    """Of all blocks, in milliseconds."""
+    with daemon.client() as client:
+        return [
+            block.last_use_ms
+            for info in client.models()
+            for head in iterate_heads(client, info.id)
+            for block in client.chain_of(info.id, head)
+        ]
 
 
 class Heard(L2AdapterListener):  # type: ignore[misc] # LMCache ships no types
