@@ -9,7 +9,9 @@ stores, what was computed is offered step by step and a step later said to be st
 so is all of each sixteenth request, which the engine holds itself and nobody has stored. That is
 9,728 new tokens a step, more than such an engine computes. Prints JSON: per block size, without and
 with stores, the wall and CPU time of twfs's calls in the scheduler's thread per step, in
-milliseconds, with and without what Python's garbage collector took in them: it
+milliseconds. The wall time also of those steps in which the kernel did not give the thread's
+processor to another process: on a machine of few cores that takes longer than all that twfs does.
+The CPU time with and without what Python's garbage collector took: it
 looks at all young lists, of which an engine's own of each waiting request are the longest.
 """
 
@@ -24,6 +26,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RUSAGE_THREAD, getrusage
 from typing import Any
 
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
@@ -113,8 +116,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.wall_ms = self.cpu_ms = self.collector_ms = 0.0
+        self.preempted = 0  # times: the kernel gave its processor to another
 
     def __enter__(self) -> None:
+        self._preempted = getrusage(RUSAGE_THREAD).ru_nivcsw
         self._collector_ms = Clock.collected_ms
         self._wall_s, self._cpu_s = time.perf_counter(), time.thread_time()
 
@@ -122,6 +127,7 @@ class Clock:
         self.cpu_ms += 1000 * (time.thread_time() - self._cpu_s)
         self.wall_ms += 1000 * (time.perf_counter() - self._wall_s)
         self.collector_ms += Clock.collected_ms - self._collector_ms
+        self.preempted += getrusage(RUSAGE_THREAD).ru_nivcsw - self._preempted
 
     @classmethod
     def collecting(cls, phase: str, _: object) -> None:
@@ -252,12 +258,15 @@ def measure(
     gc.freeze()  # as vLLM does before it begins
     simulation = Simulation(manager, chains, stores=stores)
     gc.callbacks.append(Clock.collecting)
-    wall_ms, cpu_ms, own_ms = [], [], []  # of numbers, which are not for the collector
+    # Of numbers, which are not for the collector.
+    wall_ms, alone_ms, cpu_ms, own_ms = [], [], [], []
     for _ in range(waiting + steps):
         fresh = simulation.arrive() if len(simulation.waiting) < waiting else None
         clock, full = Clock(), len(simulation.waiting) + (fresh is not None) >= waiting
         over = simulation.step(fresh, clock, full=full)
         wall_ms.append(clock.wall_ms)
+        if not clock.preempted:
+            alone_ms.append(clock.wall_ms)
         cpu_ms.append(clock.cpu_ms)
         own_ms.append(clock.cpu_ms - clock.collector_ms)
         del over, fresh
@@ -266,7 +275,8 @@ def measure(
     manager.shutdown()
     return {
         "block_tokens": block_tokens, "keys": tokens // block_tokens, "waiting": waiting,
-        "steps": len(wall_ms), "asks": simulation.asks, "loads": simulation.loads,
+        "steps": len(wall_ms), "steps_preempted": len(wall_ms) - len(alone_ms),
+        "asks": simulation.asks, "loads": simulation.loads,
         "offers": simulation.offers if stores else None,
         "stored": simulation.stored if stores else None,
         **{
@@ -276,7 +286,8 @@ def measure(
                 "most": round(max(times), 3),
             }
             for name, times in (
-                ("wall_ms", wall_ms), ("cpu_ms", cpu_ms), ("cpu_without_collector_ms", own_ms),
+                ("wall_ms", wall_ms), ("wall_not_preempted_ms", alone_ms), ("cpu_ms", cpu_ms),
+                ("cpu_without_collector_ms", own_ms),
             )
         },
     }  # fmt: skip

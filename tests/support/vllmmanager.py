@@ -52,18 +52,23 @@ TOKENS: Final = 64
 BLOCK_BYTES: Final = 4096
 
 
-def spec_of(socket: Path, **extra: Any) -> TwfsSpec:
-    """The spec of a model that is not there, with room for ten blocks."""
+def spec_of(
+    socket: Path, *, block_bytes: int = BLOCK_BYTES, blocks_per_chunk: int = 1, **extra: Any
+) -> TwfsSpec:
+    """The spec of a model that is not there, of one layer as vLLM sees it.
+
+    With room for ten of the engine's blocks, if *extra* says nothing else.
+    """
     return TwfsSpec(
         OffloadingConfig(
             groups=(OffloadingGroupConfig(TOKENS, ("layer",), 0),),
-            worker_kv_bytes_per_block=BLOCK_BYTES, enable_kv_cache_events=True,
+            worker_kv_bytes_per_block=block_bytes, enable_kv_cache_events=True,
             extra_config={
-                "socket": str(socket), "patience_s": 20.0, "arena_bytes": 10 * BLOCK_BYTES,
+                "socket": str(socket), "patience_s": 20.0, "arena_bytes": 10 * block_bytes,
                 IDENTITY: {"revision": "none"}, **extra,
             },
             engine_id="e", model=OffloadingModelConfig("manager", "bfloat16"),
-            cache=OffloadingCacheConfig(TOKENS, 1),
+            cache=OffloadingCacheConfig(TOKENS, blocks_per_chunk),
             parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, False),
         )
     )  # fmt: skip
@@ -77,7 +82,7 @@ def request_of(
     context = ReqContext(req_id=name, kv_transfer_params={"twfs": params})
     keys = [make_offload_key(each, 0) for each in hashes]
     for index, key in enumerate(keys):
-        context.set_offload_key_position(key, (index + 1) * TOKENS)
+        context.set_offload_key_position(key, (index + 1) * manager.layout.block_tokens)
     manager.requests[name] = Request(hashes)
     manager.on_new_request(context)
     return SimpleNamespace(request_id=name), context, keys

@@ -150,6 +150,23 @@ def test_room_is_taken_until_it_was_copied() -> None:
     assert offers.choose("r", ME, 0, keys, (0, 0)) == [(0, keys[:10])]
 
 
+def test_what_finds_no_room_waits_for_it() -> None:
+    offers, chain = Offers(10, 256), chain_of("a", 25)
+    offered, steps = 0, list[int]()
+    while offered < 25:
+        offers.begin_step()
+        stop = offers.bound(offered, 25)
+        if stop > offered:
+            assert offers.choose("r", ME, offered, chain[offered:stop], (0, 0)) == [
+                (offered, chain[offered:stop])
+            ]
+        steps.append(stop - offered)
+        if steps[-1] == 0:  # the workers have read what they were to store
+            offers.copied("r", chain[:offered])
+        offered = stop
+    assert steps == [10, 0, 10, 0, 5]
+
+
 def test_all_is_offered_in_the_end_and_few_keys_in_one_step() -> None:
     """Requests of thousands of blocks; one of them ends before all of its are offered."""
     offers = Offers(1 << 20, 16)

@@ -23,7 +23,8 @@ from twfs.units import HASH_BYTES
 
 ANSWER_SECONDS: Final = 0.0005  # that a step may wait for an answer, in all
 LATER_SECONDS: Final = 0.005  # then an answer that ends has left the engine
-NAMED_AT_ONCE: Final = 128  # keys: about 0.2 ms of one processor, then others may have Python
+NAMED_AT_ONCE: Final = 128  # keys: about 0.1 ms of one processor, then others may have Python
+ASIDE_SECONDS: Final = 50e-6  # as long as a thread takes to wake; else this one has Python again
 NAMED_SOON: Final = 128  # keys: of more no answer comes while a step may wait
 BEHIND_PUBLIC: Final = b"behind public "  # enters the names of what goes on from public blocks
 RENEW_SECONDS: Final = 20.0  # a lease lasts 60 s; a request that waits longer is renewed
@@ -139,7 +140,8 @@ def name_keys(
         end = min(at + NAMED_AT_ONCE, stop)
         above = keys[at - 1] if at else None
         parts.append(names_in(model, keys[at:end], above, at, block_tokens, public=public))
-        time.sleep(0)
+        if end < stop:
+            time.sleep(ASIDE_SECONDS)
     return joined(parts)
 
 

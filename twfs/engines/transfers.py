@@ -2,8 +2,9 @@
 
 A job is a list of (memory, block). A load has a deadline, so it comes through the reader's own
 memory (GPU memory where cuFile serves); what did not come is told block by block, and after the
-deadline nothing is written any more. A store is done for the engine when its memory has been read; publishing follows. Thread-safe;
-submitting never blocks, and a failure is a result, never an exception.
+deadline nothing is written any more. A store is done for the engine when its memory has been read;
+publishing follows. Thread-safe; submitting never blocks, and a failure is a result, never an
+exception.
 """
 
 import threading

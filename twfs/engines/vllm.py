@@ -51,6 +51,7 @@ class TwfsManager(OffloadingManager):
         self.spec = spec
         self.attachment = spec.attach(arena_bytes=0)
         self.layout = spec.layout
+        self._fingerprint = spec.layout.fingerprint  # made of all that it holds, each time
         self.finder = Finder(self.attachment, self.layout.block_tokens)
         self.breakeven = BreakEven(
             tokens_min=spec.extra_config.get("min_load_tokens"),
@@ -97,7 +98,7 @@ class TwfsManager(OffloadingManager):
         known.load_tokens = len(keys) * self.layout.block_tokens
         known.load_begun_s = time.monotonic()
         timeout_s = self.breakeven.deadline_s(known.load_tokens)
-        return LoadSpec(held, timeout_s, self.layout.fingerprint)
+        return LoadSpec(held, timeout_s, self._fingerprint)
 
     def complete_load(self, keys: Collection[Any], req_context: Any) -> None:
         """The workers have read: the lease is over, and the store's speed known."""
@@ -135,10 +136,10 @@ class TwfsManager(OffloadingManager):
                     runs.append(run_of(chain, first, len(run)))
                     stored += run
         if epoch is None or not stored:
-            return PrepareStoreOutput([], StoreSpec(Offer((), -1), self.layout.fingerprint, 0), [])
+            return PrepareStoreOutput([], StoreSpec(Offer((), -1), self._fingerprint, 0), [])
         params, number = self.finder.params(request_id), self._open.begin(owner, stored)
         offer = Offer(tuple(runs), epoch, params.tenant, params.hint, owner[1])
-        return PrepareStoreOutput(stored, StoreSpec(offer, self.layout.fingerprint, number), [])
+        return PrepareStoreOutput(stored, StoreSpec(offer, self._fingerprint, number), [])
 
     def _owner_of(self, req_context: Any) -> Owner:
         """Whose the request's blocks are; also of one that has finished."""

@@ -134,9 +134,11 @@ class Offers:
     def bound(self, offered: int, stop: int) -> int:
         """Up to what place a request that goes on may offer in this step, *stop* at most.
 
-        It has offered so many. Few new ones, an answer's, wait until they are an offer's worth.
+        It has offered so many, and vLLM never offers again what finds no room. Few new ones, an
+        answer's, wait until they are an offer's worth.
         """
-        most = min(stop, offered + self.left)
+        room = self._blocks_max - self._taken
+        most = min(stop, offered + min(self.left, room))
         return max(offered, most - most % self._offer_blocks)
 
     def choose(

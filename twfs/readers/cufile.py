@@ -103,8 +103,8 @@ class CufileReader:
     ) -> list[ReadOutcome]:
         """Read and verify *blocks*; see Reader.read. While it is stuck, none with a deadline."""
         self._guard.check()
-        late = [ReadOutcome.TIMED_OUT] * len(blocks)
-        outcomes = [ReadOutcome.NOT_READ] * len(blocks) if deadline is None else late
+        missing = ReadOutcome.NOT_READ if deadline is None else ReadOutcome.TIMED_OUT
+        outcomes = [missing] * len(blocks)
         if not blocks:
             return outcomes
         for event in after:
@@ -173,7 +173,8 @@ class CufileReader:
                         outcomes[at] = ReadOutcome.LEASE_ENDED
                     break
                 wave = Wave(jobs)
-                under_way.append((wave, self._begin_timed(wave, device, turn % 2, outcomes)))
+                under_way.append((wave, self._timed_wave(wave, device, turn % 2, outcomes)))
+                under_way[-1][1].begin(self._hands_of)
                 if len(under_way) > 1:
                     whole = self._finish_until(deadline, *under_way[0], device, outcomes)
                     if not whole:
@@ -186,10 +187,10 @@ class CufileReader:
             for _, timed in under_way:
                 self._leave(timed, device)
 
-    def _begin_timed(
+    def _timed_wave(
         self, wave: Wave, device: Any, half: int, outcomes: list[ReadOutcome]
     ) -> TimedWave[Task]:
-        """Have threads begin all reads of a wave."""
+        """Return the reads of a wave, not yet begun."""
         self._place(wave, device, half)
         wave.tasks = self._tasks(wave, outcomes)
         of: dict[DeviceSource, list[Task]] = {}
@@ -197,9 +198,7 @@ class CufileReader:
             source = self._sources.get(DeviceIndex(task.span.device))
             if source is not None:
                 of.setdefault(source, []).append(task)
-        timed = TimedWave(of, KVIKIO_THREADS, self._read_parts, wave.end)
-        timed.begin(self._hands_of)
-        return timed
+        return TimedWave(of, KVIKIO_THREADS, self._read_parts, wave.end)
 
     def _hands_of(self, source: DeviceSource) -> Hands:
         """Return the threads that wait for what kvikio reads of *source*."""
@@ -220,7 +219,10 @@ class CufileReader:
             return False
         flight = self._watch.begin(source)
         try:
-            return _came(self._pread(task)[0], task.span.length)
+            future, buffer = self._pread(task)
+            came = _came(future, task.span.length)
+            del buffer  # held until here
+            return came
         finally:
             self._watch.end(source, flight)
 
