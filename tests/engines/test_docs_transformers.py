@@ -1,5 +1,6 @@
 """docs/transformers.md: its snippets run as they stand, with a real daemon and a random model."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -7,7 +8,7 @@ from typing import Any, Final
 import pytest
 
 from support.daemon import Daemon, running_daemon
-from support.snippets import snippets_of
+from support.snippets import run_lines, snippets_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -43,3 +44,8 @@ def test_the_snippets_run_and_the_second_time_they_hit(daemon: Daemon) -> None:
         exec(source, names)
     assert (names["held"], names["columns"]) == (512, 512)
     assert names["kv"].statistics()["hit_tokens"] > 0
+    status, listed = run_lines("transformers.md", 1, **{"/var/lib/twfs": str(daemon.directory)})
+    assert re.search(r"^read by host: .* blocks", status, re.MULTILINE), status
+    assert re.search(r"^hits since the start: \d", status, re.MULTILINE), status
+    assert names["kv"].model.name in listed
+    assert re.search(r"^2 sessions", listed.replace("  ", ""), re.MULTILINE), listed

@@ -3,13 +3,14 @@
 import json
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from support.cli import LAYOUT, document, layout_file, made_warehouse, running_daemon, twfs
+from twfs.client import connect
 from twfs.layout import Layout
 from twfs.prefix import Names
 from twfs.warehouse import Warehouse
@@ -230,6 +231,18 @@ def test_a_pass_in_the_background_is_the_daemons(stored: tuple[Path, list[Names]
         assert document("scrub", made, "--stop")["scrub"]["state"] == "unfinished"
         assert document("scrub", made)["scrub"]["pass"] == 1
         assert document("scrub", made, "--whole")["scrub"]["pass"] == 2
+
+
+def test_a_daemon_whose_memory_for_uploads_is_all_given_out_answers_too(
+    stored: tuple[Path, list[Names]],
+) -> None:
+    made, _ = stored
+    with running_daemon(made):
+        most = document("status", made)["statistics"]["server"]["arena_bytes_max"]
+        with closing(connect(made / "socket", arena_bytes=most)):
+            for command in ("status", "ls"):
+                done = twfs(command, made)
+                assert done.returncode == 0, done.stderr
 
 
 def test_people_get_tables_of_the_same(stored: tuple[Path, list[Names]]) -> None:

@@ -128,9 +128,10 @@ def opened(warehouse: Path, socket: Path | None = None) -> Iterator[Target]:
     if daemon_pid(place.socket) is not None:
         from twfs.client import connect  # noqa: PLC0415 - the tools that need neither start faster
 
-        client = connect(
-            place.socket, connect_timeout_s=ADMIN_TIMEOUT_S, match_timeout_s=ADMIN_TIMEOUT_S
-        )
+        client = connect(  # without an arena: engines may have all the memory for uploads
+            place.socket, arena_bytes=0, connect_timeout_s=ADMIN_TIMEOUT_S,
+            match_timeout_s=ADMIN_TIMEOUT_S,
+        )  # fmt: skip
         try:
             yield cast(Target, client)
         finally:

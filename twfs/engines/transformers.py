@@ -2,10 +2,13 @@
 
 Dynamic and static caches, one prompt or a batch. Not for sliding-window, recurrent, quantised or
 latent (MLA) KV, which are refused. A PrefixStore is used by one thread at a time; several may share
-a Store.
+a Store. Once it is made it raises only for arguments that are wrong: whatever becomes of the store
+is a miss, or a save that says so, logged once for each kind and counted.
 """
 
 import json
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,10 +17,19 @@ import xxhash
 from twfs.checksums import lanes_of
 from twfs.datapath.upload import PIECES_MAX
 from twfs.devices.arena import Arena
-from twfs.errors import InvalidInput
+from twfs.engines.attaching import FRESH_SECONDS, Quiet
+from twfs.errors import InvalidInput, QuotaExceeded, StaleEpoch, TwfsError, WarehouseFull
 from twfs.layout import Arrangement, Group, Layout
 from twfs.prefix import Names, tokens_to_bytes
-from twfs.store import LeasedMatch, PutOutcome, PutResult, Retention, Store
+from twfs.store import (
+    LeasedMatch,
+    Model,
+    Pieces,
+    PutOutcome,
+    PutResult,
+    Retention,
+    Store,
+)
 from twfs.units import ByteCount, align_up
 
 if TYPE_CHECKING:
@@ -28,6 +40,8 @@ CONFIG_IGNORED: Final = frozenset({"_name_or_path", "transformers_version", "arc
 COUNTERS: Final = ("saves", "loads", "saved_bytes", "asked_tokens", "hit_tokens")
 READ_TIMEOUT_S: Final = 5.0  # then computing the rest again is sooner done
 NAME_HEX: Final = 8  # digits of the fingerprint in a model's name: tells its layouts apart
+UNKNOWN: Final = -1  # as many public tokens no chain has
+KEPT: Final = frozenset({PutOutcome.PUBLISHED, PutOutcome.PRESENT, PutOutcome.NOT_ADMITTED})
 
 
 def revision_of(model: Any) -> str:
@@ -77,8 +91,9 @@ class PrefixStore:
     """The KV of one model in a Store: save after a turn, load before the next.
 
     *hf_model* is only looked at here and not kept. Its weights are part of the model's name in the
-    store (*model_name* and 8 hex digits), so other weights never hit. The KV belongs to *tenant*
-    (None: everybody), for which this user must be allowed to act; *salt* keeps parts of it apart.
+    store (*model_name* and 8 hex digits), so other weights never hit. Making one opens that model,
+    and raises where this does (NoDaemon). The KV belongs to *tenant* (None: everybody), for which
+    this user must be allowed to act; *salt* keeps parts of it apart.
     What a load has not read after *timeout_s* seconds (a device hangs) is a miss; None: it waits.
     """
 
@@ -100,7 +115,11 @@ class PrefixStore:
         )  # fmt: skip
         name = f"{model_name}-{layout.fingerprint.hex()[:NAME_HEX]}"
         self.model = store.open_model(name, layout, tenant=tenant)
+        self._opened_s = time.monotonic()
+        self._doubted = False  # to be opened again before the next use
+        self._quiet = Quiet(name)
         self._store = store
+        self._tenant = tenant
         self._salt = salt
         self._retention = retention
         self._timeout_s = timeout_s
@@ -124,7 +143,8 @@ class PrefixStore:
         The first *public_tokens* (a system prompt, tools) are shared with the tenants of the share
         group, as far as they fill blocks: load with the same number. InvalidInput on a batch, on KV
         of another shape than the model's, on more KV than tokens, or on public tokens of a tenant
-        in no group; WarehouseFull as in Store.put.
+        in no group. What the store cannot keep has another outcome than PUBLISHED or PRESENT. So it
+        is with KV that was computed before a new epoch: what comes after it is kept again.
         """
         ids = _flat_ids(token_ids)
         self._begin(public_tokens)
@@ -152,8 +172,7 @@ class PrefixStore:
         if length > len(self._seen) // 4:
             raise InvalidInput(f"{length} tokens of KV were given with {len(self._seen) // 4} ids")
         names = names.head(length // step)
-        held = self._store.lookup(self.model, names)
-        self._store.touch(self.model, names.head(held))
+        held = self._quiet.quietly("a lookup failed", lambda: self._use(names), 0)
         outcomes, written = (PutOutcome.PRESENT,) * held, ByteCount(0)
         if held < len(names):
             by_head = len(tensors) * group.kv_heads <= PIECES_MAX
@@ -161,13 +180,33 @@ class PrefixStore:
                 _pieces(tensors, at * step, (at + 1) * step, by_head=by_head)
                 for at in range(held, len(names))
             ]
-            result = self._store.put(
-                self.model, names.slice(held, len(names)), payloads, retention=self._retention
-            )
+            result = self._put(names.slice(held, len(names)), payloads)
             outcomes, written = outcomes + result.outcomes, result.written_bytes
         self._counts["saves"] += 1
         self._counts["saved_bytes"] += written
         return PutResult(outcomes, written)
+
+    def _use(self, names: Names) -> int:
+        """Count a use of those of *names* that are held; how many."""
+        held = self._store.lookup(self.model, names)
+        self._store.touch(self.model, names.head(held))
+        return held
+
+    def _put(self, names: Names, payloads: Sequence[Pieces]) -> PutResult:
+        """Store what can be kept; of the rest the outcome says why not."""
+        try:
+            result = self._store.put(self.model, names, payloads, retention=self._retention)
+        except Exception as error:  # noqa: BLE001 - a save that fails must not end a generation
+            known = isinstance(error, TwfsError | OSError)
+            self._quiet.complain("a save failed", error, unexpected=not known)
+            self._doubted = isinstance(error, StaleEpoch)
+            return PutResult((_outcome_of(error),) * len(names), ByteCount(0))
+        lost = set(result.outcomes) - KEPT
+        for outcome in sorted(lost):
+            self._quiet.complain(
+                f"blocks were not kept ({outcome})", f"some of {len(names)} blocks"
+            )
+        return result
 
     def load(self, token_ids: Any, into: Any = None, *, public_tokens: int = 0) -> tuple[Any, int]:
         """Return a cache with the longest held prefix of *token_ids*, and its tokens.
@@ -220,13 +259,21 @@ class PrefixStore:
         names = names.head(max(tokens - 1, 0) // self.model.layout.block_tokens)
         tensors: list[torch.Tensor] = []
         if len(names):
-            with self._store.match(self.model, names) as match:
-                tensors = self._read(match) if match.blocks else []
+            tensors = self._quiet.quietly("a load failed", lambda: self._match(names), [])
         held = tensors[0].shape[2] if tensors else 0
         self._counts["loads"] += 1
         self._counts["asked_tokens"] += tokens
         self._counts["hit_tokens"] += held
         return tensors, held
+
+    def _match(self, names: Names) -> "list[torch.Tensor]":
+        """As _load, of the longest held part of *names*."""
+        with self._store.match(self.model, names) as match:
+            if match.blocks:
+                return self._read(match)
+        # Perhaps there is a new epoch, or no daemon: opening the model tells, not at every miss.
+        self._doubted |= time.monotonic() - self._opened_s > FRESH_SECONDS
+        return []
 
     def _read(self, match: LeasedMatch) -> "list[torch.Tensor]":
         """Read what *match* holds; K and V of every layer, [1, heads, tokens, dim]."""
@@ -244,7 +291,10 @@ class PrefixStore:
             else torch.empty(match.blocks * step, dtype=torch.uint8, device=self._device)
         )
         rows = flat.view(match.blocks, step)[:, :payload_bytes]
-        blocks = match.read_into(list(rows.unbind()), timeout_s=self._timeout_s).blocks
+        report = match.read_into(list(rows.unbind()), timeout_s=self._timeout_s)
+        blocks = report.blocks
+        if blocks < match.blocks:
+            self._quiet.complain("a load was short", report.outcomes[blocks])
         if not blocks:
             return []
         # [block, layer, K or V, head, token, dim]; a layer's tensor wants [head, all tokens].
@@ -257,7 +307,9 @@ class PrefixStore:
         ]
 
     def _begin(self, public_tokens: int) -> None:
-        """Let what follows have so many public tokens."""
+        """Let what follows have so many public tokens, and the model's present epoch."""
+        if self._doubted:
+            self._reopen()
         if public_tokens != self._public:
             before, self._public = self._public, public_tokens
             try:
@@ -265,6 +317,17 @@ class PrefixStore:
             except InvalidInput:
                 self._public = before
                 raise
+
+    def _reopen(self) -> None:
+        """Open the model again; it stays as it is if that fails."""
+        self._doubted, self._opened_s = False, time.monotonic()
+        model: Model = self._quiet.quietly(
+            "the model cannot be opened",
+            lambda: self._store.open_model(self.model.name, self.model.layout, tenant=self._tenant),
+            self.model,
+        )
+        if model != self.model:
+            self.model, self._public = model, UNKNOWN  # so that a new chain begins
 
     def _restart(self) -> None:
         """Begin a new chain."""
@@ -285,11 +348,23 @@ class PrefixStore:
 
         Only the caller knows: a GPU must have been waited for. InvalidInput as in the store.
         """
-        self._store.count_prefill(self.model, tokens, seconds)
+        try:
+            self._store.count_prefill(self.model, tokens, seconds)
+        except InvalidInput:
+            raise
+        except TwfsError as error:
+            self._quiet.complain("a rate was not told", error)
 
     def statistics(self) -> dict[str, int]:
-        """Calls, bytes written, and tokens asked for and loaded."""
-        return dict(self._counts)
+        """Calls, bytes written, tokens asked for and loaded; failures as `what: class`."""
+        return self._counts | self._quiet.statistics()
+
+
+def _outcome_of(error: Exception) -> PutOutcome:
+    """What becomes of blocks whose put raised *error*."""
+    if isinstance(error, QuotaExceeded):
+        return PutOutcome.OVER_QUOTA
+    return PutOutcome.NO_ROOM if isinstance(error, WarehouseFull) else PutOutcome.FAILED
 
 
 def _flat_ids(token_ids: Any) -> Any:
