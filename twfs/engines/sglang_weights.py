@@ -77,6 +77,7 @@ class CurrentSpace:
         self._said = said()
         path = self._said[0]
         self._revision = Revisions({path: extra.get("revision", "")}).of(path)
+        self._mixed = False  # new weights, and no flush yet: what comes may be of the old ones
         self._lock = threading.Lock()
         self._own = ""  # which model of this process; empty as long as it is that of the files
         self._space = store.space(layout(self._revision), self._tenant)
@@ -85,12 +86,14 @@ class CurrentSpace:
         """Where to look, and where what is computed from now on goes."""
         if said() != self._said:
             self.renew()
+            self._mixed = True
         return self._space
 
     def flushed(self) -> None:
         """SGLang has emptied its cache: weights are new, unless the config says otherwise."""
-        if not self._kept or said() != self._said:
+        if not self._kept or self._mixed or said() != self._said:
             self.renew()
+            self._mixed = False
 
     def renew(self) -> None:
         """Let nothing stored until now hit."""

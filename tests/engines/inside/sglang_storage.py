@@ -61,7 +61,9 @@ def keys_of(count: int, seed: int = 0) -> list[str]:
     return keys
 
 
-def host_pool(layout: str = "page_first", dtype: torch.dtype = torch.bfloat16) -> Any:
+def host_pool(
+    layout: str = "page_first", dtype: torch.dtype = torch.bfloat16, page: int = TOKENS
+) -> Any:
     """A real host pool with random KV."""
     k, v = (
         tuple(torch.zeros(SLOTS + TOKENS, HEADS, DIM, dtype=dtype) for _ in range(LAYERS))
@@ -75,11 +77,11 @@ def host_pool(layout: str = "page_first", dtype: torch.dtype = torch.bfloat16) -
         k=k, v=v, layout=next(iter(KVBufferLayout)), k_data_ptrs=places(k), v_data_ptrs=places(v)
     )
     info = MHABufferInfo(
-        buffers=buffers, page_size=TOKENS, head_num=HEADS, head_dim=DIM, v_head_dim=DIM,
+        buffers=buffers, page_size=page, head_num=HEADS, head_dim=DIM, v_head_dim=DIM,
         dtype=dtype, device=torch.device("cpu"),
     )  # fmt: skip
     pool = MHATokenToKVPoolHost(
-        info, 2.0, 0, TOKENS, layout, pin_memory=False, device="cpu",
+        info, 2.0, 0, page, layout, pin_memory=False, device="cpu",
         device_capacity_tokens=SLOTS, start_layer=0, end_layer=LAYERS,
     )  # fmt: skip
     pool.kv_buffer.copy_(torch.randn(pool.kv_buffer.shape).to(dtype))
@@ -139,7 +141,8 @@ def test_kv_of_anything_else_is_a_miss(daemon: Daemon) -> None:
     others = [
         backend(daemon, pool, model_name="other"), backend(daemon, pool, tp_rank=1, tp_size=2),
         backend(daemon, pool, pp_rank=1, pp_size=2), backend(daemon, pool, extra={"revision": "2"}),
-        backend(daemon, host_pool("layer_first")), backend(daemon, host_pool(dtype=torch.float16)),
+        backend(daemon, host_pool(page=TOKENS // 2)), backend(daemon, host_pool("layer_first")),
+        backend(daemon, host_pool(dtype=torch.float16)),
     ]  # fmt: skip
     for other in others:
         assert other.batch_exists(keys_of(2)) == 0
@@ -326,11 +329,20 @@ def test_a_flush_that_keeps_still_forgets_where_sglang_says_that_weights_are_new
     mine.close()
 
 
-def test_new_weights_without_a_flush_are_seen_where_sglang_says_so(made: Made) -> None:
-    mine, _ = made()
+def test_new_weights_are_seen_where_sglang_says_so_and_what_comes_before_the_flush_is_not_kept(
+    made: Made,
+) -> None:
+    """Threads of HiCache may still store what the old weights computed."""
+    mine, flush = made(keep_on_flush=True)
     assert store(mine, keys_of(2))
     get_context().override("test", model_path="elsewhere")
     assert hits_of(mine, keys_of(2)) == 0
+    assert store(mine, keys_of(2))
+    flush()
+    assert hits_of(mine, keys_of(2)) == 0
+    assert store(mine, keys_of(2))
+    flush()
+    assert hits_of(mine, keys_of(2)) == 2
     mine.close()
 
 
