@@ -4,6 +4,8 @@ They hit after a restart, and what is lost is computed: bytes that changed on th
 that cannot be read, a mount that has died.
 """
 
+import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +24,7 @@ from support.lostfiles import (
     until_blocks,
 )
 from support.mounting import mounted
+from support.snippets import settings_of
 from support.vllms import Vllm
 
 ENGINE: Final = "lmcache"
@@ -34,7 +37,13 @@ KINDS: Final = ("fs", "fs_native")
 
 def adapter_of(kind: str, directory: Path) -> dict[str, Any]:
     """What `--l2-adapter` is given, as docs/files.md says."""
-    return {"type": kind, "base_path": str(directory), "use_odirect": True}
+    option, other = settings_of("files.md", "LMCache")
+    word, text = shlex.split(option)
+    assert word == "--l2-adapter"
+    found: dict[str, Any] = json.loads(text.replace("/tw/files/cache", str(directory)))
+    instead = json.loads(f"{{{other}}}")
+    assert {found["type"], instead["type"]} == set(KINDS)
+    return found if kind == found["type"] else found | instead
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ from support.engines import engine_python, free_port
 from support.faultydisks import needs_faults
 from support.filefaults import faulty_files
 from support.mounting import mounted
+from support.snippets import settings_of
 from support.warehouses import make_warehouse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mark.root,
@@ -24,7 +25,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mar
 
 KEYS: Final = 24  # of 1 MiB, three buckets
 DEVICE_BYTES: Final = 512 << 20  # Mooncake wants 256 MiB free beside what it stores, or it evicts
-BACKENDS: Final = ("bucket_storage_backend", "file_per_key_storage_backend")
+SETTING, *DESCRIPTORS = settings_of("files.md", "Mooncake")
+BACKENDS: Final = [each.partition("=")[2] for each in DESCRIPTORS]
 
 
 @contextmanager
@@ -47,11 +49,22 @@ def master() -> Iterator[int]:
 def offload(directory: Path, backend: str) -> Iterator[Asked]:
     """A client of a fresh master, see support.mooncakes; it must end well."""
     with master() as port:
+        (descriptor,) = [each for each in DESCRIPTORS if each.endswith(f"={backend}")]
+        name, _, value = descriptor.partition("=")
+        setting = f"{{{SETTING}}}".replace("/tw/files/cache", str(directory))
         with Asked(
-            [engine_python("mooncake"), "-m", "support.mooncakes", directory, str(port), str(KEYS)],
-            MOONCAKE_OFFLOAD_STORAGE_BACKEND_DESCRIPTOR=backend,
+            [
+                engine_python("mooncake"),
+                "-m",
+                "support.mooncakes",
+                directory,
+                str(port),
+                str(KEYS),
+                setting,
+            ],
             MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS="1",
             MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES=str(8 << 20),
+            **{name: value},
         ) as client:
             yield client
         assert client.process.returncode == 0

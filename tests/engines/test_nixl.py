@@ -4,6 +4,7 @@ On an image file by the API, and on a block device by what getfattr says. The pa
 commands run as they stand. Of a block that is lost the program prints nothing.
 """
 
+import re
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from support.faultrules import Act, Op, Rule
 from support.faultydisks import faulty_disks, needs_faults
 from support.loops import loop_device, needs_loops
 from support.mounting import mounted, shell, store
-from support.snippets import snippets_of
+from support.snippets import run_lines, snippets_of
 from twfs.devices.formatting import DeviceSpec
 from twfs.layout import Arrangement, Group, Layout
 from twfs.store import iterate_heads
@@ -78,6 +79,11 @@ def test_the_pages_program_reads_what_was_put(scratch: Path, kind: str) -> None:
         said = run_inside(program(), daemon.socket, "tiny", BLOCKS * LAYOUT.block_tokens + 5)
         whole = b"".join(payload.tobytes() for payload in payloads)
         assert said == f"{BLOCKS} {len(whole)} {xxhash.xxh3_128_hexdigest(whole)}"
+        status, listed = run_lines("nixl.md", 2, **{"/var/lib/twfs": str(daemon.directory)})
+        assert re.search(rf"^counters.matched_blocks +{BLOCKS}$", status, re.MULTILINE), status
+        assert re.search(r"^leases.leases_granted +1$", status, re.MULTILINE), status
+        assert "read by" not in status
+        assert f"1 sessions, {BLOCKS} blocks" in listed, listed
 
 
 @pytest.mark.root
@@ -121,7 +127,7 @@ print(xxhash.xxh3_128_hexdigest(memory[:size]))
 @pytest.mark.fuse
 @needs_loops
 def test_what_getfattr_says_is_enough_to_read_a_block(scratch: Path) -> None:
-    commands = snippets_of("nixl.md", "sh")[-1].splitlines()
+    commands = snippets_of("nixl.md", "sh")[1].splitlines()
     assert len(commands) == 2
     imports, _, rest = program().partition("\nsocket, name")
     function = "def read" + rest.partition("def read")[2].partition("\n\n\n")[0]

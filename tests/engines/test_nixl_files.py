@@ -20,23 +20,25 @@ from support.engines import engine_python, until
 from support.faultydisks import needs_faults
 from support.filefaults import faulty_files
 from support.mounting import mounted
+from support.snippets import settings_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mark.root,
               pytest.mark.timeout(300)]  # fmt: skip
 
 FILES: Final = 16
 NUMBERS: Final = list(range(FILES))
+BACKEND, *OTHERS = settings_of("files.md", "NIXL")
 PARAMS: Final[dict[str, dict[str, str]]] = {
     "libaio": {},
-    "use_uring": {"use_uring": "true"},
-    "use_posix_aio": {"use_posix_aio": "true"},
+    **{next(iter(each)): each for each in map(json.loads, OTHERS)},
 }
 
 
 def mover_of(directory: Path, how: str) -> Asked:
     """A process of NIXL's; see support.nixlposix."""
     python = engine_python("nixl")
-    return Asked([python, "-m", "support.nixlposix", directory, json.dumps(PARAMS[how])])
+    params = json.dumps(PARAMS[how])
+    return Asked([python, "-m", "support.nixlposix", directory, BACKEND, params])
 
 
 def moved(command: str, directory: Path, how: str) -> int:

@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 PROMPT: Final = {"seed": 1, "tokens": 2000}
 HELD: Final = 2000 // STORED_TOKENS * STORED_TOKENS
+LATE: Final = "a device that hangs for longer than a load may take"
 
 
 def test_a_restart_of_engine_and_daemon_finds_the_same_tokens(
@@ -114,34 +115,45 @@ def test_a_load_that_fails_is_computed_with_the_right_tokens(
 ) -> None:
     directory = scratch / "w"
     Warehouse.create(directory, [DeviceSpec(disks.loops["a"])])
+    with (
+        running_daemon(directory) as daemon,
+        Vllm(engine, model, transfer_config(daemon.socket)) as vllm,
+    ):
+        check_faults(vllm, daemon, disks)
+
+
+def check_faults(vllm: Vllm, daemon: Daemon, disks: FaultyDisks) -> None:
+    """Let loads fail one way after the other; each costs that load, and no token."""
     faults: list[tuple[str, Act, Callable[[Daemon], None]]] = [
         ("device EIO", Act.EIO, lambda _: None),
         ("checksum", Act.FLIP, lambda _: None),
         ("daemon killed mid-load", Act.HANG, lambda daemon: kill_when(disks, daemon)),
+        (LATE, Act.HANG, lambda _: None),
     ]
-    with running_daemon(directory) as daemon, Vllm(
-        engine, model, transfer_config(daemon.socket)
-    ) as vllm, ThreadPoolExecutor(1) as helper:  # fmt: skip
-        cold = vllm.generate(PROMPT)
-        until_stored(daemon, HELD // STORED_TOKENS)
+    cold = vllm.generate(PROMPT)
+    until_stored(daemon, HELD // STORED_TOKENS)
+    with ThreadPoolExecutor(1) as helper:
         for name, act, meanwhile in faults:
             assert vllm.ask(do="reset"), name
             assert vllm.generate(PROMPT)["cached"] == [HELD], name
             assert vllm.ask(do="reset"), name
             before = failures_of(vllm)
+            vllm.ask(do="deadline", seconds=0.5 if name == LATE else 20.0)
             disks.set_rules(rule_of(daemon, act))
             other = helper.submit(meanwhile, daemon)
             failed = vllm.generate(PROMPT)
             other.result()
+            assert (disks.hanging() > 0) == (name == LATE), name
             assert failed["tokens"] == cold["tokens"], name
             assert failures_of(vllm) == before + 1, name
             disks.lift()
+            vllm.ask(do="deadline", seconds=20.0)
             if daemon.process is None:
                 daemon.start()
             vllm.generate({"seed": 8, "tokens": 100})  # the engine goes on
             restore(vllm, daemon)
-        assert vllm.ask(do="reset")
-        assert vllm.generate(PROMPT)["cached"] == [HELD]
+    assert vllm.ask(do="reset")
+    assert vllm.generate(PROMPT)["cached"] == [HELD]
 
 
 def failures_of(vllm: Vllm) -> int:

@@ -17,7 +17,8 @@ import pytest
 from support.daemon import Daemon
 from support.snippets import snippets_of
 from support.vllms import Vllm, sessions_of, vllm_server
-from twfs.hints import Retention
+from twfs.hints import Retention, Stop
+from twfs.policy.accesses import CODE_MASK, RECORD_DIRECTORY, Kind, read_record
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -67,7 +68,11 @@ def test_the_server_of_the_page_stores_and_the_request_of_the_page_says_so(
     ]
     assert float(hits[0].split()[-1]) >= 256
     (session,) = sessions_of(daemon)
-    assert session.retention is Retention.DURABLE
+    assert (session.retention, session.ids) == (Retention.DURABLE, ("agent-7",))
+    assert daemon.stop() == 0
+    ends = read_record(daemon.directory / RECORD_DIRECTORY).rows
+    ends = ends[ends["kind"] == Kind.END]
+    assert {*(ends["stop"] & CODE_MASK)} == {Stop.TOOL_USE.code}
 
 
 def completion(curl: str) -> str:

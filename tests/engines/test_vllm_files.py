@@ -5,6 +5,7 @@ cannot be read, a mount that has died. The tier calls a file that it cannot read
 what it read before it in the same job (vllm/v1/kv_offload/tiering/fs/manager.py).
 """
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from support.lostfiles import (
     until_blocks,
 )
 from support.mounting import mounted
+from support.snippets import settings_of
 from support.vllms import GPU_BLOCK_TOKENS, STORED_TOKENS, Vllm
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.fuse, pytest.mark.root,
@@ -33,13 +35,14 @@ SUFFIX: Final = ".bin"
 
 def tier_config(directory: Path) -> dict[str, Any]:
     """VLLM's tiers as docs/files.md says; the worker of the CPU platform is support.vllmtier's."""
+    (setting,) = settings_of("files.md", "vLLM, `TieringOffloadingSpec`")
     return {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "spec_name": "CpuTieringSpec", "spec_module_path": "support.vllmtier",
             "cpu_bytes_to_use": 256 << 20, "block_size": STORED_TOKENS,
-            "secondary_tiers": [{"type": "fs", "root_dir": str(directory)}],
+            **json.loads(f"{{{setting}}}".replace("/tw/files/cache", str(directory))),
         },
     }  # fmt: skip
 

@@ -36,11 +36,12 @@ class Rank(Asked):
     """The process."""
 
     def __init__(
-        self, name: str, daemon: Daemon, *, packed: bool = True, block_bytes: int = BLOCK_BYTES
-    ) -> None:
+        self, name: str, daemon: Daemon, *, packed: bool = True, block_bytes: int = BLOCK_BYTES,
+        revision: str = "none",
+    ) -> None:  # fmt: skip
         super().__init__(
             [engine_python(name), "-m", "support.vllmworker", daemon.socket,
-             str(int(packed)), str(block_bytes)],
+             str(int(packed)), str(block_bytes), revision],
             **ENVIRONMENT,
         )  # fmt: skip
 
@@ -92,15 +93,20 @@ def test_a_block_of_all_layers_is_one_piece_where_it_is_one_in_memory(
 
 
 @both
-def test_memory_that_is_not_as_the_scheduler_believes_is_never_stored(
-    name: str, daemon: Daemon
+@pytest.mark.parametrize(
+    ("believed", "said"),
+    [({"block_bytes": BLOCK_BYTES // 2}, "this rank's KV is not as the scheduler's"),
+     ({"revision": "other"}, "this rank's layout is not the scheduler's")],
+    ids=["memory", "layout"],
+)  # fmt: skip
+def test_what_is_not_as_the_scheduler_believes_is_never_stored(
+    name: str, daemon: Daemon, believed: dict[str, Any], said: str
 ) -> None:
-    with Rank(name, daemon, block_bytes=BLOCK_BYTES // 2) as rank:
+    with Rank(name, daemon, **believed) as rank:
         assert rank.ask(do="store", blocks=STORED) == 2
         rank.until_finished(1)
         until(lambda: rank.ask(do="finished")["held"] == [0], "the store has ended")
-        counts = rank.ask(do="counts")
-        assert "this rank's KV is not as the scheduler's: str" in counts
+        assert f"{said}: str" in rank.ask(do="counts")
         assert blocks_in(daemon) == 0
 
 

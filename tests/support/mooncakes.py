@@ -1,11 +1,13 @@
 """Mooncake's store with its SSD offload in a directory, in Mooncake's own environment.
 
-DIRECTORY MASTER_PORT KEYS. Requests: `put` stores keys of known bytes until all are on the SSD, and
-answers how many are. `find`, to another client after a restart, waits until the last one is found.
-`get` reads all and answers how many came back right, and how many wrong. At the first one the store
-opens, and reads of what is there: a test may do its damage before that.
+DIRECTORY MASTER_PORT KEYS SETTING, which is JSON and names the directory to Mooncake. Requests:
+`put` stores keys of known bytes until all are on the SSD, and answers how many are. `find`, to
+another client after a restart, waits until the last one is found. `get` reads all and answers how
+many came back right, and how many wrong. At the first one the store opens, and reads of what is
+there: a test may do its damage before that.
 """
 
+import json
 import os
 import sys
 import time
@@ -26,15 +28,15 @@ def content(number: int) -> bytes:
     return bytes((7 * number + at) % 251 for at in range(4096)) * (VALUE_BYTES // 4096)
 
 
-def opened(directory: str, port: str) -> Any:
-    """A store that is a client of the master, with its SSD in *directory*."""
+def opened(port: str, setting: dict[str, str]) -> Any:
+    """A store that is a client of the master, with its SSD where *setting* says."""
     store = MooncakeDistributedStore()
     code = store.setup(
         {
             "local_hostname": "127.0.0.1", "metadata_server": "P2PHANDSHAKE",
             "global_segment_size": str(128 << 20), "local_buffer_size": str(64 << 20),
             "protocol": "tcp", "rdma_devices": "", "master_server_addr": f"127.0.0.1:{port}",
-            "enable_ssd_offload": "true", "ssd_offload_path": directory,
+            "enable_ssd_offload": "true", **setting,
         }
     )  # fmt: skip
     assert code == 0, code
@@ -76,9 +78,10 @@ def main() -> None:
     """See the module's docstring."""
     answers = Answers()
     directory, port, keys = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    setting = json.loads(sys.argv[4])
     store = None
     for request in answers.requests():
-        store = store or opened(directory, port)
+        store = store or opened(port, setting)
         answers.say(answer(store, Path(directory), keys, request["do"]))
     os._exit(0)  # its threads do not end by themselves
 

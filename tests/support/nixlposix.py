@@ -1,4 +1,4 @@
-"""NIXL's POSIX plug-in between memory and files, in its environment: DIRECTORY PARAMS.
+"""NIXL's POSIX plug-in between memory and files, in its environment: DIRECTORY BACKEND PARAMS.
 
 Requests: `write` makes files of bytes that their number gives, `read` compares: both in one request
 of NIXL's, and the answer is how many files were right. `open` opens all anew to be read; `together`
@@ -39,10 +39,10 @@ def content(number: int) -> bytes:
 class Mover:
     """An agent, and memory for all files."""
 
-    def __init__(self, directory: Path, params: dict[str, str]) -> None:
+    def __init__(self, directory: Path, backend: str, params: dict[str, str]) -> None:
         self.directory = directory
         self.agent: Any = nixl_agent("tester", nixl_agent_config(backends=[]))
-        self.agent.create_backend("POSIX", params)
+        self.agent.create_backend(backend, params)
         self.memory = mmap.mmap(-1, FILES * FILE_BYTES)
         self.address = np.frombuffer(self.memory, np.uint8).ctypes.data
         self.fds: list[int] = []
@@ -128,7 +128,7 @@ class Mover:
 def main() -> None:
     """See the module's docstring."""
     answers = Answers()
-    mover = Mover(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    mover = Mover(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
     for request in answers.requests():
         answers.say(mover.answer(request["do"]))
 

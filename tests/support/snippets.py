@@ -16,6 +16,13 @@ def snippets_of(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+def settings_of(page: str, engine: str) -> list[str]:
+    """What is in backquotes in the row of *engine* in a page's table of settings."""
+    text = (DOCS / page).read_text()
+    (row,) = re.findall(rf"^\| {re.escape(engine)} \|(.*)\|$", text, re.MULTILINE)
+    return re.findall(r"`([^`]+)`", row)
+
+
 def run_lines(page: str, number: int, **replaced: str) -> list[str]:
     """Run the lines of a page's sh block, with texts replaced; what each says. None may fail."""
     text = snippets_of(page, "sh")[number]

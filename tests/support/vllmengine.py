@@ -7,6 +7,7 @@ stderr.
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -126,6 +127,11 @@ def counts_of_tier(llm: Any) -> dict[str, int]:
     return counts
 
 
+def set_deadline(llm: Any, seconds: float) -> None:
+    """Let each load take so long from now on, whatever the engine was started with."""
+    scheduler_of(llm).connector.manager.breakeven.given_s = seconds
+
+
 REQUESTS: Final[dict[str, Callable[[Any, dict[str, Any]], Any]]] = {
     "generate": generate,
     "reset": lambda llm, more: llm.reset_prefix_cache(reset_connector=more.get("connector", False)),
@@ -134,6 +140,8 @@ REQUESTS: Final[dict[str, Callable[[Any, dict[str, Any]], Any]]] = {
     "pause": lambda llm, _: pause(llm),
     "metrics": lambda llm, _: metrics(llm),
     "connector": lambda llm, _: counts_of_worker(llm),
+    "deadline": lambda llm, more: set_deadline(llm, more["seconds"]),
+    "threads": lambda *_: [each.name for each in threading.enumerate()],
     "tier": lambda llm, _: counts_of_tier(llm),
     # Seconds per token of computing, as the scheduler has been told.
     "estimate": lambda llm, _: scheduler_of(llm).connector.manager.breakeven.compute_s,

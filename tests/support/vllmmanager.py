@@ -47,6 +47,7 @@ from twfs.engines.vllm_layout import IDENTITY
 from twfs.engines.vllm_offers import OpenStores
 from twfs.engines.vllm_orders import RankReport
 from twfs.engines.vllm_requests import Request
+from twfs.hints import Hint, Retention, Stop
 
 TOKENS: Final = 64
 BLOCK_BYTES: Final = 4096
@@ -109,6 +110,18 @@ def try_owners(manager: TwfsManager, first: ReqContext) -> None:
         manager.on_request_finished(context)
         manager.complete_store(offered, context)  # which may be later than the end
         assert manager.prepare_store(keys, first).keys_to_store == []
+
+
+def try_hints(manager: TwfsManager) -> None:
+    """What a request says of its session goes with its stores."""
+    request, context, keys = request_of(
+        manager, "hints", 1, tenant="other",
+        **{"session": "s", "class": "durable", "stop": "tool_use", "return_ms": 30_000},
+    )  # fmt: skip
+    until_ready(manager, request)
+    offer = manager.prepare_store(keys, context).store_spec.offer
+    assert offer.hint == Hint("s", Retention.DURABLE, Stop.TOOL_USE, 30_000)
+    manager.on_request_finished(context)
 
 
 def try_reports() -> None:
@@ -270,6 +283,7 @@ def main() -> None:
     workers = spec.attach(arena_bytes=1 << 20)
     try_stores(manager, workers)
     try_loads(manager)
+    try_hints(manager)
     try_steps(Path(sys.argv[1]))
     for name in ("a", "b", "c", "never seen"):
         manager.on_request_finished(ReqContext(req_id=name))

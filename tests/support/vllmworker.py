@@ -1,9 +1,10 @@
 """One rank of vLLM's connector without an engine around it, driven by a test (support.asking).
 
-`python -m support.vllmworker SOCKET PACKED BLOCK_BYTES` runs in the engine's environment, against a
-real daemon. The memory is as vLLM lays it out on a GPU, and vLLM's own code hands it to the
-connector: each layer for itself, or, PACKED, all layers of a block side by side, which attention on
-a CPU does not take. The scheduler's side believes that a block of the engine has BLOCK_BYTES.
+`python -m support.vllmworker SOCKET PACKED BLOCK_BYTES REVISION` runs in the engine's environment,
+against a real daemon. The memory is as vLLM lays it out on a GPU, and vLLM's own code hands it to
+the connector: each layer for itself, or, PACKED, all layers of a block side by side, which
+attention on a CPU does not take. Both sides believe that a block of the engine has BLOCK_BYTES, and
+the scheduler's that the weights are of REVISION.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from vllm.v1.kv_offload.base import GPULoadStoreSpec
 from support.answering import Answers
 from support.vllmmanager import TOKENS, request_of, spec_of, until_ready
 from twfs.engines.vllm import TwfsConnector, TwfsManager, TwfsWorker
+from twfs.engines.vllm_layout import IDENTITY
 
 LAYERS: Final = 4
 LAYER_BYTES: Final = 4096  # of one of the engine's blocks
@@ -38,9 +40,14 @@ ARENA_BYTES: Final = 2 * PER_CHUNK * LAYERS * LAYER_BYTES  # so few that stores 
 class Rank:
     """The scheduler's side, and one worker."""
 
-    def __init__(self, socket: Path, *, packed: bool, block_bytes: int) -> None:
+    def __init__(self, socket: Path, *, packed: bool, block_bytes: int, revision: str) -> None:
         sizes: dict[str, Any] = {"block_bytes": block_bytes, "blocks_per_chunk": PER_CHUNK}
-        self.manager = TwfsManager(spec_of(socket, min_load_tokens=0, arena_bytes=1 << 20, **sizes))
+        more: dict[str, Any] = {
+            "min_load_tokens": 0,
+            "arena_bytes": 1 << 20,
+            IDENTITY: {"revision": revision},
+        }
+        self.manager = TwfsManager(spec_of(socket, **sizes, **more))
         self.memory = torch.zeros(BLOCKS, LAYERS, LAYER_BYTES, dtype=torch.int8)
         if not packed:  # layer by layer
             self.memory = self.memory.view(LAYERS, BLOCKS, LAYER_BYTES).transpose(0, 1)
@@ -166,8 +173,10 @@ REQUESTS: Final[dict[str, Callable[[Rank, dict[str, Any]], Any]]] = {
 def main() -> None:
     """Serve until stdin ends."""
     answers = Answers()
-    socket, packed, block_bytes = sys.argv[1:]
-    rank = Rank(Path(socket), packed=packed == "1", block_bytes=int(block_bytes))
+    socket, packed, block_bytes, revision = sys.argv[1:]
+    rank = Rank(
+        Path(socket), packed=packed == "1", block_bytes=int(block_bytes), revision=revision
+    )  # fmt: skip
     for request in answers.requests():
         answers.say(REQUESTS[request["do"]](rank, request))
     rank.close()

@@ -263,12 +263,19 @@ class TwfsWorker(OffloadingWorker):
         step = self._per_block
         return [wanted[i : i + step] for i in range(0, len(wanted), step)]
 
+    def _fits(self, order: LoadSpec | StoreSpec) -> bool:
+        """Whether this rank's blocks are what the scheduler believes."""
+        if order.fingerprint != self._fingerprint:
+            text = "its layers or their sizes differ from the first rank's: nothing is kept"
+            self.attachment.complain("this rank's layout is not the scheduler's", text)
+        return self._usable and order.fingerprint == self._fingerprint
+
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, **more: Any) -> bool:
         """Begin a load; *expedited* (0.33) is one that the step waits for."""
         held = src_spec.held
         cut = self._cut(dst_spec, held.first, held.count)
         self._loads[job_id] = [[block for block in blocks if block is not None] for blocks in cut]
-        if not self._usable or src_spec.fingerprint != self._fingerprint:
+        if not self._fits(src_spec):
             held = Held(b"", held.first, held.count)
         self.transfers.load(
             job_id, held, [self._pieces(blocks) for blocks in cut], timeout_s=src_spec.timeout_s,
@@ -280,7 +287,7 @@ class TwfsWorker(OffloadingWorker):
         """Begin a store."""
         ids, step = src_spec.block_ids.tolist(), self._per_block
         payloads = [self._pieces(ids[i : i + step]) for i in range(0, len(ids), step)]
-        good = self._usable and dst_spec.fingerprint == self._fingerprint
+        good = self._fits(dst_spec)
         self.transfers.store(
             job_id, dst_spec.offer if good else Offer((), -1), payloads,
             stored=lambda held: self._ended.append((dst_spec.number, held)),

@@ -99,7 +99,26 @@ def identity_of(vllm_config: Any, extra: Mapping[str, Any]) -> dict[str, str]:
         "vllm": ".".join(vllm.__version__.split(".")[:2]),
         "platform": str(current_platform.device_type),
         "attention": str(getattr(vllm_config.attention_config, "backend", None)),
+        **_rarities(vllm_config),
     }
+
+
+def _rarities(vllm_config: Any) -> dict[str, str]:
+    """What else changes the bytes of KV, where it is not what it nearly always is."""
+    from vllm import envs  # noqa: PLC0415 - see identity_of
+
+    parallel, attention = vllm_config.parallel_config, vllm_config.attention_config
+    plain = type(attention)(backend=attention.backend).compute_hash()
+    contexts = parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size
+    found = {
+        "attention_more": attention.compute_hash() != plain and attention.compute_hash(),
+        "kv_unquantized": ",".join(vllm_config.cache_config.kv_cache_dtype_skip_layers),
+        "interleave": contexts > 1 and parallel.cp_kv_cache_interleave_size,
+        # A rank of a pipeline knows its own layers alone, so these are in no rank's layout.
+        "pipeline": parallel.pipeline_parallel_size > 1 and envs.VLLM_PP_LAYER_PARTITION,
+        "weights": vllm_config.load_config.load_format == "dummy" and "dummy",
+    }
+    return {name: str(value) for name, value in found.items() if value}
 
 
 def revision_of(model: str, revision: str | None) -> str:
@@ -114,6 +133,10 @@ def revision_of(model: str, revision: str | None) -> str:
         raise InvalidInput(
             f'the revision of {model} is unknown: name it as "revision" in the extra config'
         ) from error
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def layout_of(config: Any, *, row_bytes: int | None = None) -> Layout:
@@ -166,6 +189,6 @@ def layout_of(config: Any, *, row_bytes: int | None = None) -> Layout:
             "blocks": f"{blocks} x {group.tokens_per_block}",
             "ranks": f"tp{parallel.tp_size} pp{parallel.pp_size} pcp{parallel.pcp_size} "
             f"dcp{parallel.dcp_size}",
-            "layers": hashlib.sha256("\0".join(group.layer_names).encode()).hexdigest()[:16],
+            "layers": "" if parallel.pp_size > 1 else _short_hash("\0".join(group.layer_names)),
         },
     )  # fmt: skip
