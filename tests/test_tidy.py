@@ -119,7 +119,7 @@ LAYERS: tuple[tuple[str, str], ...] = (
     ("engines", """
         attaching breakeven identity requests
         finding keyed
-        transfers vllm_layout vllm_offers vllm_prefill vllm_requests
+        sglang_weights transfers vllm_layout vllm_offers vllm_prefill vllm_requests
         vllm_orders
         lmcache sglang transformers vllm vllm_tier
         sglang_linker

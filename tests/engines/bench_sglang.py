@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_context
 
 from support.daemon import running_daemon
 from twfs.engines.sglang_linker import TwfsLinker
@@ -62,6 +63,7 @@ def main(rounds: int) -> None:
     """Print medians and spreads."""
     found: dict[str, list[dict[str, float]]] = {"staged": [], "layerwise": []}
     with (
+        get_context().override_server_args(),
         tempfile.TemporaryDirectory(dir=os.environ.get("TWFS_TEST_DIR")) as directory,
         running_daemon(Path(directory) / "warehouse", device_bytes=1 << 30) as daemon,
     ):

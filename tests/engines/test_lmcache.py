@@ -53,7 +53,7 @@ def engine_of(daemon: Daemon, model: Path, **options: Any) -> Iterator[tuple[LMC
 def test_tokens_are_the_same_cold_warm_and_after_a_restart_of_everything(
     scratch: Path, model: Path
 ) -> None:
-    prompt = {"seed": 1, "tokens": TOKENS}
+    prompt, late = ({"seed": seed, "tokens": TOKENS} for seed in (1, 3))
     with running_daemon(scratch / "warehouse") as daemon:
         with (
             LMCacheServer(daemon.socket) as server,
@@ -81,14 +81,23 @@ def test_tokens_are_the_same_cold_warm_and_after_a_restart_of_everything(
             until(lambda: last_use(daemon, 256 * BLOCKS) > used, "its use is known")
             salted = vllm.generate({**prompt, "salt": "alice"}, out=8)
             assert (salted["tokens"], salted["cached"]) == (cold["tokens"], [0])
+            random_model(ENGINE, model, 1)  # other weights, which this engine does not run
+            vllm.generate(late, out=8)
+            until(lambda: refused(server) >= 2, "neither its lookup nor its store was done")
         with engine_of(daemon, model, dtype="float32") as (_, vllm):
             assert vllm.generate(prompt, out=8)["cached"] == [0]
-        changed = random_model(ENGINE, model, 1)  # other weights, the same path
-        with engine_of(daemon, changed) as (_, vllm):
+        with engine_of(daemon, model) as (_, vllm):  # which runs them
             answer = vllm.generate(prompt, out=8)
+            assert vllm.generate(late, out=8)["cached"] == [0]
         assert answer["cached"] == [0]
         assert answer["tokens"] != cold["tokens"]
         random_model(ENGINE, model, 0)
+
+
+def refused(server: LMCacheServer) -> int:
+    """How many tasks of a model whose weights have changed were not done."""
+    counters = l2_of(server.ask("GET", "/status"))["counters"]
+    return int(counters.get("a task failed: WeightsChanged", 0))
 
 
 def last_use(daemon: Daemon, tokens: int) -> int:

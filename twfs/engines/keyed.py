@@ -147,7 +147,11 @@ class Space:
         except StaleEpoch:
             self._attachment.doubt(self._tenant)
             raise
-        self._attachment.count("stored blocks", sum(outcome in STORED for outcome in outcomes))
+        short = [outcome for outcome in outcomes if outcome not in STORED]
+        self._attachment.count("stored blocks", len(outcomes) - len(short))
+        if short:
+            why = f"{len(short)} of {len(outcomes)} blocks"
+            self._attachment.complain(f"a store was short ({short[0]})", why)
         return outcomes
 
     def lookup(self, keys: Sequence[bytes], *, start: int = 0) -> int:

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from sglang.srt.mem_cache.hicache_storage import (
@@ -16,7 +17,8 @@ from sglang.srt.mem_cache.hicache_storage import (
     HiCacheStorageExtraInfo,
 )
 
-from twfs.engines.keyed import PATIENCE_S, READ_TIMEOUT_S, STORED, KeyedStore, Revisions, Space
+from twfs.engines.keyed import PATIENCE_S, READ_TIMEOUT_S, STORED, KeyedStore, Space
+from twfs.engines.sglang_weights import CurrentSpace, identity
 from twfs.errors import InvalidInput
 from twfs.layout import Arrangement, Group, Layout
 
@@ -25,7 +27,9 @@ log = logging.getLogger(__name__)
 ENGINE: Final = "sglang"
 # What SGLang itself reads in the same mapping, and what is ours.
 SGLANGS: Final = frozenset({"backend_name", "module_path", "class_name", "interface_v1"})
-OURS: Final = frozenset({"socket", "tenant", "revision", "timeout_s", "patience_s"})
+OURS: Final = frozenset(
+    {"socket", "tenant", "revision", "timeout_s", "patience_s", "keep_on_flush"}
+)
 
 
 def key_of(text: str) -> bytes:
@@ -54,7 +58,7 @@ def pool_layout(config: HiCacheStorageConfig, pool: Any, block_bytes: int, revis
         (Group(1, arrangement=Arrangement.OPAQUE, layer_bytes=block_bytes),),
         pool.page_size, revision=revision, engine=ENGINE,
         overrides={
-            "dtype": str(pool.dtype), "arrangement": str(pool.layout),
+            **identity(), "pool_dtype": str(pool.dtype), "arrangement": str(pool.layout),
             "layers": f"{pool.start_layer} to {pool.end_layer}", "heads": str(pool.head_num),
             "ranks": f"{rank}pp{config.pp_rank}of{config.pp_size} "
             f"cp{config.attn_cp_rank}of{config.attn_cp_size} "
@@ -67,8 +71,8 @@ class TwfsHiCache(HiCacheStorage):
     """See the module's docstring.
 
     Its extra config: `socket` of the daemon; `tenant`; `revision`, the directory of the weights or
-    what else tells them, where the model's name is no directory; `timeout_s` of reads;
-    `patience_s` for answers.
+    what else tells them, where SGLang was given no directory; `timeout_s` of reads;
+    `patience_s` for answers; `keep_on_flush`: a flush of SGLang's is no update of weights.
     """
 
     def __init__(self, config: HiCacheStorageConfig, given: Any = None) -> None:
@@ -82,7 +86,7 @@ class TwfsHiCache(HiCacheStorage):
         self._extra = extra
         patience_s = float(extra.get("patience_s", PATIENCE_S))
         self._store = KeyedStore(ENGINE, extra["socket"], patience_s=patience_s)
-        self._space: Space | None = None
+        self._current: CurrentSpace | None = None
         self._timeout_s: float | None = extra.get("timeout_s", READ_TIMEOUT_S)
         log.info("twfs: HiCache's storage is the warehouse behind %s", extra["socket"])
 
@@ -92,10 +96,19 @@ class TwfsHiCache(HiCacheStorage):
         import torch  # noqa: PLC0415 - SGLang has imported it
 
         _, sizes = mem_pool_host.get_page_buffer_meta(torch.arange(mem_pool_host.page_size))
-        name = self._config.model_name or "model"
-        revision = Revisions({name: self._extra.get("revision", "")}).of(name)
-        layout = pool_layout(self._config, mem_pool_host, sum(sizes), revision)
-        self._space = self._store.space(layout, self._extra.get("tenant"))
+        layout = partial(pool_layout, self._config, mem_pool_host, sum(sizes))
+        self._current = CurrentSpace(self._store, layout, self._extra)
+        self._follow(mem_pool_host, self._current)
+
+    def _follow(self, pool: Any, current: CurrentSpace) -> None:
+        """Hear of it when *pool* is emptied: SGLang does that in each flush, and tells us not."""
+        clear = pool.clear
+
+        def emptied() -> None:
+            clear()
+            current.flushed()
+
+        pool.clear = emptied
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """See HiCacheStorage; only the KV pool itself can be kept. InvalidInput."""
@@ -119,11 +132,12 @@ class TwfsHiCache(HiCacheStorage):
         self, keys: Sequence[str], extra_info: HiCacheStorageExtraInfo | None
     ) -> tuple[Space, list[bytes], int]:
         """Where blocks are, the keys from the sequence's first on, and how many are before."""
-        assert self._space is not None
+        assert self._current is not None
+        space = self._current.now()
         before = [key_of(key) for key in getattr(extra_info, "prefix_keys", None) or ()]
         chain = before + [key_of(key) for key in keys]
-        self._store.places.learn(chain[len(before) :], self._space.layout.block_tokens, before)
-        return self._space, chain, len(before)
+        self._store.places.learn(chain[len(before) :], space.layout.block_tokens, before)
+        return space, chain, len(before)
 
     def batch_exists(
         self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None
@@ -164,10 +178,12 @@ class TwfsHiCache(HiCacheStorage):
     get = batch_get = set = batch_set = _never
 
     def clear(self) -> None:
-        """See HiCacheStorage: opens a new epoch of this rank's model."""
-        if self._space is not None:
-            self._space.renew()
+        """See HiCacheStorage: as if weights were new."""
+        if self._current is not None:
+            self._current.renew()
 
     def close(self) -> None:
         """End all I/O."""
+        if self._current is not None:
+            self.mem_pool_host.__dict__.pop("clear", None)  # see _follow
         self._store.close()

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -22,8 +23,9 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 )
 
 from twfs.devices.arena import Arena
-from twfs.engines.keyed import STORED, KeyedStore, Revisions, Space
+from twfs.engines.keyed import STORED, KeyedStore, Space
 from twfs.engines.sglang import ENGINE, checked, key_of
+from twfs.engines.sglang_weights import CurrentSpace, identity
 from twfs.errors import DeviceError, InvalidInput
 from twfs.hints import NO_HINT, Hint
 from twfs.layout import Arrangement, Group, Layout
@@ -52,8 +54,9 @@ class TwfsLinker(UnifiedCacheLinker):
     """See the module's docstring.
 
     Its extra config: `socket` of the daemon; `tenant`; `revision`, the directory of the weights or
-    what else tells them; `timeout_s` of loads; `patience_s` for answers; `layerwise`;
-    `staging_bytes`. InvalidInput for pools that cannot be kept.
+    what else tells them; `timeout_s` of loads; `patience_s` for answers; `keep_on_flush`: a flush
+    of SGLang's is no update of weights; `layerwise`; `staging_bytes`. InvalidInput for pools that
+    cannot be kept.
     """
 
     def __init__(
@@ -73,10 +76,9 @@ class TwfsLinker(UnifiedCacheLinker):
         self._timeout_s = float(extra.get("timeout_s", READ_TIMEOUT_S))
         self._patience_s = float(extra.get("patience_s", PATIENCE_S))
         self._store = KeyedStore(ENGINE, extra["socket"], patience_s=self._patience_s)
-        revisions = Revisions({server_args.model_path: extra.get("revision", "")})
-        layout = self._layout(server_args, params, revisions.of(server_args.model_path))
-        self._space: Space = self._store.space(layout, extra.get("tenant"))
-        self._step = align_up(layout.block_bytes())
+        layout = partial(self._layout, server_args, params)
+        self._current = CurrentSpace(self._store, layout, extra)
+        self._block_bytes = self._current.now().layout.block_bytes()
         self._staging = Arena.private(int(extra.get("staging_bytes", STAGING_BYTES)))
         self._silent_until_s = 0.0  # the daemon does not answer, so it is not asked
         self._queued: dict[str, _Load] = {}
@@ -97,7 +99,9 @@ class TwfsLinker(UnifiedCacheLinker):
         return Layout(
             server_args.model_path, (group,), self._block_tokens, revision=revision, engine=ENGINE,
             overrides={
-                "dtype": ";".join(str(tensor.dtype) for tensor in first), "arrangement": "device",
+                **identity(),
+                "pool_dtype": ";".join(str(tensor.dtype) for tensor in first),
+                "arrangement": "device",
                 "shape": ";".join("x".join(map(str, tensor.shape[1:])) for tensor in first),
                 "ranks": f"tp{tp_rank(params)}of{server_args.tp_size} "
                 f"pp{params.pp_rank}of{params.pp_size} "
@@ -115,49 +119,66 @@ class TwfsLinker(UnifiedCacheLinker):
     def lookup(self, rid: str, transfers: list[Any]) -> list[int]:
         """See UnifiedCacheLinker: every prefix up to what is there."""
         del rid
+        look = partial(self._lookup, transfers)
+        return list(range(1, 1 + self._store.quietly("a lookup failed", look, 0)))
+
+    def _lookup(self, transfers: list[Any]) -> int:
+        """How many blocks are there; 0 without a question as long as nobody answers."""
         keys = [key_of(key) for key in kv_of(transfers).keys]
         self._store.places.follow(keys, self._block_tokens)
         begun_s = time.monotonic()
         if begun_s < self._silent_until_s:
-            return []
-        found = self._space.lookup(keys)
+            return 0
+        found = self._current.now().lookup(keys)
         if not found and time.monotonic() - begun_s > self._patience_s:
             self._silent_until_s = time.monotonic() + SILENT_SECONDS
-        return list(range(1, found + 1))
+        return found
 
     def load(self, rid: str, transfers: list[Any]) -> bool:
-        """See UnifiedCacheLinker: False, and so a recompute, unless all is held (and staged)."""
+        """See UnifiedCacheLinker: False, and so a recompute, unless all is held (and staged).
+
+        SGLang's scheduler ends with what is raised here, so nothing is.
+        """
+        queue = partial(self._load, rid, transfers)
+        return self._store.quietly("a load failed", queue, default=False)
+
+    def _load(self, rid: str, transfers: list[Any]) -> bool:
         transfer = kv_of(transfers)
         keys = [key_of(key) for key in transfer.keys]
-        match = self._space.match(keys)
+        match = self._current.now().match(keys)
         if match is None:
             return False
-        load = _Load(
-            transfer.device_indices.reshape(-1, self._block_tokens)[:, 0], match, len(keys)
-        )
-        if match.blocks < len(keys) or not (self._layerwise or self._stage(load)):
-            match.release()
-            return False
-        self._queued[rid] = load
-        return True
+        try:
+            rows = transfer.device_indices.reshape(-1, self._block_tokens)[:, 0]
+            load = _Load(rows, match, len(keys))
+            if match.blocks == len(keys) and (self._layerwise or self._stage(load)):
+                self._queued[rid] = load
+        finally:
+            if rid not in self._queued:
+                match.release()
+        return rid in self._queued
 
     def _stage(self, load: _Load) -> bool:
         """Read all of *load* and verify it, within the timeout; False if that fails."""
-        needed = load.blocks * self._step
+        step = align_up(self._block_bytes)
+        needed = load.blocks * step
         fits = needed <= self._staging.byte_count
         piece = self._staging.take(needed, timeout_s=0) if fits else None
         if piece is None:
-            self._space.complain("a load was not staged", f"it wants {needed} of staging_bytes")
+            self._store.complain("a load was not staged", f"it wants {needed} of staging_bytes")
             return False
-        flat = torch.frombuffer(piece.view, dtype=torch.uint8).view(load.blocks, self._step)
-        payload = flat[:, : self._space.layout.block_bytes()]
-        report = load.match.read_into(list(payload.unbind()), timeout_s=self._timeout_s)
-        if report.blocks < load.blocks:
-            self._space.complain("a load was short", report.outcomes[report.blocks])
-            piece.release()
-            return False
-        load.staged = (piece, payload.view(load.blocks, len(self._layers), -1))
-        return True
+        try:
+            flat = torch.frombuffer(piece.view, dtype=torch.uint8).view(load.blocks, step)
+            payload = flat[:, : self._block_bytes]
+            report = load.match.read_into(list(payload.unbind()), timeout_s=self._timeout_s)
+            if report.blocks == load.blocks:
+                load.staged = (piece, payload.view(load.blocks, len(self._layers), -1))
+            else:
+                self._store.complain("a load was short", report.outcomes[report.blocks])
+        finally:
+            if load.staged is None:
+                piece.release()
+        return load.staged is not None
 
     def cancel_queued_load(self, rid: str) -> bool:
         """See UnifiedCacheLinker."""
@@ -192,7 +213,7 @@ class TwfsLinker(UnifiedCacheLinker):
                 for layer in layers:
                     self.layer_done_counter.complete(index, layer)
         except Exception as error:  # noqa: BLE001 - SGLang aborts the requests, and goes on
-            self._space.complain("a load failed half-way", error)
+            self._store.complain("a load failed half-way", error)
             self.layer_done_counter.fail(index, error)
         finally:
             for load in loads:
@@ -235,9 +256,13 @@ class TwfsLinker(UnifiedCacheLinker):
 
     def offload(self, transfers: list[Any], session_id: str | None = None) -> bool:
         """See UnifiedCacheLinker."""
-        transfer = kv_of(transfers)
+        queue = partial(self._offload, transfers, session_id)
+        return self._store.quietly("a store failed", queue, default=False)
+
+    def _offload(self, transfers: list[Any], session_id: str | None) -> bool:
+        transfer, space = kv_of(transfers), self._current.now()
         events = self.record_offload_ready() if self.forward_stream is not None else []
-        self._submit(lambda: self._do_offload(transfer, events, session_id))
+        self._submit(lambda: self._do_offload(space, transfer, events, session_id))
         return True
 
     def _submit(self, work: Callable[[], bool]) -> None:
@@ -253,7 +278,9 @@ class TwfsLinker(UnifiedCacheLinker):
             self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
 
-    def _do_offload(self, transfer: Any, events: Sequence[Any], session_id: str | None) -> bool:
+    def _do_offload(
+        self, space: Space, transfer: Any, events: Sequence[Any], session_id: str | None
+    ) -> bool:
         for event in events:
             event.synchronize()
         keys = [key_of(key) for key in transfer.keys]
@@ -262,7 +289,7 @@ class TwfsLinker(UnifiedCacheLinker):
         layers = range(len(self._layers))
         payloads = [self._pieces(row, layers) for row in rows]
         hint = self._store.quietly("a session's id", lambda: Hint(session_id or ""), NO_HINT)
-        return STORED.issuperset(self._space.put(keys, payloads, hint))
+        return STORED.issuperset(space.put(keys, payloads, hint))
 
     def num_completed_offloads(self) -> int:
         """See UnifiedCacheLinker."""
@@ -276,7 +303,12 @@ class TwfsLinker(UnifiedCacheLinker):
     # The end
 
     def reset(self) -> None:
-        """See UnifiedCacheLinker: waits for all transfers; what is stored stays."""
+        """See UnifiedCacheLinker: SGLang calls this for new weights too, and does not say so."""
+        self._quiesce()
+        self._current.flushed()
+
+    def _quiesce(self) -> None:
+        """Let go of what is queued, and wait for all transfers."""
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
         for future in [*self._loading.values(), *list(self._under_way)]:
@@ -287,7 +319,7 @@ class TwfsLinker(UnifiedCacheLinker):
 
     def close(self) -> None:
         """See UnifiedCacheLinker."""
-        self.reset()
+        self._quiesce()
         self._loaders.shutdown()
         self._storers.shutdown()
         self._store.close()

@@ -3,7 +3,11 @@
 Run inside SGLang's environment by tests/engines/test_sglang.py.
 """
 
-from collections.abc import Iterator
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from operator import gt
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -17,14 +21,20 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolName,
     PoolTransfer,
 )
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker
 from sglang.srt.mem_cache.utils import get_hash_str
+from sglang.srt.runtime_context import get_context
 
 from support.daemon import Daemon, running_daemon
 from support.engines import until
+from support.sglangs import hicache_config, linker_config
+from twfs.datapath.match import Match
+from twfs.engines.keyed import Space
+from twfs.engines.sglang import key_of
 from twfs.errors import InvalidInput
 from twfs.store import iterate_sessions
 
@@ -38,13 +48,22 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def configured() -> Iterator[None]:
+    """SGLang's own configuration, as in an engine's process."""
+    with get_context().override_server_args():
+        yield
+
+
 def keys_of(count: int, seed: int = 0) -> list[str]:
     tokens = [seed * 100_000 + index for index in range(count * TOKENS)]
     keys: list[str] = get_hash_str(tokens, page_size=TOKENS)
     return keys
 
 
-def host_pool(layout: str = "page_first", dtype: torch.dtype = torch.bfloat16) -> Any:
+def host_pool(
+    layout: str = "page_first", dtype: torch.dtype = torch.bfloat16, page: int = TOKENS
+) -> Any:
     """A real host pool with random KV."""
     k, v = (
         tuple(torch.zeros(SLOTS + TOKENS, HEADS, DIM, dtype=dtype) for _ in range(LAYERS))
@@ -58,11 +77,11 @@ def host_pool(layout: str = "page_first", dtype: torch.dtype = torch.bfloat16) -
         k=k, v=v, layout=next(iter(KVBufferLayout)), k_data_ptrs=places(k), v_data_ptrs=places(v)
     )
     info = MHABufferInfo(
-        buffers=buffers, page_size=TOKENS, head_num=HEADS, head_dim=DIM, v_head_dim=DIM,
+        buffers=buffers, page_size=page, head_num=HEADS, head_dim=DIM, v_head_dim=DIM,
         dtype=dtype, device=torch.device("cpu"),
     )  # fmt: skip
     pool = MHATokenToKVPoolHost(
-        info, 2.0, 0, TOKENS, layout, pin_memory=False, device="cpu",
+        info, 2.0, 0, page, layout, pin_memory=False, device="cpu",
         device_capacity_tokens=SLOTS, start_layer=0, end_layer=LAYERS,
     )  # fmt: skip
     pool.kv_buffer.copy_(torch.randn(pool.kv_buffer.shape).to(dtype))
@@ -76,11 +95,10 @@ def backend(daemon: Daemon, pool: Any, *, extra: Any = None, **config: Any) -> A
         "attn_cp_size": 1, "is_mla_model": False, "enable_storage_metrics": False,
         "is_page_first_layout": True, "model_name": MODEL, **config,
     }  # fmt: skip
-    given["extra_config"] = {
-        "backend_name": "twfs", "module_path": "twfs.engines.sglang", "class_name": "TwfsHiCache",
-        "interface_v1": 1, "socket": str(daemon.socket), "revision": "1",
-        "timeout_s": 20.0, "patience_s": 20.0, **(extra or {}),
-    }  # fmt: skip
+    text = json.dumps(hicache_config(daemon.socket, keep_on_flush=False, revision="1"))
+    page, *_, prefix_keys = HybridCacheController.parse_storage_backend_extra_config(text)
+    assert prefix_keys
+    given["extra_config"] = {**page, **(extra or {})}
     made = StorageBackendFactory.create_backend("dynamic", HiCacheStorageConfig(**given), pool)
     made.register_mem_pool_host(pool)
     made.on_host_pools_registered()
@@ -123,7 +141,8 @@ def test_kv_of_anything_else_is_a_miss(daemon: Daemon) -> None:
     others = [
         backend(daemon, pool, model_name="other"), backend(daemon, pool, tp_rank=1, tp_size=2),
         backend(daemon, pool, pp_rank=1, pp_size=2), backend(daemon, pool, extra={"revision": "2"}),
-        backend(daemon, host_pool("layer_first")), backend(daemon, host_pool(dtype=torch.float16)),
+        backend(daemon, host_pool(page=TOKENS // 2)), backend(daemon, host_pool("layer_first")),
+        backend(daemon, host_pool(dtype=torch.float16)),
     ]  # fmt: skip
     for other in others:
         assert other.batch_exists(keys_of(2)) == 0
@@ -131,6 +150,37 @@ def test_kv_of_anything_else_is_a_miss(daemon: Daemon) -> None:
     assert mine.batch_exists(keys_of(2)) == 2
     assert mine.batch_exists(keys_of(2, seed=1)) == 0
     mine.close()
+
+
+def test_kv_of_another_configuration_is_a_miss(daemon: Daemon, tmp_path: Path) -> None:
+    """Config and scales by what is in the files; all else by what SGLang was told."""
+    (tmp_path / "config.json").write_text('{"rope_theta": 10000}')
+    (tmp_path / "scales.json").write_text("{}")
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    given = {"model_path": str(tmp_path), "quantization_param_path": str(tmp_path / "scales.json")}
+
+    def hits(**configured: Any) -> int:
+        with get_context().override_server_args(**given, **configured):
+            made = linker(daemon, device_pool())
+            found = len(made.lookup("r", transfer(keys_of(2))))
+            assert offload(made, keys_of(2), 1)
+            made.close()
+            storage = backend(daemon, host_pool())
+            found += int(storage.batch_exists(keys_of(2)))
+            assert all(storage.batch_set_v1(keys_of(2), slots(0, 2)))
+            storage.close()
+            return found
+
+    assert hits() == 0
+    assert hits() == 4
+    assert hits(json_model_override_args='{"rope_theta": 5}') == 0
+    assert hits(quantization="fp8") == 0
+    assert hits(kv_cache_dtype="fp8_e4m3") == 0
+    assert hits(attention_backend="triton") == 0
+    (tmp_path / "config.json").write_text('{"rope_theta": 10001}')
+    assert hits() == 0
+    (tmp_path / "scales.json").write_text("[]")
+    assert hits() == 0
 
 
 def test_prefix_keys_make_one_chain_of_several_batches(daemon: Daemon) -> None:
@@ -147,6 +197,38 @@ def test_prefix_keys_make_one_chain_of_several_batches(daemon: Daemon) -> None:
     storage.close()
 
 
+def uses_of(daemon: Daemon) -> list[int]:
+    """When each block of the one session was used last."""
+    with daemon.client(arena_bytes=0) as client:
+        (info,) = client.models()
+        (session,) = iterate_sessions(client, info.id)
+        return [int(block.last_use_ms) for block in client.chain_of(info.id, session.head)]
+
+
+def test_looking_for_pages_uses_them_and_all_before_them(daemon: Daemon) -> None:
+    """A daemon that takes it later is not waited for."""
+    storage = backend(daemon, host_pool())
+    keys = keys_of(6)
+    assert all(storage.batch_set_v1(keys, slots(0, 6)))
+    before = uses_of(daemon)
+    rest = HiCacheStorageExtraInfo(prefix_keys=keys[:4])
+    assert storage.batch_exists(keys[4:], rest) == 2
+    until(lambda: all(map(gt, uses_of(daemon), before)), "all six were used")
+    before = uses_of(daemon)
+    os.kill(daemon.pid, signal.SIGSTOP)
+    storage._current.now().touch([key_of(key) for key in keys])
+    assert storage._store.client._counts["touches"] == 2
+    os.kill(daemon.pid, signal.SIGCONT)
+    until(lambda: all(map(gt, uses_of(daemon), before)), "all six were used again")
+    storage.close()
+
+
+def until_a_hole(daemon: Daemon) -> None:
+    """Wait until what a reader has reported is judged."""
+    with daemon.client(arena_bytes=0) as client:
+        until(lambda: client._daemon_statistics()["counters"]["holes"] == 1, "a hole")
+
+
 def test_a_page_whose_bytes_have_changed_is_not_loaded(daemon: Daemon) -> None:
     pool = host_pool()
     storage = backend(daemon, pool)
@@ -161,8 +243,7 @@ def test_a_page_whose_bytes_have_changed_is_not_loaded(daemon: Daemon) -> None:
         file.write(bytes([byte ^ 1]))
     assert storage.batch_get_v1(keys_of(4), slots(8, 4)) == [True, True, False, True]
     assert same(content(pool, 8, 2), content(pool, 0, 2))
-    with daemon.client(arena_bytes=0) as client:  # the reader's report is judged in its own time
-        until(lambda: client._daemon_statistics()["counters"]["holes"] == 1, "a hole")
+    until_a_hole(daemon)
     storage.close()
 
 
@@ -179,14 +260,116 @@ def test_a_dead_daemon_is_a_miss_and_no_more(daemon: Daemon) -> None:
     storage.close()
 
 
+def hits_of(made: Any, keys: list[str]) -> int:
+    """How many of *keys* either adapter finds."""
+    if hasattr(made, "batch_exists"):
+        found: int = made.batch_exists(keys)
+        return found
+    return len(made.lookup("r", transfer(keys)))
+
+
+def store(made: Any, keys: list[str]) -> bool:
+    if hasattr(made, "batch_set_v1"):
+        return all(made.batch_set_v1(keys, slots(1, len(keys))))
+    return offload(made, keys, 1)
+
+
+Made = Callable[..., tuple[Any, Callable[[], None]]]
+
+
+@pytest.fixture(params=["hicache", "linker"])
+def made(request: pytest.FixtureRequest, daemon: Daemon) -> Made:
+    """Makes either adapter, and what SGLang does to it when it empties its cache."""
+
+    def make(**extra: Any) -> tuple[Any, Callable[[], None]]:
+        if request.param == "linker":
+            each = linker(daemon, device_pool(), **extra)
+            return each, each.reset
+        pool = host_pool()
+        return backend(daemon, pool, extra=extra), pool.clear
+
+    return make
+
+
+def test_what_an_emptied_cache_had_is_not_found_and_what_follows_is_nobody_elses(
+    daemon: Daemon, made: Made
+) -> None:
+    """SGLang empties it when weights are new, and does not say that they are."""
+    mine, flush = made()
+    assert store(mine, keys_of(2))
+    other, _ = made()  # still has, or starts with, the old weights
+    for seed in (1, 2):
+        flush()
+        assert hits_of(mine, keys_of(2)) == hits_of(mine, keys_of(2, seed - 1)) == 0
+        assert store(mine, keys_of(2, seed))
+        assert hits_of(mine, keys_of(2, seed)) == 2
+        assert hits_of(other, keys_of(2, seed)) == 0
+    with daemon.client(arena_bytes=0) as client:
+        assert len(client.models()) == 2  # of this process one, however often that was
+    daemon.kill()
+    flush()
+    daemon.start()
+    until(lambda: store(mine, keys_of(2, 3)), "the daemon answers")
+    assert hits_of(mine, keys_of(2, 2)) == 0
+    assert hits_of(other, keys_of(2)) == 2
+    mine.close()
+    other.close()
+
+
+def test_a_flush_that_keeps_still_forgets_where_sglang_says_that_weights_are_new(
+    made: Made,
+) -> None:
+    mine, flush = made(keep_on_flush=True)
+    assert store(mine, keys_of(2))
+    flush()
+    assert hits_of(mine, keys_of(2)) == 2
+    get_context().override("test", weight_version="2")
+    flush()
+    assert hits_of(mine, keys_of(2)) == 0
+    mine.close()
+
+
+def test_new_weights_are_seen_where_sglang_says_so_and_what_comes_before_the_flush_is_not_kept(
+    made: Made,
+) -> None:
+    """Threads of HiCache may still store what the old weights computed."""
+    mine, flush = made(keep_on_flush=True)
+    assert store(mine, keys_of(2))
+    get_context().override("test", model_path="elsewhere")
+    assert hits_of(mine, keys_of(2)) == 0
+    assert store(mine, keys_of(2))
+    flush()
+    assert hits_of(mine, keys_of(2)) == 0
+    assert store(mine, keys_of(2))
+    flush()
+    assert hits_of(mine, keys_of(2)) == 2
+    mine.close()
+
+
 def test_clearing_makes_all_of_it_unreachable(daemon: Daemon) -> None:
-    storage = backend(daemon, host_pool())
+    storage = backend(daemon, host_pool(), extra={"keep_on_flush": True})
     assert all(storage.batch_set_v1(keys_of(2), slots(0, 2)))
     storage.clear()
     assert storage.batch_exists(keys_of(2)) == 0
     assert all(storage.batch_set_v1(keys_of(2), slots(0, 2)))
     assert storage.batch_exists(keys_of(2)) == 2
     storage.close()
+
+
+def test_a_pool_is_left_as_it_was(daemon: Daemon) -> None:
+    pool = host_pool()
+    storage = backend(daemon, pool)
+    assert "clear" in vars(pool)
+    storage.close()
+    assert "clear" not in vars(pool)
+
+
+def test_one_engine_over_several_nodes_is_refused(made: Made) -> None:
+    with (
+        get_context().override_server_args(nnodes=2),
+        pytest.raises(InvalidInput, match="over 2 nodes"),
+    ):
+        made()
 
 
 def test_what_cannot_be_kept_is_refused_at_the_start(daemon: Daemon) -> None:
@@ -219,13 +402,7 @@ def linker(daemon: Daemon, pool: Any, components: Any = ("FULL",), **extra: Any)
         attn_tp_cache_group=None, tp_cache_group=None, pp_rank=0, pp_size=1, attn_cp_rank=0,
         attn_cp_size=1, mtp_draft_device_pools=(), sidecar_draft_device_pools=(),
     )  # fmt: skip
-    config = {
-        "linker": "TwfsLinker", "linker_module_path": "twfs.engines.sglang_linker",
-        "linker_extra_config": {
-            "socket": str(daemon.socket), "revision": "1", "timeout_s": 20.0,
-            "patience_s": 20.0, **extra,
-        },
-    }  # fmt: skip
+    config = linker_config(daemon.socket, **{"keep_on_flush": False, "revision": "1", **extra})
     return create_unified_cache_linker(
         SimpleNamespace(model_path=MODEL, tp_size=1), params, backend="dynamic", config=config,
         components=[SimpleNamespace(name=name) for name in components],
@@ -280,7 +457,6 @@ def test_a_linker_restores_after_a_restart_of_both(daemon: Daemon, layerwise: bo
     assert second.load("s", transfer(keys_of(5), 8))
     assert second.cancel_queued_load("s")
     assert not second.cancel_queued_load("s")
-    second.reset()
     second.close()
     with daemon.client() as client:
         assert client.statistics()["leases"]["leases"] == 0
@@ -308,6 +484,7 @@ def test_a_changed_byte_is_a_refused_load_or_a_failed_layer(
         assert not made.finish_layer_wise_loading(index)  # SGLang aborts the request
     else:
         assert not made.load("r", transfer(keys_of(3), 8))  # SGLang computes it
+    until_a_hole(daemon)
     made.close()
 
 
@@ -325,6 +502,31 @@ def test_a_linker_without_daemon_misses_and_answers(daemon: Daemon) -> None:
     made.close()
 
 
+def test_a_load_in_which_anything_fails_is_computed(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's scheduler ends with what `load` raises."""
+    pool = device_pool()
+    made = linker(daemon, pool, staging_bytes=3 * 128 << 10)
+    assert offload(made, keys_of(2), 1)
+    for name in ("read_into", "lookup", "match", "put"):
+        owner = Match if name == "read_into" else Space
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, lambda *_, **__: 1 / 0)
+            if name == "lookup":
+                assert made.lookup("r", transfer(keys_of(2))) == []
+            elif name == "put":
+                assert not offload(made, keys_of(2, 1), 1)
+            else:
+                assert not made.load("r", transfer(keys_of(2), 8))
+    assert not made.load("r", transfer(keys_of(2)))  # without any place in memory
+    assert not made.offload([])
+    with daemon.client() as client:
+        assert client.statistics()["leases"]["leases"] == 0
+    assert restore(made, keys_of(2), 8)  # the memory for staging is free again
+    made.close()
+
+
 def test_what_a_linker_cannot_keep_is_refused_at_the_start(daemon: Daemon) -> None:
     with pytest.raises(InvalidInput, match="full attention"):
         linker(daemon, device_pool(), ("FULL", "MAMBA"))
@@ -336,9 +538,9 @@ def test_sessions_are_told_of(daemon: Daemon) -> None:
     made = linker(daemon, device_pool())
     assert made.lookup("r", transfer(keys_of(4))) == []
     assert made.offload(transfer(keys_of(4), 1), session_id="chat-1")
-    made.reset()
+    made.reset()  # waits for it
     with daemon.client() as client:
         (info,) = client.models()
         (session,) = iterate_sessions(client, info.id)
-    assert session.blocks == 4
+    assert (session.blocks, session.ids) == (4, ("chat-1",))
     made.close()
