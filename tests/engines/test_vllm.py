@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 
 from support.daemon import Daemon, running_daemon
-from support.engines import blocks_in, until_stored
+from support.engines import blocks_in, until, until_stored
 from support.faultrules import Act, Op, Rule
 from support.faultydisks import FaultyDisks, faults_reason, faulty_disks
 from support.vllms import DEVICE_BYTES, STORED_TOKENS, Vllm, random_model, transfer_config
@@ -69,6 +69,10 @@ def test_a_restart_of_engine_and_daemon_finds_the_same_tokens(
         # A reset of the connector's cache too: nothing is found any more, for a weight update.
         assert vllm.ask(do="reset", connector=True)
         assert vllm.generate(PROMPT, out=52) | {"seconds": 0} == cold | {"seconds": 0}
+        # And so a pause, with which sleep begins.
+        restore(vllm)
+        vllm.ask(do="pause")
+        assert vllm.generate(PROMPT, out=52)["cached"] == [0]
 
 
 def ids_of(prompt: dict[str, int]) -> list[int]:
@@ -151,7 +155,7 @@ def check_faults(vllm: Vllm, daemon: Daemon, disks: FaultyDisks) -> None:
             if daemon.process is None:
                 daemon.start()
             vllm.generate({"seed": 8, "tokens": 100})  # the engine goes on
-            restore(vllm, daemon)
+            restore(vllm)
     assert vllm.ask(do="reset")
     assert vllm.generate(PROMPT)["cached"] == [HELD]
 
@@ -181,13 +185,14 @@ def kill_when(disks: FaultyDisks, daemon: Daemon) -> None:
     disks.lift()
 
 
-def restore(vllm: Vllm, daemon: Daemon) -> None:
-    """Have the prompt stored again, whose blocks may be holes by now, and wait for it."""
-    while True:
+def restore(vllm: Vllm) -> None:
+    """Have the prompt stored again, whose blocks may be lost by now, and wait for it."""
+
+    def whole() -> bool:
         assert vllm.ask(do="reset")
-        if vllm.generate(PROMPT)["cached"] == [HELD]:
-            return
-        time.sleep(0.5)
+        return bool(vllm.generate(PROMPT)["cached"] == [HELD])
+
+    until(whole, "the prompt is stored again")
 
 
 def test_ranks_store_a_shard_each(engine: str, model: Path, daemon: Daemon) -> None:
