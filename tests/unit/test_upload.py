@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
@@ -279,3 +279,33 @@ def test_a_put_that_is_given_up_stops_waiting_for_room(
     assert (port.published, port.abandoned) == (0, 1)
     hogged.release()
     upload_of.shutdown()
+
+
+@pytest.mark.parametrize("hogged_blocks", [48, 0], ids=["no room", "many windows"])
+def test_a_put_that_is_given_up_gives_memory_back_while_its_writes_hang(
+    arena: Arena, executor: ThreadPoolExecutor, hogged_blocks: int
+) -> None:
+    hogged = arena.take(hogged_blocks * ALIGN) if hogged_blocks else None
+    hang = Event()
+
+    def wait() -> None:
+        hang.wait()
+
+    port = MemoryPort(arena, range(60), executor, before=wait)
+    copying = Copying()
+    with ThreadPoolExecutor(1) as upload_of:
+        put = upload_of.submit(
+            upload, port, arena, layout_of(100), 0, random_payloads(60, 100), copying=copying
+        )
+        while len(port.windows) < 2:
+            time.sleep(0.001)
+        copying.give_up()
+        given_back = copying.wait(20)
+        assert not put.done()
+        hang.set()
+        with pytest.raises(GivenUp):
+            put.result()
+    assert given_back
+    assert (port.published, port.abandoned) == (0, 1)
+    if hogged is not None:
+        hogged.release()

@@ -155,6 +155,9 @@ class _Upload:
             self._copying.finish()
             while self._writing:
                 self._writing.popleft().result()
+        except BaseException:
+            self._copying.finish()  # nobody fills any more, and what is being written is a copy
+            raise
         finally:
             wait_for(self._writing)  # their arena pieces come back only then
 
@@ -196,13 +199,21 @@ class _Upload:
         """Give a filled window to the port; its piece comes back with the answer."""
         try:
             while len(self._writing) >= WRITING_MAX:
-                self._writing.popleft().result()
+                self._await_oldest()
             future = self._port.write(filled.blocks)
         except BaseException:
             filled.piece.release()
             raise
         future.add_done_callback(lambda _: filled.piece.release())
         self._writing.append(future)
+
+    def _await_oldest(self) -> None:
+        """Wait until the window that was handed over first is written, which may take long."""
+        while not self._writing[0].done():
+            if self._copying.given_up:
+                raise GivenUp("a write took long, and the caller wanted its memory back meanwhile")
+            wait_for([self._writing[0]], GIVE_UP_SECONDS)
+        self._writing.popleft().result()
 
     def _fill(self, window: Sequence[int], piece: Piece) -> _Filled:
         """Copy the payloads of *window* into *piece*, pad them and sum them."""
