@@ -53,7 +53,8 @@ class Engine:
         while (epoch := self.finder.epoch("offer")) is None:
             time.sleep(0.001)
         parent = keys[first - 1] if first else None
-        return Offer((Run(tuple(keys[first:]), parent, first),), epoch, hint=hint)
+        run = Run(tuple(keys[first:]), parent, first)
+        return Offer((run,), epoch, hint=hint, since=self.finder.since)
 
     def end(self, worker: int, job: int) -> Done:
         """Wait for one job of a worker, as an engine does step by step."""

@@ -460,6 +460,13 @@ def test_names_of_keys_are_of_one_chain_however_they_are_cut(engine: Engine) -> 
     assert len(different) == 8  # 7 and 8 are public all the same
 
 
+def until_stored_again(engine: Engine) -> None:
+    """Wait until the epoch behind a reset is known, as new requests learn it."""
+    while engine.finder.epoch("s") is None:
+        engine.finder.admit("s")
+        time.sleep(0.001)
+
+
 def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(
     daemon: Daemon, engine: Engine
 ) -> None:
@@ -470,9 +477,7 @@ def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(
     engine.finder.reset()
     assert engine.finder.epoch("r") is None  # nothing is stored until the new epoch is known
     assert engine.ask("r", keys) == 0
-    while engine.finder.epoch("r") is None:
-        engine.finder.admit("s")
-        time.sleep(0.001)
+    until_stored_again(engine)
     assert engine.ask("r", keys) == 0
     assert engine.ask("s", keys) == 0
     told: list[int] = []
@@ -486,6 +491,35 @@ def test_a_new_epoch_forgets_all_and_takes_nothing_of_the_old_one(
     assert engine.ask("t", keys) == 0
     with daemon.client() as client:
         assert info_of(client, engine).blocks == 0
+
+
+def test_what_is_stored_behind_a_reset_is_for_this_engine_alone(
+    daemon: Daemon, engine: Engine
+) -> None:
+    """Its weights may be others now than those that everybody else has from the files."""
+    keys, updated, payloads = keys_of("a", 3), payloads_of(3, seed=1), payloads_of(3)
+    engine.ask("q", keys)
+    engine.finder.reset()
+    until_stored_again(engine)
+    engine.store(keys, updated)
+    assert engine.ask("s", keys) == 3
+    into = empty_like(updated)
+    assert engine.load("s", 0, into).blocks == 3
+    assert same(into, updated)
+    engine.finder.finish("s", keys)
+    other = Engine(daemon, engine.scheduler.layout)  # or the same, started again
+    assert other.ask("t", keys) == 0
+    other.store(keys, payloads)
+    assert other.ask("u", keys) == 3
+    assert other.load("u", 0, into).blocks == 3
+    assert same(into, payloads)
+    assert engine.ask("v", keys) == 3
+    assert engine.load("v", 0, into).blocks == 3
+    assert same(into, updated)
+    engine.finder.reset()
+    until_stored_again(engine)
+    assert engine.ask("x", keys) == 0
+    other.close()
 
 
 def test_what_a_prompt_that_misses_computes_is_stored_however_long_ago_the_model_was_opened(

@@ -6,6 +6,7 @@ per request serves all its asks until it ends. Names of blocks are the engine's 
 parent of the next. Used by one scheduler thread; nothing here raises because of the store.
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -27,6 +28,8 @@ NAMED_AT_ONCE: Final = 128  # keys: about 0.1 ms of one processor, then others m
 ASIDE_SECONDS: Final = 50e-6  # as long as a thread takes to wake; else this one has Python again
 NAMED_SOON: Final = 128  # keys: of more no answer comes while a step may wait
 BEHIND_PUBLIC: Final = b"behind public "  # enters the names of what goes on from public blocks
+BEHIND_RESET: Final = b"behind reset "  # enters those of KV whose weights nobody can tell
+RESET_BYTES: Final = 16  # random, so that two resets are never the same
 RENEW_SECONDS: Final = 20.0  # a lease lasts 60 s; a request that waits longer is renewed
 
 
@@ -108,17 +111,17 @@ class Desk:
 
 def names_in(
     model: Model, keys: Sequence[bytes], parent: bytes | None, first: int, block_tokens: int,
-    *, public: int = 0,
+    *, public: int = 0, since: bytes = b"",
 ) -> Names:  # fmt: skip
     """Return the names of *keys*, each the parent of the next, at places from *first* on.
 
     The first *public* blocks of their chain are the share group's, if *model* was opened for a
-    member; what is behind them is the tenant's own, and found only behind as many of them.
-    InvalidInput on a key that is none.
+    member; what is behind them is the tenant's own, and found only behind as many of them. *since*
+    is a Finder's: then nothing is shared. InvalidInput on a key that is none.
     """
     ends = range(block_tokens * (first + 1), block_tokens * (first + len(keys)) + 1, block_tokens)
-    if not public or not model.public_salt:
-        return names_of_run(model.root(), keys, parent, ends)
+    if since or not public or not model.public_salt:
+        return names_of_run(model.root(since), keys, parent, ends)
     cut = min(max(0, public - first), len(keys))
     shared, own = model.root(public=True), model.root(BEHIND_PUBLIC + public.to_bytes(4, "little"))
     head = replace(names_of_run(shared, keys[:cut], parent, ends[:cut]), public=cut)
@@ -132,14 +135,16 @@ def names_in(
 
 def name_keys(
     model: Model, keys: Sequence[bytes], first: int, stop: int, block_tokens: int, *,
-    public: int = 0,
+    public: int = 0, since: bytes = b"",
 ) -> Names:  # fmt: skip
     """Return the names of *keys* from *first* up to *stop*, letting other threads run meanwhile."""
     parts = []
     for at in range(first, stop, NAMED_AT_ONCE):
         end = min(at + NAMED_AT_ONCE, stop)
         above = keys[at - 1] if at else None
-        parts.append(names_in(model, keys[at:end], above, at, block_tokens, public=public))
+        parts.append(
+            names_in(model, keys[at:end], above, at, block_tokens, public=public, since=since)
+        )
         if end < stop:
             time.sleep(ASIDE_SECONDS)
     return joined(parts)
@@ -166,6 +171,7 @@ class Finder:
         self._waited_step = -1
         self._took_s = 0.0  # the latest answer
         self._resetting = False  # a new epoch is wanted and not there yet
+        self.since = b""  # what tells the names of this engine's KV since its last reset; see there
         self._lock = threading.Lock()  # between an answer and who does not want it any more
         self._desk = Desk("twfs-finder")
 
@@ -285,7 +291,9 @@ class Finder:
             public = asked.params.public_tokens // self._block_tokens
             if public and not model.public_salt:
                 self._attachment.complain("public tokens without a share group", model.name)
-            more = name_keys(model, keys, first, count, self._block_tokens, public=public)
+            more = name_keys(
+                model, keys, first, count, self._block_tokens, public=public, since=self.since
+            )
             known = more if known is None else joined([known, more])
             asked.names, asked.model = known, model
         return known.head(count)
@@ -374,9 +382,11 @@ class Finder:
         """Open a new epoch and forget every answer.
 
         Until the store has said so, all is a miss and nothing is to be stored; a store that does
-        not answer is asked again with every ask.
+        not answer is asked again with every ask. The weights may be others from now on than the
+        model's files say. So what this engine stores gets names that no other finds, nor this one
+        after a restart: these have the weights of the files.
         """
-        self._resetting = True
+        self._resetting, self.since = True, BEHIND_RESET + os.urandom(RESET_BYTES)
         for asked in self._requests.values():
             self._release(asked)
             asked.names = asked.model = None

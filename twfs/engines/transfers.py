@@ -52,6 +52,7 @@ class Offer:
     tenant: str | None = None
     hint: Hint = NO_HINT
     public: int = 0  # leading blocks of the request's chain that are the share group's
+    since: bytes = b""  # the Finder's
 
     @property
     def blocks(self) -> int:
@@ -62,7 +63,15 @@ class Offer:
         """The blocks' names in *model*; InvalidInput on a key that is none."""
         return joined(
             [
-                names_in(model, run.keys, run.parent, run.index, block_tokens, public=self.public)
+                names_in(
+                    model,
+                    run.keys,
+                    run.parent,
+                    run.index,
+                    block_tokens,
+                    public=self.public,
+                    since=self.since,
+                )
                 for run in self.runs
             ]
         )

@@ -138,7 +138,8 @@ class TwfsManager(OffloadingManager):
         if epoch is None or not stored:
             return PrepareStoreOutput([], StoreSpec(Offer((), -1), self._fingerprint, 0), [])
         params, number = self.finder.params(request_id), self._open.begin(owner, stored)
-        offer = Offer(tuple(runs), epoch, params.tenant, params.hint, owner[1])
+        since = self.finder.since
+        offer = Offer(tuple(runs), epoch, params.tenant, params.hint, owner[1], since)
         return PrepareStoreOutput(stored, StoreSpec(offer, self._fingerprint, number), [])
 
     def _owner_of(self, req_context: Any) -> Owner:

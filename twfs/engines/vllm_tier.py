@@ -132,7 +132,7 @@ class TwfsTier(SecondaryTierManager):
         epoch = self.finder.epoch(request_id)
         offer = Offer(
             runs_of(known.chain, indices), -1 if epoch is None else epoch, params.tenant,
-            params.hint, params.public_tokens // self.layout.block_tokens,
+            params.hint, params.public_tokens // self.layout.block_tokens, self.finder.since,
         )  # fmt: skip
         self.transfers.store(job_metadata.job_id, offer, [rows[index] for index in indices])
 
