@@ -320,7 +320,7 @@ def test_an_engine_that_does_nothing_but_ask_lets_others_have_python(
 
     engine.ask("before", keys_of("b", 1))
     monkeypatch.setattr(finding, "IDLE_STEP_SECONDS", 1e9)
-    monkeypatch.setattr(finding.time, "sleep", noted)
+    monkeypatch.setattr(time, "sleep", noted)
     os.kill(daemon.pid, signal.SIGSTOP)
     try:
         for request in ("q", "r", "s"):  # so that none is answered in a moment
