@@ -219,7 +219,9 @@ class Simulation:
         """As _Scheduler bounds it."""
         ends, stop = one.answered == ANSWER_TOKENS, one.computed
         if not ends:
-            stop = self.manager.offers.bound(one.offered, stop)
+            with clock:
+                for _ in range(2):  # vLLM asks twice
+                    stop = self.manager.offers.bound(one.offered, stop)
         keys, one.offered = one.keys[one.offered : stop], stop
         if keys:
             with clock:

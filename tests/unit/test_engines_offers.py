@@ -150,6 +150,15 @@ def test_room_is_taken_until_it_was_copied() -> None:
     assert offers.choose("r", ME, 0, keys, (0, 0)) == [(0, keys[:10])]
 
 
+def test_an_arena_of_less_than_an_offer_is_used_while_a_request_goes_on() -> None:
+    offers, chain = Offers(10, 16), chain_of("a", 25)
+    assert [offers.bound(0, stop) for stop in (9, 10, 25)] == [0, 10, 10]
+    offers.choose("r", ME, 0, chain[:10], (0, 0))
+    assert offers.bound(10, 25) == 10
+    offers.copied("r", chain[:10])
+    assert offers.bound(10, 25) == 20
+
+
 def test_what_finds_no_room_waits_for_it() -> None:
     offers, chain = Offers(10, 256), chain_of("a", 25)
     offered, steps = 0, list[int]()

@@ -167,10 +167,6 @@ class Space:
         """Make all blocks of this layout unreachable, of all tenants; False if nobody answered."""
         return self._attachment.new_epoch()
 
-    def complain(self, what: str, why: object) -> None:
-        """See Quiet.complain."""
-        self._attachment.complain(what, why)
-
     def touch(self, keys: Sequence[bytes], hint: Hint = NO_HINT) -> None:
         """Count a use of *keys*, however they were served."""
 

@@ -120,7 +120,8 @@ class Offers:
 
     def __init__(self, blocks_max: int, block_tokens: int) -> None:
         self._blocks_max = blocks_max
-        self._offer_blocks = max(1, OFFER_TOKENS // block_tokens)
+        # No more than there is room for, or a request that goes on would never offer any.
+        self._offer_blocks = max(1, min(OFFER_TOKENS // block_tokens, blocks_max))
         self._known = Known(block_tokens)
         self._storing: dict[str, dict[Any, int]] = {}  # blocks in the room, by an offer's last key
         self._taken = 0  # of the room
