@@ -21,9 +21,9 @@ import pytest
 from support.coreengine import BLOCK_BYTES, BLOCK_TOKENS, Engine, keys_of, layout_of
 from support.daemon import PATIENT_S, Daemon, running_daemon
 from twfs.client import Client
-from twfs.engines import attaching, finding
+from twfs.engines import attaching
 from twfs.engines.attaching import Attachment
-from twfs.engines.finding import ANSWER_SECONDS, NAMED_AT_ONCE, NAMED_SOON, Desk, Finder, names_in
+from twfs.engines.finding import NAMED_AT_ONCE, NAMED_SOON, Desk, Finder, names_in
 from twfs.engines.requests import Params
 from twfs.engines.transfers import Offer, Run, Transfers
 from twfs.hints import Hint
@@ -306,37 +306,6 @@ def test_a_step_waits_for_what_was_asked_in_it_only_where_answers_come_in_time(
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
     finder.close()
-
-
-def test_an_engine_that_does_nothing_but_ask_lets_others_have_python(
-    daemon: Daemon, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys, slept, sleep = keys_of("a", 3), list[float](), time.sleep
-
-    def noted(seconds: float) -> None:
-        if threading.current_thread() is threading.main_thread():
-            slept.append(seconds)
-        sleep(seconds)
-
-    engine.ask("before", keys_of("b", 1))
-    monkeypatch.setattr(finding, "IDLE_STEP_SECONDS", 1e9)
-    monkeypatch.setattr(time, "sleep", noted)
-    os.kill(daemon.pid, signal.SIGSTOP)
-    try:
-        for request in ("q", "r", "s"):  # so that none is answered in a moment
-            assert engine.finder.ask(request, keys, 0) is None
-        assert slept == []  # perhaps the engine has much else to do
-        for step in range(1, 4):
-            engine.finder.next_step()
-            for _ in range(3):
-                assert engine.finder.ask("r", keys, 0) is None
-            assert slept == [ANSWER_SECONDS] * step
-        monkeypatch.setattr(finding, "IDLE_STEP_SECONDS", 0.0)
-        engine.finder.next_step()
-        assert engine.finder.ask("r", keys, 0) is None
-        assert len(slept) == 3
-    finally:
-        os.kill(daemon.pid, signal.SIGCONT)
 
 
 def hurried_asks(engine: Engine, request: str, keys: list[bytes]) -> None:

@@ -23,7 +23,6 @@ from twfs.store import LeasedMatch, Model
 from twfs.units import HASH_BYTES
 
 ANSWER_SECONDS: Final = 0.0005  # that a step may wait for an answer, in all
-IDLE_STEP_SECONDS: Final = 0.001  # of a shorter step: the engine does nothing but ask
 LATER_SECONDS: Final = 0.005  # then an answer that ends has left the engine
 NAMED_AT_ONCE: Final = 128  # keys: about 0.1 ms of one processor, then others may have Python
 ASIDE_SECONDS: Final = 50e-6  # as long as a thread takes to wake; else this one has Python again
@@ -170,8 +169,6 @@ class Finder:
         self._requests: dict[str, _Asked] = {}
         self._step = 0
         self._waited_step = -1
-        self._stepped_s = 0.0  # when the step before ended
-        self._idle = False  # it was so short
         self._took_s = 0.0  # the latest answer
         self._resetting = False  # a new epoch is wanted and not there yet
         self.since = b""  # what tells the names of this engine's KV since its last reset; see there
@@ -227,27 +224,14 @@ class Finder:
         """
         unnamed = asked.count - (0 if asked.names is None else len(asked.names))
         if unnamed > NAMED_SOON or self._desk.under_way() > 1:
-            self._stand_aside()
             return
         fresh = asked.step == self._step
         if self._waited_step < self._step and not (fresh and self._took_s > self._answer_s):
             self._waited_step = self._step
             asked.answered.wait(self._answer_s)
 
-    def _stand_aside(self) -> None:
-        """Let the desk's thread have Python, once per step, in an engine that does nothing but ask.
-
-        That lets go of it often but shortly: where processors are few, other threads wake too late
-        each time, for as long as 20 s.
-        """
-        if self._idle and self._waited_step < self._step:
-            self._waited_step = self._step
-            time.sleep(self._answer_s)
-
     def next_step(self) -> None:
         """A step of the engine's scheduler is over: an ask of the next may wait."""
-        now_s = time.monotonic()
-        self._idle, self._stepped_s = now_s - self._stepped_s < IDLE_STEP_SECONDS, now_s
         self._step += 1
 
     def _begin(self, asked: _Asked, keys: Sequence[bytes], start: int) -> None:
