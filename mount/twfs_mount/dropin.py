@@ -178,9 +178,13 @@ class FileOperations(FileReading):
             await super().rmdir(parent_inode, name, ctx)
             return
         (parent,) = self._check_files(parent_inode)
+        await self._settled_below(parent, name)
+        await self._blocking(self._files.rmdir, parent, name, limiter=self._limiter())
+
+    async def _settled_below(self, parent: int, name: bytes) -> None:
+        """Wait until what was closed in the directory of that name, if it is one, is published."""
         with suppress(NoSuchFile):
             await self._all_settled(self._files.lookup(parent, name).ino)
-        await self._blocking(self._files.rmdir, parent, name, limiter=self._limiter())
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -207,6 +211,7 @@ class FileOperations(FileReading):
             raise FUSEError(errno.EINVAL)
         await self._settled(old, name_old)
         await self._settled(new, name_new)
+        await self._settled_below(new, name_new)
         rename = functools.partial(
             self._files.rename, old, name_old, new, name_new, writer=self._writer(ctx),
             over=not flags & pyfuse3.RENAME_NOREPLACE,

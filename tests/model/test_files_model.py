@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import stat
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,17 +93,18 @@ class Actor:
         return sorted(found.name for found in Path(self.path(path)).iterdir())
 
     def tree(self) -> dict[str, Any]:
-        """Everything below the root."""
+        """Everything below the root, a directory once it was listed: its times are right then."""
         found: dict[str, Any] = {}
-        for above, directories, files in os.walk(self.root):
-            for name in directories + files:
-                path = Path(above, name)
+        for above, _, names in os.walk(self.root):
+            for path in (Path(above), *(Path(above, name) for name in names)):
                 status = path.stat()
                 found[str(path.relative_to(self.root))] = (
-                    status.st_mode, path.read_bytes() if name in files else None,
+                    oct(status.st_mode),
+                    "" if path == Path(above) else sha256(path.read_bytes()).hexdigest(),
                     status.st_mtime_ns if status.st_mtime_ns < 10**12 else 0,
                     {key: os.getxattr(path, key) for key in sorted(os.listxattr(path))},
                 )  # fmt: skip
+        del found["."]
         return found
 
 

@@ -214,6 +214,12 @@ def test_names_change(place: Path) -> None:
     assert refused(lambda: (place / "z").rename(place / "z/b/c/in")) == "EINVAL"
     assert refused((place / "z").unlink) == "EISDIR"
     assert refused((place / "none").unlink) == "ENOENT"
+    with (place / "d/new").open("wb") as file:
+        for remove in ((place / "d").rmdir, lambda: (place / "z/b").rename(place / "d")):
+            assert refused(remove) == "ENOTEMPTY"
+            file.write(b"written")
+    assert refused(lambda: (place / "z/b").rename(place / "d")) == "ENOTEMPTY"
+    assert (place / "d/new").read_bytes() == b"written" * 2
     assert refused((place / "z").mkdir) == "EEXIST"
     assert refused(lambda: (place / "l").symlink_to("z")) == "EPERM"
     assert refused(lambda: os.link(place / "z/b/c/deep", place / "l")) == "EPERM"

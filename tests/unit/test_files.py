@@ -4,8 +4,9 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +255,85 @@ def test_refusals(scratch: Path) -> None:
                 act(files)
             assert caught.value.errno == number
             assert tree_of(files) == before
+        assert is_clean(warehouse)
+
+
+def removals(files: Files) -> list[Callable[[], object]]:
+    """What takes the empty directory /d away."""
+    return [lambda: files.rmdir(0, b"d"), lambda: files.rename(0, b"e", 0, b"d")]
+
+
+@pytest.mark.parametrize("number", range(2), ids=["rmdir", "rename"])
+def test_a_directory_in_which_a_file_is_written_is_not_empty(scratch: Path, number: int) -> None:
+    with open_warehouse(scratch) as warehouse:
+        files = warehouse.files
+        below = files.mkdir(0, b"d", mode=0o755, uid=0, gid=0)
+        files.mkdir(0, b"e", mode=0o755, uid=0, gid=0)
+        draft = files.create(below.ino, b"f", mode=0o640, uid=0, gid=0, writer=WRITER)
+        files.open_draft(draft, writing=True)
+        draft.write(0, b"kept")
+        remove = removals(files)[number]
+        with pytest.raises(NotEmpty, match="being written in b'd'"):
+            remove()
+        assert files.close_draft(draft, writing=True)
+        files.publish(draft)
+        with pytest.raises(NotEmpty):
+            remove()
+        assert tree_of(files) == {b"/d": None, b"/d/f": b"kept", b"/e": None}
+        files.unlink(below.ino, b"f")
+        nameless = files.create(below.ino, b"g", mode=0o640, uid=0, gid=0, writer=WRITER)
+        files.unlink(below.ino, b"g", WRITER)  # and still open: that keeps no directory
+        remove()
+        assert b"/d/f" not in tree_of(files)
+        files.drop(nameless)
+        assert is_clean(warehouse)
+
+
+@pytest.mark.parametrize("number", range(2), ids=["rmdir", "rename"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_file_is_begun_in_a_directory_that_is_being_removed(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, fails: bool
+) -> None:
+    """It would be written, and closed, for nothing."""
+    with open_warehouse(scratch) as warehouse:
+        files = warehouse.files
+        below = files.mkdir(0, b"d", mode=0o755, uid=0, gid=0)
+        files.mkdir(0, b"e", mode=0o755, uid=0, gid=0)
+        moved = begin(files, b"f", b"kept")
+        refusals: list[Exception] = []
+
+        def enter() -> None:
+            for act in (
+                lambda: files.create(below.ino, b"x", mode=0o640, uid=0, gid=0, writer=OTHER),
+                lambda: files.rename(0, b"f", below.ino, b"f", writer=WRITER),
+            ):
+                with pytest.raises(NoSuchFile, match="being removed") as caught:
+                    act()
+                refusals.append(caught.value)
+
+        removing = files._removing
+
+        @contextmanager
+        def watched() -> Iterator[Callable[[FileRow], None]]:
+            with removing() as leave:
+
+                def then(row: FileRow) -> None:
+                    leave(row)
+                    enter()
+                    if fails:
+                        raise OSError(errno.EIO, "the commit fails")
+
+                yield then
+
+        monkeypatch.setattr(files, "_removing", watched)
+        with pytest.raises(OSError, match="the commit") if fails else nullcontext():
+            removals(files)[number]()
+        assert len(refusals) >= 2
+        files.rename(0, b"f", 0, b"g", writer=WRITER)
+        files.publish(moved)
+        assert files.lookup(0, b"g").size == 4
+        if fails:
+            make_file(files, below.ino, b"x", b"1")
         assert is_clean(warehouse)
 
 

@@ -7,7 +7,8 @@ import os
 import stat
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from twfs.core.state import Core
@@ -17,6 +18,7 @@ from twfs.errors import (
     NameTooLong,
     NoSuchFile,
     NotADirectory,
+    NotEmpty,
     TooLarge,
 )
 from twfs.metadata import filetables
@@ -47,6 +49,7 @@ class Drafting:
         self._lock = threading.RLock()  # guards all below; never held over I/O or a commit
         self._drafts: dict[Ino, Draft] = {}
         self._at: dict[Place, list[Draft]] = {}
+        self._leaving: set[Ino] = set()  # directories that a transaction under way removes
         self._open: Counter[Ino] = Counter()  # open descriptions of published files
         self._unlinked: dict[Ino, FileRow] = {}  # but open: their blocks go with the last close
         self.gone: deque[FileRow] = deque(maxlen=1 << 20)  # evicted or lost: for who shows them
@@ -145,9 +148,9 @@ class Drafting:
         """
         check_name(name)
         self.blocks.need_model(*self.root_owner)
-        directory = self._directory(parent)
         ino = self._new_ino()
         with self._lock:
+            directory = self._staying(parent)
             mine = self.draft_at(parent, name, writer)
             if exclusive and self.draft_at(parent, name, None) is not None:
                 raise FileExists(f"{name!r} is being written")
@@ -198,6 +201,35 @@ class Drafting:
         if not row.is_directory:
             raise NotADirectory(f"{row.name!r} is no directory")
         return row
+
+    def _staying(self, ino: int) -> FileRow:
+        """The directory in which a draft is to be, which it keeps; the lock is held."""
+        row = self._directory(ino)
+        if row.ino in self._leaving:
+            raise NoSuchFile(f"{row.name!r} is being removed")
+        return row
+
+    @contextmanager
+    def _removing(self) -> Iterator[Callable[[FileRow], None]]:
+        """Gives what a transaction that removes a directory calls with its row: NotEmpty.
+
+        Files that are being written are no names of it yet, and would be lost with it. Behind the
+        call none is begun in it until this ends, when the transaction is committed or has failed.
+        """
+        leaving: set[Ino] = set()
+
+        def leave(row: FileRow) -> None:
+            with self._lock:
+                if self.writes_in(row.ino):
+                    raise NotEmpty(f"files are being written in {row.name!r}")
+                leaving.add(row.ino)
+                self._leaving.add(row.ino)
+
+        try:
+            yield leave
+        finally:
+            with self._lock:
+                self._leaving -= leaving
 
     def open_draft(self, draft: Draft, *, writing: bool) -> None:
         """Count one more open description of *draft*."""

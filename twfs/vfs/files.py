@@ -20,7 +20,6 @@ from twfs.errors import (
     FileExists,
     NoAttribute,
     NoSuchFile,
-    NotEmpty,
     TwfsError,
     WarehouseFull,
 )
@@ -93,12 +92,15 @@ class Files(Drafting):
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory; NoSuchFile, NotADirectory, NotEmpty."""
-        row = self.lookup(parent, name)
-        with self._lock:
-            if any(draft.parent == row.ino for draft in self._drafts.values()):
-                raise NotEmpty(f"files are being written in {name!r}")
         now = self.blocks.now_ns()
-        gone = self._submit(lambda view: filetables.rmdir(view, parent, name, now))
+
+        def job(view: WriteView) -> FileRow:
+            row = filetables.rmdir(view, parent, name, now)
+            leave(row)
+            return row
+
+        with self._removing() as leave:
+            gone = self._submit(job)
         self._count_directories(-1)
         self.blocks.discard([gone])
 
@@ -137,8 +139,8 @@ class Files(Drafting):
                 before, parent=Ino(new_parent), name=new_name, version=before.version + 1,
                 ctime_ns=now,
             )  # fmt: skip
-            with suppress(RowChanged):
-                self._put_changed(after, _mover(before, after, now, over=over))
+            with suppress(RowChanged), self._removing() as leave:
+                self._put_changed(after, _mover(before, after, now, leave, over=over))
                 return
         raise NoSuchFile(f"{name!r} is changed by others all the time")
 
@@ -151,6 +153,7 @@ class Files(Drafting):
                 there = filetables.row_at(view, *new)
             if there is not None and (not over or there.is_directory):
                 raise FileExists(f"there is a {new[1]!r}")
+            self._staying(new[0])
             self._unplace(draft)
             draft.parent, draft.name = Ino(new[0]), new[1]
             draft.touch()
@@ -295,9 +298,15 @@ def _done(_: object) -> None:
 
 
 def _mover(
-    before: FileRow, after: FileRow, now_ns: int, *, over: bool
+    before: FileRow, after: FileRow, now_ns: int, leave: Callable[[FileRow], None], *, over: bool
 ) -> Callable[[WriteView], Changed]:
-    return lambda view: filetables.move(view, before, after, now_ns, over=over)
+    def move(view: WriteView) -> Changed:
+        changed = filetables.move(view, before, after, now_ns, over=over)
+        if changed.over is not None and changed.over.is_directory:
+            leave(changed.over)
+        return changed
+
+    return move
 
 
 def _changer(before: FileRow, after: FileRow) -> Callable[[WriteView], Changed]:
