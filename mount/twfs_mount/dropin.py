@@ -9,14 +9,13 @@ import errno
 import functools
 import logging
 import os
-from contextlib import suppress
 from typing import Final
 
 import pyfuse3  # noqa: TID251
 import trio
 from pyfuse3 import FUSEError  # noqa: TID251
 
-from twfs.errors import InvalidInput, NoSuchFile, TwfsError
+from twfs.errors import InvalidInput, TwfsError
 from twfs.metadata.filerows import FileRow
 from twfs.store import Retention
 from twfs.vfs.describing import CLASS_NAME, PREFIX
@@ -178,13 +177,7 @@ class FileOperations(FileReading):
             await super().rmdir(parent_inode, name, ctx)
             return
         (parent,) = self._check_files(parent_inode)
-        await self._settled_below(parent, name)
         await self._blocking(self._files.rmdir, parent, name, limiter=self._limiter())
-
-    async def _settled_below(self, parent: int, name: bytes) -> None:
-        """Wait until what was closed in the directory of that name, if it is one, is published."""
-        with suppress(NoSuchFile):
-            await self._all_settled(self._files.lookup(parent, name).ino)
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -211,7 +204,6 @@ class FileOperations(FileReading):
             raise FUSEError(errno.EINVAL)
         await self._settled(old, name_old)
         await self._settled(new, name_new)
-        await self._settled_below(new, name_new)
         rename = functools.partial(
             self._files.rename, old, name_old, new, name_new, writer=self._writer(ctx),
             over=not flags & pyfuse3.RENAME_NOREPLACE,

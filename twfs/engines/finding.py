@@ -171,7 +171,7 @@ class Finder:
         self._waited_step = -1
         self._took_s = 0.0  # the latest answer
         self._resetting = False  # a new epoch is wanted and not there yet
-        self.since = b""  # what tells the names of this engine's KV since its last reset; see there
+        self.since = b""  # tells the names of what is stored since a reset; see there
         self._lock = threading.Lock()  # between an answer and who does not want it any more
         self._desk = Desk("twfs-finder")
 
